@@ -1,0 +1,176 @@
+"""Settings of a script: its commented globals, a config file, the command line; later wins.
+
+    python train.py config/docs.py --batch_size=16 --compile true
+    python train.py --help                                          # every key, its default and its comment
+
+The feel is nanoGPT's: a setting is a global variable with a comment, a config file assigns to the same names. But
+nothing is executed: files are parsed, and may hold literals and arithmetic on numbers and known names. An unknown
+name or a wrong type is an error, in a file as on the command line; all errors are reported together, exit code 2.
+"""
+
+import ast
+import difflib
+import io
+import operator
+import sys
+import tokenize
+from contextlib import contextmanager
+from pathlib import Path
+
+KINDS = (bool, int, float, str, list)
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.FloorDiv: operator.floordiv}
+
+
+def configure(namespace, argv=None, positional=()):
+    """Applies config files and flags to the settings in a script's globals() and returns them: name -> value.
+
+    A setting is a lower-case global of a plain type (bool, int, float, str, list). Arguments ending in .py are config
+    files; other bare words go to the names in `positional`, in turn (a list takes the rest). Exits with code 2 and one
+    line per problem; with code 0 after --help.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    settings = {k: v for k, v in namespace.items() if k.islower() and not k.startswith('_') and type(v) in KINDS}
+    if '-h' in argv or '--help' in argv:
+        print(_help(namespace, settings, positional))
+        sys.exit(0)
+    problems, bare = [], list(positional)
+    final = {k: list(v) if isinstance(v, list) else v for k, v in settings.items()}
+    while argv:
+        word = argv.pop(0)
+        if word.startswith('--'):
+            key, equals, text = word[2:].partition('=')
+            if not equals:
+                if not argv or argv[0].startswith('--'):
+                    argv.insert(0, 'true' if isinstance(settings.get(key), bool) else '')
+                text = argv.pop(0)
+            _assign(final, settings, key, text, f'--{key}', problems)
+        elif word.endswith('.py'):
+            _read_file(Path(word), final, settings, problems)
+        elif bare:
+            if isinstance(settings[bare[0]], list):
+                final[bare[0]].append(word)
+            else:
+                final[bare.pop(0)] = word
+        else:
+            problems.append(f'{word}: want a config file (.py) or --key=value')
+    if problems:
+        fail('\n'.join(problems))
+    namespace.update(final)
+    return final
+
+
+def _read_file(path, final, settings, problems):
+    """Applies the assignments of one config file; nothing in it runs."""
+    try:
+        tree = ast.parse(path.read_text(encoding='utf-8'))
+    except OSError as e:
+        return problems.append(f'{path}: {e.strerror or e}')
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        return problems.append(f'{path}:{getattr(e, "lineno", None) or 1}: {getattr(e, "msg", e)}')
+    for node in tree.body:
+        where = f'{path}:{node.lineno}'
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            continue                                                                    # a docstring
+        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+            problems.append(f'{where}: a config file holds only lines of the form  name = value')
+            continue
+        try:
+            value = _evaluate(node.value, final)
+        except (ValueError, ZeroDivisionError, OverflowError) as e:
+            problems.append(f'{where}: {e}')
+            continue
+        _assign(final, settings, node.targets[0].id, value, where, problems)
+
+
+def _evaluate(node, names, depth=0):
+    """The value of an expression of literals, + - * / // on numbers, and known names."""
+    if depth > 50:
+        raise ValueError('expression too deep')
+    if isinstance(node, ast.Constant) and type(node.value) in KINDS:
+        return node.value
+    if isinstance(node, ast.Name):
+        if node.id in names:
+            return names[node.id]
+        raise ValueError(f'{node.id!r} is not a known name')
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_evaluate(e, names, depth + 1) for e in node.elts]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+        value = _number(_evaluate(node.operand, names, depth + 1))
+        return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        left, right = (_number(_evaluate(side, names, depth + 1)) for side in (node.left, node.right))
+        return OPERATORS[type(node.op)](left, right)
+    raise ValueError(f'only literals, known names and + - * / // are allowed, got {ast.unparse(node)[:60]}')
+
+
+def _number(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f'arithmetic wants numbers, got {value!r}')
+    return value
+
+
+def _assign(final, settings, key, value, where, problems):
+    """Stores a value (from a file) or a text (from a flag) under its key, in the type of the default."""
+    if key not in settings:
+        near = difflib.get_close_matches(key, settings, n=3)
+        hint = f'; did you mean {" or ".join(near)}?' if near else ''
+        return problems.append(f'{where}: no setting is called {key!r}{hint}')
+    kind, flag = type(settings[key]), where.startswith('--')
+    try:
+        final[key] = _parse(value, kind) if flag else _convert(value, kind)
+    except (KeyError, ValueError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
+        problems.append(f'{where}: {key} wants {kind.__name__}, got {value!r}')
+
+
+def _parse(text, kind):
+    """A flag's text as a value of the given type."""
+    if kind is str:
+        return text
+    if kind is bool:
+        return {'true': True, '1': True, 'false': False, '0': False}[text.lower()]
+    return _convert(_evaluate(ast.parse(text.strip(), mode='eval').body, {}), kind)
+
+
+def _convert(value, kind):
+    """int is fine for float, and a whole float (1e6) for int; nothing else changes type."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)
+    if type(value) is not kind:
+        raise ValueError
+    return value
+
+
+def _help(namespace, settings, positional):
+    """The docstring of the script, then every setting with its default and the comment on its line."""
+    comments = {}
+    source = Path(namespace.get('__file__') or '')
+    if source.is_file():
+        text = source.read_text(encoding='utf-8')
+        name = None
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.NAME and token.start[1] == 0:
+                name = token.string
+            elif token.type == tokenize.COMMENT and token.start[1] > 0 and name in settings:
+                comments.setdefault(name, token.string.lstrip('# '))
+    width = max((len(k) + len(repr(v)) for k, v in settings.items()), default=0) + 6
+    lines = [f'  --{k}={v!r}'.ljust(width) + comments.get(k, '') for k, v in settings.items()]
+    bare = ' '.join(f'[{name}]' for name in positional)
+    return f'{(namespace.get("__doc__") or "").strip()}\n\nsettings (config files *.py, then flags{"; bare words: " + bare if bare else ""}):\n' + '\n'.join(lines)
+
+
+def fail(message):
+    """One clear line on stderr, exit code 2."""
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def user_errors():
+    """Around the code that reads what the user gave: its ValueError or OSError becomes one line, not a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        fail(str(e) if not isinstance(e, OSError) or not e.strerror else f'{e.filename}: {e.strerror}')

@@ -1,0 +1,553 @@
+"""Text to tokens, tokens to batches: everything the training loop needs to know about data.
+
+    python data.py                                          # what there is
+    python data.py shakespeare                              # downloads (or --input=input.txt) and tokenizes into data/shakespeare
+    python data.py --input=a.txt,b.jsonl --out=data/my --tokenizer=gpt2
+
+A data set is a folder: flat token files (train_000.bin, val_000.bin), one manifest.json that says what is in them
+(dtype, counts, vocabulary, sha256), and the tokenizer, unless it has a well-known name. Batches are stateless: which
+windows form iteration i is a function of (seed, i), so a run resumes from a number, on any number of machines.
+
+Letters: B batch, T window length, N tokens in a split.
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import os
+import shutil
+import sys
+import sysconfig
+from collections import Counter, defaultdict, namedtuple
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+from tqdm import tqdm
+
+Batch = namedtuple('Batch', 'x0 maskable cu_seqlens')               # (B, T) int64, (B, T) bool, (n+1,) int32 or None
+Corpus = namedtuple('Corpus', 'folder manifest splits')             # splits: name -> list of memory-mapped shards
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers: one kind, a tiktoken.Encoding and a table from its ranks to ids; three sources
+
+SPECIALS = {'bos': '<|startoftext|>', 'eos': '<|endoftext|>', 'mask': '<|mdm_mask|>', 'start_header': '<|start_header_id|>',
+            'end_header': '<|end_header_id|>', 'eot': '<|eot_id|>'}     # LLaDA's names
+ALIASES = {'bos': ('<s>', '<|begin_of_text|>'), 'eos': ('</s>', '<|end_of_text|>'), 'mask': ('<[MASK]>', '[MASK]', '<mask>')}
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"      # GPT-2's, but digits stand alone
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LONGEST_PIECE = 400_000                                 # tiktoken gives up on about a million spaces in a row
+
+
+class Tokenizer:
+    """Text to ids and back. `mask_id`, `eos_id`, `pad_id`, `bos_id` are ids; `spec` is what a checkpoint stores.
+
+    encoding: a tiktoken.Encoding; id_of_rank: its rank -> our id; specials: role -> id; spare: other ids -> bytes.
+    """
+
+    def __init__(self, encoding, id_of_rank, specials, spec, spare=None):
+        self.encoding, self.spec, self.specials = encoding, str(spec), dict(specials)
+        self._id_of_rank = np.asarray(id_of_rank, dtype=np.int64)
+        self._bytes = {int(self._id_of_rank[r]): encoding.decode_single_token_bytes(r) for r in range(len(id_of_rank))}
+        self._bytes.update(spare or {})
+        self.vocab_size = max([*self._bytes, *specials.values()]) + 1
+        self.mask_id, self.eos_id, self.bos_id = specials['mask'], specials['eos'], specials['bos']
+        self.pad_id = specials.get('pad', self.eos_id)
+        self._names = {i: SPECIALS.get(role, f'<|{role}|>') for role, i in specials.items()}
+
+    def encode(self, text):
+        """The ids of a text, list of int. Names of special tokens typed by a user are text like any other."""
+        ranks = []
+        while text:
+            piece, text = _split_long(text)
+            ranks += self.encoding.encode(piece, disallowed_special=())     # not encode_ordinary: it aborts where this raises
+        return self._id_of_rank[ranks].tolist() if ranks else []
+
+    def decode_bytes(self, ids):
+        """The exact bytes of ids; ids that stand for no token are written out as <|id|>."""
+        return b''.join(self._bytes[i] if i in self._bytes else self._names.get(i, f'<|{i}|>').encode() for i in map(int, ids))
+
+    def decode(self, ids):
+        """Text of ids; half a character becomes U+FFFD."""
+        return self.decode_bytes(ids).decode('utf-8', errors='replace')
+
+    def encode_chat(self, messages):
+        """Ids of a conversation, ready for the assistant's turn: [{'role', 'content'}, ...] (LLaDA's template)."""
+        s, ids = self.specials, [self.bos_id]
+        for message in [*messages, {'role': 'assistant', 'content': None}]:
+            ids += [s['start_header'], *self.encode(message['role']), s['end_header'], *self.encode('\n\n')]
+            if message['content'] is not None:
+                ids += [*self.encode(message['content'].strip()), s['eot']]
+        return ids
+
+
+def _split_long(text):
+    """(first piece, rest): long texts are cut before a space between two letters, where every pattern has a border."""
+    if len(text) <= LONGEST_PIECE:
+        return text, ''
+    for i in range(LONGEST_PIECE, LONGEST_PIECE // 2, -1):
+        if text[i] == ' ' and text[i - 1].isalpha() and text[i + 1:i + 2].isalpha():
+            return text[:i], text[i:]
+    return text[:LONGEST_PIECE], text[LONGEST_PIECE:]
+
+
+def get_tokenizer(spec):
+    """'bytes', a tiktoken name ('gpt2', 'o200k_base'), or the path of a byte-level BPE tokenizer.json -> Tokenizer.
+
+    Special tokens that a vocabulary lacks are given the next free ids. Raises ValueError for what cannot be read
+    without loss, FileNotFoundError for a missing file.
+    """
+    spec = str(spec)
+    if spec == 'bytes':
+        encoding = tiktoken.Encoding('bytes', pat_str=r'[\s\S]', special_tokens={}, mergeable_ranks={bytes([b]): b for b in range(256)})
+        return Tokenizer(encoding, range(256), _specials({}, 256), spec)
+    if spec.endswith('.json'):
+        return _hugging_face_tokenizer(Path(spec))
+    if spec not in tiktoken.list_encoding_names():
+        raise ValueError(f"tokenizer must be 'bytes', a tokenizer.json or one of {', '.join(tiktoken.list_encoding_names())}; got {spec!r}")
+    full = tiktoken.get_encoding(spec)
+    plain = tiktoken.Encoding(spec, pat_str=full._pat_str, mergeable_ranks=full._mergeable_ranks, special_tokens={})
+    return Tokenizer(plain, range(len(full._mergeable_ranks)), _specials(full._special_tokens, full.n_vocab), spec,
+                     {i: name.encode() for name, i in full._special_tokens.items()})
+
+
+def _specials(named, next_id):
+    """role -> id for every role of SPECIALS: by name where the vocabulary has it, else the next free id."""
+    ids = {}
+    for role, name in SPECIALS.items():
+        found = [named[n] for n in (name, *ALIASES.get(role, ())) if n in named]
+        ids[role] = found[0] if found else next_id
+        next_id += not found
+    return ids
+
+
+def byte_symbols():
+    """GPT-2's printable character for each byte, as tokenizer.json files spell their tokens: list of 256 str."""
+    keep = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    odd = iter(range(256, 512))
+    return [chr(b) if b in keep else chr(next(odd)) for b in range(256)]
+
+
+def _hugging_face_tokenizer(path):
+    """A Hugging Face byte-level BPE file as a Tokenizer, without loss, or a ValueError that names what stands in the way.
+
+    tiktoken merges by rank, so the rank must be the position in the merge list, never the id; a table maps it back.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: no such tokenizer file')
+
+    def demand(condition, what):
+        if not condition:
+            raise ValueError(f'{path}: cannot be converted without loss: {what}')
+
+    try:
+        file = json.loads(path.read_text(encoding='utf-8'))
+        model, added = file['model'], file.get('added_tokens') or []
+        vocab, merges = model['vocab'], [m.split(' ') if isinstance(m, str) else m for m in model['merges']]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f'{path}: not a tokenizer.json with a BPE model ({type(e).__name__}: {e})') from None
+    demand(model.get('type', 'BPE') == 'BPE', f"model type {model.get('type')}")
+    for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback'):
+        demand(not model.get(key), f'{key} is {model.get(key)!r}')
+    demand(not file.get('normalizer'), f"it has a normalizer ({(file.get('normalizer') or {}).get('type')})")
+    pattern = _pre_tokenizer_pattern(file.get('pre_tokenizer'), demand)
+
+    byte_of = {symbol: b for b, symbol in enumerate(byte_symbols())}
+    names = {a['content']: a['id'] for a in added}
+    raw = {t: bytes(byte_of[c] for c in t) for t in vocab if t not in names and all(c in byte_of for c in t)}
+    odd = [t for t in vocab if t not in raw and t not in names]
+    demand(not odd, f'token {odd[:1]} is not spelled in bytes')
+    lacking = [s for s in byte_of if s not in raw]
+    demand(not lacking, f'{len(lacking)} of the 256 single bytes have no token')
+    ids = [*(vocab[t] for t in raw), *names.values()]
+    demand(all(type(i) is int and i >= 0 for i in ids), 'an id is not a whole number')
+    demand(len(set(ids)) == len(ids), 'two tokens share an id')
+    plain = [a['content'] for a in added if not a.get('special')]
+    demand(not plain, f'added token {plain[:1]} is matched in plain text')
+
+    ranks = {bytes([b]): b for b in range(256)}                     # never compete with each other: any order will do
+    id_of_rank = [vocab[s] for s in byte_symbols()]
+    for pair in merges:
+        demand(len(pair) == 2 and pair[0] in raw and pair[1] in raw and ''.join(pair) in raw, f'merge {pair} has no token')
+        merged = ''.join(pair)
+        demand(raw[merged] not in ranks, f'two merges make the token {merged!r}')
+        ranks[raw[merged]] = len(id_of_rank)
+        id_of_rank.append(vocab[merged])
+    loose = {vocab[t]: b for t, b in raw.items() if b not in ranks}     # without merges they are never made: decode only
+    demand(not (loose and model.get('ignore_merges')), f'ignore_merges with {len(loose)} tokens that no merge makes')
+    encoding = tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    loose.update({i: name.encode() for name, i in names.items()})
+    return Tokenizer(encoding, id_of_rank, _specials(names, max(ids) + 1), path, loose)
+
+
+def _pre_tokenizer_pattern(pre, demand):
+    """The splitting pattern of a pre_tokenizer entry: a lone ByteLevel (GPT-2's), or Split by a regex, then ByteLevel."""
+    steps = pre.get('pretokenizers', []) if pre and pre.get('type') == 'Sequence' else [pre or {}]
+    kinds = [s.get('type') for s in steps]
+    demand(kinds in (['ByteLevel'], ['Split', 'ByteLevel']), f'pre-tokenizer {kinds}')
+    demand(not steps[-1].get('add_prefix_space', True), 'add_prefix_space')
+    if len(steps) == 1:
+        demand(steps[0].get('use_regex', True), 'ByteLevel without a regex')
+        return GPT2_PATTERN
+    split = steps[0]
+    demand(not steps[1].get('use_regex', True), 'Split and ByteLevel both split')
+    demand(split.get('behavior') == 'Isolated' and not split.get('invert'), f"Split is {split.get('behavior')}")
+    demand('Regex' in (split.get('pattern') or {}), 'Split by a plain string')
+    return split['pattern']['Regex']
+
+
+def train_bpe(text, n_merges):
+    """Byte-pair encoding on word counts: -> list of (bytes, bytes) merges, most frequent pair first."""
+    import regex                                                    # comes with tiktoken
+    words = Counter(regex.findall(PATTERN, text))
+    spelled = [[bytes([b]) for b in w.encode()] for w in words]
+    counts, pairs, where = list(words.values()), Counter(), defaultdict(set)
+    for i, word in enumerate(spelled):
+        for pair in zip(word, word[1:]):
+            pairs[pair] += counts[i]
+            where[pair].add(i)
+    merges = []
+    for _ in tqdm(range(n_merges), desc='learning merges', disable=None, leave=False):
+        best = max(pairs, key=lambda p: (pairs[p], p), default=None)
+        if best is None or pairs[best] < 2:
+            break
+        merges.append(best)
+        for i in list(where[best]):
+            word, new = spelled[i], []
+            for pair in zip(word, word[1:]):
+                pairs[pair] -= counts[i]
+                where[pair].discard(i)
+            for piece in word:
+                glue = new and (new[-1], piece) == best
+                new[-1:] = [best[0] + best[1]] if glue else new[-1:] + [piece]
+            # `a a a` must merge once, from the left: a fresh `aa` is longer than best[0], so it never glues again
+            spelled[i] = new
+            for pair in zip(new, new[1:]):
+                pairs[pair] += counts[i]
+                where[pair].add(i)
+        pairs = +pairs                                              # drops pairs that are gone
+    return merges
+
+
+def save_bpe(path, merges):
+    """Writes merges as a Hugging Face tokenizer.json: the same file serves get_tokenizer and other programs."""
+    symbol = byte_symbols()
+    spell = lambda raw: ''.join(symbol[b] for b in raw)             # noqa: E731
+    tokens = [*symbol, *(spell(a + b) for a, b in merges)]
+    added = [{'id': len(tokens) + i, 'content': name, 'single_word': False, 'lstrip': False, 'rstrip': False,
+              'normalized': False, 'special': True} for i, name in enumerate(SPECIALS.values())]
+    file = {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': added, 'normalizer': None,
+            'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [
+                {'type': 'Split', 'pattern': {'Regex': PATTERN}, 'behavior': 'Isolated', 'invert': False},
+                {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}]},
+            'post_processor': None,
+            'decoder': {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False},
+            'model': {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
+                      'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': False,
+                      'vocab': {t: i for i, t in enumerate(tokens)}, 'merges': [[spell(a), spell(b)] for a, b in merges]}}
+    Path(path).write_text(json.dumps(file, ensure_ascii=False, indent=0), encoding='utf-8')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources of text: (document, text) pieces of a few kB; pieces of one document follow each other
+
+
+def docs_text():
+    """Real text that every Python carries: the language reference of pydoc and the docstrings of the standard library.
+
+    The modules are parsed, never imported, and a paragraph that came before is dropped. About a megabyte; it
+    changes a little with the Python version.
+    """
+    from pydoc_data.topics import topics
+    skip = {'test', 'tests', 'idlelib', 'lib2to3', 'turtledemo', 'pydoc_data', 'site-packages', 'turtle.py', 'tkinter', 'encodings'}
+    root = Path(sysconfig.get_paths()['stdlib'])
+    files = sorted([*root.glob('*.py'), *root.glob('*/*.py')])
+    files = [f for f in files if not skip & set(f.relative_to(root).parts) and not f.relative_to(root).parts[0].startswith('_')]
+    texts = [('language', '\n\n'.join(topics[name] for name in sorted(topics)))]
+    for f in tqdm(files, desc='reading docstrings', disable=None, leave=False):
+        try:
+            tree = ast.parse(f.read_text(encoding='utf-8'))
+        except (SyntaxError, ValueError, OSError):
+            continue                                                # a module that this Python cannot read has no docs
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        docs = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+        texts.append((f.name, '\n\n'.join(d for d in docs if d)))
+    seen = set()
+    for name, text in texts:
+        fresh = [p.strip('\n') for p in text.split('\n\n') if p.strip() and not (p.strip() in seen or seen.add(p.strip()))]
+        if fresh:
+            yield name, '\n\n'.join(fresh) + '\n'
+
+
+def shakespeare_text():
+    """The 1.1 MB of tiny Shakespeare, downloaded once and checked."""
+    url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+    path = Path(torch.hub.get_dir()) / 'tinyshakespeare.txt'
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sha256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+        except Exception as e:                                      # urllib raises a dozen kinds
+            raise OSError(f'could not download {url} ({e}); get the file by other means and pass it with --input=FILE') from None
+    yield from file_text(path)
+
+
+def file_text(path):
+    """The documents of a .txt file (one) or a .jsonl file (one a line, in "text"); bad input is named by file and line."""
+    path = Path(path)
+    if path.suffix not in ('.txt', '.jsonl'):
+        raise ValueError(f'{path}: input must be .txt or .jsonl')
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: no such file')
+    found = False
+    with path.open('rb') as f:
+        lines = f if path.suffix == '.jsonl' else [f.read()]
+        for number, raw in enumerate(lines, 1):
+            try:
+                text = raw.decode('utf-8-sig')
+            except UnicodeDecodeError as e:
+                number += raw[:e.start].count(b'\n')
+                raise ValueError(f'{path}:{number}: not UTF-8 (byte {e.start} of the {"line" if path.suffix == ".jsonl" else "file"})') from None
+            if path.suffix == '.jsonl' and text.strip():
+                try:
+                    text = json.loads(text)['text']
+                    if not isinstance(text, str):
+                        raise TypeError('text is not a string')
+                except (ValueError, KeyError, TypeError) as e:
+                    raise ValueError(f'{path}:{number}: want a JSON object with "text" ({type(e).__name__}: {e})') from None
+            if text.strip():
+                found = True
+                yield f'{path.name}:{number}', text
+    if not found:
+        raise ValueError(f'{path}: no text in it')
+
+
+DATASETS = {                # name -> (documents, default tokenizer, what it is)
+    'docs': (docs_text, 'bpe-2048', 'documentation that every Python carries, about 1 MB; needs no network'),
+    'shakespeare': (shakespeare_text, 'bpe-1024', 'tiny Shakespeare, 1.1 MB; downloaded, or --input=input.txt'),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preparation: documents -> chunks -> shards
+
+
+def chunks(documents, size=4096):
+    """Cuts documents at line ends into pieces of about `size` characters: -> (document name, text)."""
+    for name, text in documents:
+        start = 0
+        while start < len(text):
+            end = text.find('\n', start + size)
+            end = len(text) if end < 0 else end + 1
+            yield name, text[start:end]
+            start = end
+
+
+def prepare(documents, out, tokenizer, *, val_every=10, shard_tokens=100_000_000):
+    """Tokenizes (name, text) documents into the folder `out`, whole or not at all -> manifest.
+
+    Every val_every-th piece of about 4 kB is held out: a tail split would share long passages with the rest. An EOS
+    ends each document, and stands wherever a held-out piece was taken from between its neighbours.
+    tokenizer: a spec of get_tokenizer, or 'bpe-N' to learn a vocabulary of N entries from the training pieces.
+    """
+    out = Path(out)
+    pieces = list(chunks(documents))
+    split_of = ['val' if i % val_every == val_every - 1 else 'train' for i in range(len(pieces))]
+    if 'val' not in split_of:
+        raise ValueError(f'{out.name}: too little text: {len(pieces)} pieces of 4 kB, and every {val_every}th is held out')
+    aside = out.with_name(out.name + '.tmp')
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        if tokenizer.startswith('bpe-'):
+            size = int(tokenizer[4:]) if tokenizer[4:].isdigit() else 0
+            if not 256 + len(SPECIALS) <= size <= 65536:
+                raise ValueError(f'tokenizer bpe-N: N must lie between {256 + len(SPECIALS)} and 65536, got {tokenizer[4:]!r}')
+            text = '\n'.join(t for (_, t), s in zip(pieces, split_of) if s == 'train')
+            save_bpe(aside / 'tokenizer.json', train_bpe(text, size - 256 - len(SPECIALS)))
+            tokenizer = 'tokenizer.json'
+        elif tokenizer.endswith('.json'):
+            get_tokenizer(tokenizer)                                # refuse before copying
+            shutil.copyfile(tokenizer, aside / 'tokenizer.json')
+            tokenizer = 'tokenizer.json'
+        manifest = _write_shards(pieces, split_of, aside, tokenizer, shard_tokens)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return manifest
+
+
+def _write_shards(pieces, split_of, folder, spec, shard_tokens):
+    tok = get_tokenizer(folder / spec if spec.endswith('.json') else spec)
+    dtype = 'uint16' if tok.vocab_size <= 2 ** 16 else 'uint32'     # uint16 would wrap 126336 to 60800 without a word
+    manifest = {'version': 1, 'dtype': dtype, 'vocab_size': tok.vocab_size, 'tokenizer': spec, 'splits': {}}
+    tokens = {'train': [], 'val': []}
+    n_bytes = Counter()
+    for i, (name, text) in enumerate(tqdm(pieces, desc='tokenizing', unit='piece', disable=None, leave=False)):
+        split = split_of[i]
+        tokens[split] += tok.encode(text)
+        n_bytes[split] += len(text.encode())
+        if i + 1 == len(pieces) or pieces[i + 1][0] != name or split_of[i + 1] != split:
+            tokens[split].append(tok.eos_id)
+    for split, ids in tokens.items():
+        shards = []
+        for k in range(0, len(ids), shard_tokens):
+            path = folder / f'{split}_{k // shard_tokens:03d}.bin'
+            part = np.array(ids[k:k + shard_tokens], dtype=dtype)
+            part.tofile(path)
+            shards.append({'file': path.name, 'tokens': len(part), 'sha256': hashlib.sha256(part).hexdigest()})
+        manifest['splits'][split] = {'shards': shards, 'tokens': len(ids), 'bytes': n_bytes[split]}
+    (folder / 'manifest.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
+    return manifest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading: windows of a memory-mapped split, chosen by a number
+
+
+def open_corpus(folder, verify=True):
+    """Opens a prepared folder and checks it: sizes always, checksums unless verify is off -> Corpus."""
+    folder = Path(folder)
+    path = folder / 'manifest.json'
+    if not path.is_file():
+        known = f'; run: python data.py {folder.name}' if folder.name in DATASETS else \
+            '; run: python data.py --input=FILE --out=' + str(folder)
+        raise FileNotFoundError(f'{folder}: no data set here{known}')
+    try:
+        manifest = json.loads(path.read_text(encoding='utf-8'))
+        dtype, splits = np.dtype(manifest['dtype']), {}
+        for split, entry in manifest['splits'].items():
+            splits[split] = [_open_shard(folder / s['file'], dtype, s, verify) for s in entry['shards']]
+    except (KeyError, TypeError, json.JSONDecodeError) as e:
+        raise ValueError(f'{path}: not a manifest ({type(e).__name__}: {e})') from None
+    return Corpus(folder, manifest, splits)
+
+
+def _open_shard(path, dtype, entry, verify):
+    size, want = path.stat().st_size if path.exists() else -1, entry['tokens'] * dtype.itemsize
+    if size != want:
+        raise ValueError(f'{path}: {"missing" if size < 0 else f"{size} bytes"}, the manifest says {want}; prepare the data again')
+    shard = np.memmap(path, dtype=dtype, mode='r')
+    if verify and hashlib.sha256(shard).hexdigest() != entry['sha256']:
+        raise ValueError(f'{path}: damaged (its sha256 is not the one in the manifest); prepare the data again')
+    return shard
+
+
+def sha256_of(path):
+    """Checksum of a file of any size, without reading it into memory."""
+    return hashlib.sha256(np.memmap(path, np.uint8, 'r')).hexdigest()
+
+
+def corpus_tokenizer(corpus):
+    """The tokenizer that made a corpus."""
+    spec = corpus.manifest['tokenizer']
+    return get_tokenizer(corpus.folder / spec if spec.endswith('.json') else spec)
+
+
+def bytes_per_token(corpus, split='val'):
+    """Bytes of text per token of a split: turns nats per token into bits per byte."""
+    entry = corpus.manifest['splits'][split]
+    return entry['bytes'] / entry['tokens']
+
+
+def read_window(corpus, split, start, length):
+    """Tokens start .. start+length of a split, as if its shards were one array: (length,) int64."""
+    parts = []
+    for shard in corpus.splits[split]:
+        if length and start < len(shard):
+            parts.append(np.asarray(shard[start:start + length], dtype=np.int64))
+            length -= len(parts[-1])
+            start += len(parts[-1])
+        start -= len(shard)
+    window = np.concatenate(parts)
+    if window.max() >= corpus.manifest['vocab_size']:
+        raise ValueError(f"{corpus.folder}: token {window.max()} in split {split}, but the vocabulary ends at {corpus.manifest['vocab_size'] - 1}")
+    return window
+
+
+def shuffled(index, n, key):
+    """Where a pseudo-random permutation of range(n) sends index: O(1) memory, a Feistel network over 4^k >= n values."""
+    half = max(1, (n - 1).bit_length() + 1 >> 1)
+    low = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & low
+        for k in key:
+            scrambled = (right ^ k) * 0x9E3779B97F4A7C15 % 2 ** 64
+            scrambled = (scrambled ^ scrambled >> 29) * 0xBF58476D1CE4E5B9 % 2 ** 64
+            left, right = right, left ^ (scrambled >> 32) & low
+        index = left << half | right
+        if index < n:                                               # outside: walk the cycle until it comes back
+            return index
+
+
+def batch(corpus, split, rows, seq_len, seed=0):
+    """Windows for global sample numbers `rows` (iteration * global batch + row of the batch) -> Batch, all maskable.
+
+    Every window of the split is drawn once per epoch, in an order and with a starting offset that are the epoch's own.
+    """
+    total = sum(len(s) for s in corpus.splits[split])
+    n = max(1, (total - seq_len + 1) // seq_len)                    # windows that fit behind any offset
+    if total < seq_len:
+        raise ValueError(f'{corpus.folder}: split {split} has {total} tokens, too few for a window of {seq_len}')
+    windows = []
+    for row in rows:
+        epoch, index = divmod(int(row), n)
+        rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+        offset = int(rng.integers(min(seq_len, total - n * seq_len + 1)))
+        key = [int(k) for k in rng.integers(2 ** 63, size=4)]
+        windows.append(read_window(corpus, split, offset + shuffled(index, n, key) * seq_len, seq_len))
+    x0 = torch.from_numpy(np.stack(windows))
+    return Batch(x0, torch.ones_like(x0, dtype=torch.bool), None)
+
+
+def all_windows(corpus, split, seq_len, limit=None):
+    """The split as consecutive windows, in order, without its last partial one: x0 (n, T) int64; `limit` of them, evenly."""
+    n = sum(len(s) for s in corpus.splits[split]) // seq_len
+    if n < 1:
+        raise ValueError(f'{corpus.folder}: split {split} is too short for a window of {seq_len} tokens')
+    chosen = range(n) if limit is None or limit >= n else [i * n // limit for i in range(limit)]
+    return torch.from_numpy(np.stack([read_window(corpus, split, i * seq_len, seq_len) for i in chosen]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description='Tokenizes text into data/NAME.', formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog='data sets:\n' + '\n'.join(f'  {n:<12} {d[2]}' for n, d in DATASETS.items()))
+    parser.add_argument('name', nargs='?', help='a data set from the list below')
+    parser.add_argument('--input', help='.txt or .jsonl ({"text": ...}) files, separated by commas')
+    parser.add_argument('--out', help='folder to write (default data/NAME)')
+    parser.add_argument('--tokenizer', help="'bytes', bpe-N (learned here), a tiktoken name, or a tokenizer.json (default bpe-1024)")
+    parser.add_argument('--val_every', type=int, default=10, help='hold out every N-th piece of 4 kB (default 10)')
+    args = parser.parse_args(argv)
+    if not args.name and not args.input:
+        return parser.print_help()
+    try:
+        if args.name and args.name not in DATASETS:
+            raise ValueError(f"no data set {args.name!r}; there are {', '.join(DATASETS)}; for your own files: --input=FILE --out=data/my")
+        if args.input:
+            documents = (d for path in args.input.split(',') for d in file_text(path))
+            if not (args.out or args.name):
+                raise ValueError('--input needs --out=FOLDER')
+        else:
+            documents = DATASETS[args.name][0]()
+        if args.val_every < 2:
+            raise ValueError(f'--val_every must be 2 or more, got {args.val_every}')
+        out = args.out or f'data/{args.name}'
+        default = DATASETS[args.name][1] if args.name else 'bpe-1024'
+        manifest = prepare(documents, out, args.tokenizer or default, val_every=args.val_every)
+    except (ValueError, OSError) as e:
+        print(f'data.py: {e}', file=sys.stderr)
+        sys.exit(2)
+    for split, entry in manifest['splits'].items():
+        print(f"{out}/{split}: {entry['tokens']:,} tokens, {entry['bytes'] / max(entry['tokens'], 1):.2f} bytes each, {len(entry['shards'])} shard(s)")
+    print(f'train on it:  python train.py --dataset={out}')
+
+
+if __name__ == '__main__':
+    main()

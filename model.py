@@ -1,0 +1,528 @@
+"""The mask predictor: a LLaMA-style Transformer that sees the whole canvas, and one door to weights on disk.
+
+LLaDA (arXiv 2502.09992v3, Sec. 2.2 and App. B.2): pre-norm blocks, RMSNorm, SwiGLU, rotary positions, no biases, and
+attention without a causal mask. Logit i predicts token i (no shift). The network is not told the mask ratio t: it
+can count the masks. `causal=True` turns the same module into the autoregressive baseline.
+
+    model = Transformer(ModelConfig(vocab_size=1280, seq_len=128, n_layer=4, n_head=4, n_kv_head=4, d_model=256, d_ff=704))
+    logits = model(ids)                                             # (B, W) int64 -> (B, W, V)
+    model, meta = load_model('out/docs')                            # a run of train.py, or a folder of released weights
+
+Letters: B batch, W window (the tokens given), T canvas (the keys attended to; T = W without a cache), V vocabulary,
+C channels (d_model), H heads, D head size, M rows that are read out, N packed tokens.
+"""
+
+import hashlib
+import json
+import math
+import zlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class ModelConfig:
+    """Everything that decides the shape of the weights. Field names are the keys of the config files."""
+
+    vocab_size: int
+    seq_len: int                    # longest canvas seen in training; rotary positions set no hard limit
+    n_layer: int
+    n_head: int
+    n_kv_head: int                  # fewer than n_head: grouped-query attention (iLLaDA: 8 for 32)
+    d_model: int
+    d_ff: int
+    rope_theta: float = 500000.0
+    norm_eps: float = 1e-5
+    tied: bool = False              # the head reads the embedding matrix (iLLaDA)
+    causal: bool = False            # the autoregressive baseline
+    rope_fp32: bool = True          # rotate in float32 (LLaDA); False: in the dtype of q and k (iLLaDA)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f'{f.name} must be a whole number above 0, got {value!r}')
+        if self.d_model % self.n_head or self.d_model // self.n_head % 2:
+            raise ValueError(f'd_model / n_head must be an even whole number, got {self.d_model} / {self.n_head}')
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f'n_kv_head must divide n_head, got {self.n_kv_head} and {self.n_head}')
+        if not (self.rope_theta > 0 and self.norm_eps > 0):
+            raise ValueError(f'rope_theta and norm_eps must be above 0, got {self.rope_theta} and {self.norm_eps}')
+
+    @property
+    def head_dim(self):
+        return self.d_model // self.n_head
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return h.to(x.dtype) * self.weight.to(x.dtype)          # cast first, multiply second: as the released weights expect
+
+
+def rope_angles(pos, head_dim, theta):
+    """cos and sin of position * theta^(-2j/D), j = 0 .. D/2-1: pos (W,) -> two float32 tensors (W, D/2)."""
+    frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=pos.device, dtype=torch.float32) / head_dim)
+    angle = pos.to(torch.float32)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x, cos, sin):
+    """Rotates dimension j together with j + D/2 ("half rotation"): x (B, H, W, D) -> same shape and dtype."""
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def attention(q, k, v, *, causal=False, hidden=None, cu_seqlens=None):
+    """softmax(q k^T / sqrt(D)) v; q (B, H, W, D), k and v (B, Hkv, T, D) -> (B, H, W, D).
+
+    hidden: bool, broadcastable to (B, 1, W, T), True = this query must not look at this key.
+    cu_seqlens (n+1,) int32: the batch, read row by row, is n segments end to end; nobody looks across a border.
+    """
+    if cu_seqlens is not None:
+        return packed_attention(q, k, v, cu_seqlens, causal)
+    grouped = q.shape[1] != k.shape[1]
+    # torch's fused CPU kernel loses to three plain lines for short canvases: its backward in bfloat16 is 2-8x slower.
+    # (On CUDA a mask stays out of training: cuDNN's masked backward has returned NaN since torch 2.11.)
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and k.shape[2] <= 512 and not causal:
+        if grouped:
+            k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) for z in (k, v))
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                        # (B, H, W, T)
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, -math.inf)
+        return scores.softmax(-1) @ v
+    mask = None if hidden is None else ~hidden
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+def packed_attention(q, k, v, cu_seqlens, causal):
+    """Attention inside each segment of a packed batch. One varlen kernel on CUDA, one SDPA call a segment elsewhere."""
+    shape = q.shape
+    q, k, v = (z.transpose(1, 2).flatten(0, 1) for z in (q, k, v))                      # (N, H, D)
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        from torch.nn.attention.varlen import varlen_attn
+        k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) for z in (k, v))   # torch 2.11's kernel knows no GQA
+        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        window = {'window_size': (-1, 0)} if causal else {}
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **window)
+    else:
+        borders = cu_seqlens.tolist()
+        out = torch.cat([
+            attention(*(z[None, start:end].transpose(1, 2) for z in (q, k, v)), causal=causal)[0].transpose(0, 1)
+            for start, end in zip(borders, borders[1:])])
+    return out.unflatten(0, (shape[0], shape[2])).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.causal = config.causal
+        self.q = nn.Linear(config.d_model, config.n_head * config.head_dim, bias=False)
+        self.k = nn.Linear(config.d_model, config.n_kv_head * config.head_dim, bias=False)
+        self.v = nn.Linear(config.d_model, config.n_kv_head * config.head_dim, bias=False)
+        self.out = nn.Linear(config.n_head * config.head_dim, config.d_model, bias=False)
+
+    def forward(self, x, cos, sin, pos=None, kv=None, hidden=None, cu_seqlens=None):
+        q = self.q(x).unflatten(-1, (self.n_head, self.head_dim)).transpose(1, 2)       # (B, H, W, D)
+        k = self.k(x).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)    # (B, Hkv, W, D)
+        v = self.v(x).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if kv is not None:                                                              # the whole cache: refresh rows pos,
+            k, v = kv[0].index_copy_(2, pos, k), kv[1].index_copy_(2, pos, v)           # look at all T rows
+        y = attention(q, k, v, causal=self.causal and kv is None and hidden is None, hidden=hidden, cu_seqlens=cu_seqlens)
+        return self.out(y.transpose(1, 2).flatten(2))                                   # (B, W, C)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attn = Attention(config)
+        self.ff_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.ff = SwiGLU(config)
+
+    def forward(self, x, *context):
+        x = x + self.attn(self.attn_norm(x), *context)
+        return x + self.ff(self.ff_norm(x))
+
+
+class FusedCrossEntropy(torch.autograd.Function):
+    """sum_i weights_i * CE(h_i W^T, targets_i), a few rows at a time: M x V in float32 never exists.
+
+    The gradients are made in forward, chunk by chunk, while the logits of the chunk are at hand, so backward
+    multiplies nothing again (6 FLOPs per weight and row, as without chunks).
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, weights, chunk):
+        w = weight.to(h.dtype)
+        wide = torch.promote_types(h.dtype, torch.float32)
+        loss, dh, dw = h.new_zeros((), dtype=wide), torch.empty_like(h), torch.zeros_like(w, dtype=wide)
+        for i in range(0, h.shape[0], chunk):
+            rows, y, scale = h[i:i + chunk], targets[i:i + chunk, None], weights[i:i + chunk, None].to(wide)
+            z = (rows @ w.t()).to(wide)                                                 # (chunk, V)
+            lse = z.logsumexp(-1, keepdim=True)
+            loss += (scale * (lse - z.gather(1, y))).sum()
+            g = z.sub_(lse).exp_().scatter_add_(1, y, torch.full_like(lse, -1)).mul_(scale).to(h.dtype)
+            dh[i:i + chunk] = g @ w
+            dw += g.t() @ rows
+        ctx.save_for_backward(dh, dw)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        dh, dw = ctx.saved_tensors
+        return dh * grad.to(dh.dtype), (dw * grad).to(ctx.weight_dtype), None, None, None
+
+
+def weighted_cross_entropy(h, weight, targets, weights, chunk=2048, small=64e6):
+    """sum_i weights_i * CE(h_i W^T, targets_i): h (M, C), weight (V, C), targets (M,), weights (M,) -> ().
+
+    Cross-entropy in float32 at least: a weight of 1/t multiplies its rounding by up to 1000. Chunked as soon as the
+    logits would take more than `small` bytes; below that one product is faster.
+    """
+    if targets.shape[0] * weight.shape[0] * 4 > small:
+        with torch.autocast(h.device.type, enabled=False):
+            return FusedCrossEntropy.apply(h, weight, targets, weights, chunk)
+    logits = F.linear(h, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (F.cross_entropy(logits, targets, reduction='none') * weights.to(logits.dtype)).sum()
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def forward(self, ids, *, pos=None, kv=None, visible=None, cu_seqlens=None, rows=None, targets=None, weights=None):
+        """ids (B, W) int64 -> logits (B, W, V).
+
+        pos (W,) int64: where the ids stand on the canvas (default 0 .. W-1; with cu_seqlens counted anew per segment).
+        kv (n_layer, 2, B, n_kv_head, T, D): cached keys (rotated) and values; rows `pos` are overwritten, all T seen.
+        visible (B, T) bool: keys that may be looked at; False hides left padding.
+        cu_seqlens (n+1,) int32: borders of packed segments, counted over the batch read row by row.
+        rows (B, W) bool: return only these M positions, (M, V) in row-major order: the head is the widest matrix.
+        targets (M,) int64 and weights (M,): return the scalar sum of weights * cross-entropy over those rows
+            instead of logits. (The head must be read inside this forward: FSDP has it gathered only here.)
+        """
+        config = self.config
+        if pos is None:
+            pos = torch.arange(ids.shape[1], device=ids.device)
+            if cu_seqlens is not None:
+                count = torch.arange(ids.numel(), device=ids.device)
+                start = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+                pos = (count - start).view(ids.shape)
+        x = self.embed(ids)                                                             # (B, W, C)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))       # a narrow residual stream halves the memory traffic
+        cos, sin = rope_angles(pos.flatten(), config.head_dim, config.rope_theta)
+        if pos.dim() == 2:
+            cos, sin = (z.view(*pos.shape, -1)[:, None] for z in (cos, sin))            # (B, 1, W, D/2)
+        if not config.rope_fp32:
+            cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        hidden = self._hidden(ids.shape[1], pos, kv, visible)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, pos, None if kv is None else kv[i], hidden, cu_seqlens)
+        if rows is not None:
+            x = x[rows]                                                                 # (M, C)
+        x = self.norm(x)
+        head = self.embed.weight if self.head is None else self.head.weight
+        if targets is not None:
+            return weighted_cross_entropy(x, head, targets, weights)
+        return F.linear(x, head)
+
+    def _hidden(self, W, pos, kv, visible):
+        """Which keys a query must not see, as one mask, or None if SDPA can do without: bool (B or 1, 1, W, T)."""
+        hidden = None if visible is None else ~visible[:, None, None, :]
+        if self.config.causal and (kv is not None or hidden is not None):
+            T = W if kv is None else kv.shape[-2]
+            future = torch.arange(T, device=pos.device) > pos[:, None]                  # (W, T)
+            hidden = future[None, None] if hidden is None else hidden | future
+        if hidden is None:
+            return None
+        return hidden & ~hidden.all(-1, keepdim=True)       # a query that may see nothing sees all: no NaN, nobody reads it
+
+    def new_kv(self, batch_size, length):
+        """An empty cache for `forward(kv=...)`: (n_layer, 2, B, n_kv_head, T, D) in the dtype of the weights."""
+        c, like = self.config, self.embed.weight
+        return like.new_zeros(c.n_layer, 2, batch_size, c.n_kv_head, length, c.head_dim)
+
+    def num_params(self, non_embedding=False):
+        """All parameters, or those outside the embedding and head (N of the papers' 6ND)."""
+        n = sum(p.numel() for p in self.parameters())
+        return n - (1 if self.config.tied else 2) * self.embed.weight.numel() if non_embedding else n
+
+    def flops_per_token(self, masked_fraction=1.0):
+        """FLOPs per token of one forward and backward pass; the head is credited only for the rows it computes.
+
+        The attention term is the full square, exact without a causal mask (a causal kernel may do half of it).
+        """
+        c = self.config
+        blocks = self.num_params(non_embedding=True) - (2 * c.n_layer + 1) * c.d_model
+        return 6 * blocks + 6 * c.d_model * c.vocab_size * masked_fraction + 12 * c.n_layer * c.d_model * c.seq_len
+
+
+@torch.no_grad()
+def init_weights(model, seed=0, emb_std=None):
+    """Fills a fresh model; each matrix from its own generator, keyed by seed and name, whatever is sharded where.
+
+    The scheme is the one named in the released LLaDA config ("mitchell"; that pre-training used it is unconfirmed):
+    a normal cut at three sigma with std 1/sqrt(fan_in), divided by sqrt(2 * layer) for the two matrices of a block
+    that write to the residual stream; the embedding has std 1/sqrt(C) unless `emb_std` says otherwise.
+    """
+    for name, p in model.named_parameters():
+        if p.dim() < 2:
+            p.fill_(1.0)
+            continue
+        std = p.shape[1] ** -0.5
+        if name.endswith(('attn.out.weight', 'ff.down.weight')):
+            std *= (2 * (int(name.split('.')[1]) + 1)) ** -0.5
+        if name == 'embed.weight' and emb_std is not None:
+            std = emb_std
+        generator = torch.Generator(p.device).manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        nn.init.trunc_normal_(p, 0.0, std, -3 * std, 3 * std, generator=generator)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights on disk: checkpoints of train.py, and folders of released weights
+
+
+def load_model(path, device='cpu', dtype=None):
+    """One door to all weights: -> (model in eval mode, meta).
+
+    path: a step folder or a run folder of train.py (its newest step), or a Hugging Face style folder (config.json and
+    *.safetensors) of LLaDA or iLLaDA. dtype None keeps the stored one. meta: mask_id, eos_id, pad_id, bos_id (None
+    where the folder does not tell), tokenizer (a spec for data.get_tokenizer, or None), config, iteration, folder.
+    Nothing is unpickled but tensors, no remote code is run, every shape is checked. Raises ValueError or OSError.
+    """
+    path = Path(path)
+    if (path / 'config.json').is_file():
+        return _load_release(path, device, dtype)
+    folder = path
+    if not (path / 'manifest.json').is_file():
+        steps = find_checkpoints(path)
+        if not steps:
+            raise FileNotFoundError(f'{path}: no checkpoint here (want a folder of train.py, or config.json with *.safetensors)')
+        folder = steps[-1]
+    manifest = read_checkpoint(folder)
+    with torch.device('meta'):
+        model = Transformer(ModelConfig(**manifest['model']))
+    state = torch.load(folder / 'model.pt', map_location='cpu', weights_only=True, mmap=True)
+    _fill(model, {name: name for name in model.state_dict()}, state.keys(), lambda name: state[name], device, dtype, folder)
+    spec = manifest['tokenizer']
+    meta = dict(manifest['ids'], tokenizer=str(folder / spec) if spec.endswith('.json') else spec, folder=str(folder),
+                config=manifest['config'], iteration=manifest['iteration'])
+    return model.eval(), meta
+
+
+def find_checkpoints(run):
+    """The complete step folders of a run, oldest first (a folder is complete once it bears its final name)."""
+    return sorted(f for f in Path(run).glob('iter_*') if f.name[5:].isdigit() and (f / 'manifest.json').is_file())
+
+
+def read_checkpoint(folder):
+    """The manifest of a step folder, after checking every file against its sha256."""
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
+        if manifest['format'] != 'nanollada 1':
+            raise ValueError(f"format {manifest['format']!r}, this code reads 'nanollada 1'")
+        files = dict(manifest['files'])
+        for key in ('model', 'ids', 'tokenizer', 'config', 'iteration'):
+            manifest[key]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f'{folder / "manifest.json"}: not a checkpoint manifest ({type(e).__name__}: {e})') from None
+    for name, sha256 in files.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size == 0:
+            raise ValueError(f'{file}: missing or empty')
+        if hashlib.sha256(np.memmap(file, np.uint8, 'r')).hexdigest() != sha256:
+            raise ValueError(f'{file}: damaged (its sha256 is not the one in the manifest)')
+    return manifest
+
+
+def _fill(model, names, stored, read, device, dtype, where):
+    """Puts tensors into a model built on the meta device, one at a time. names: ours -> stored name."""
+    missing, extra = set(names.values()) - set(stored), set(stored) - set(names.values())
+    if missing or extra:
+        what = f'lacks {sorted(missing)[0]}' if missing else f'has {sorted(extra)[0]}, which this architecture does not'
+        raise ValueError(f'{where}: {what} ({len(missing)} tensors missing, {len(extra)} unknown)')
+    for ours, theirs in names.items():
+        module, leaf = model.get_submodule(ours.rpartition('.')[0]), ours.rpartition('.')[2]
+        want, tensor = getattr(module, leaf).shape, read(theirs)
+        if tensor.shape != want:
+            raise ValueError(f'{where}: {theirs} has shape {list(tensor.shape)}, the configuration says {list(want)}')
+        setattr(module, leaf, nn.Parameter(tensor.to(device=device, dtype=dtype or tensor.dtype)))
+
+
+# The released layouts. LLaDA's gate is `ff_proj` (SiLU goes through it), and `ff_out` is two different matrices.
+RELEASES = {
+    'llada': {
+        'embed': 'model.transformer.wte', 'norm': 'model.transformer.ln_f', 'head': 'model.transformer.ff_out',
+        'block': 'model.transformer.blocks.', 'attn_norm': 'attn_norm', 'ff_norm': 'ff_norm', 'attn.q': 'q_proj',
+        'attn.k': 'k_proj', 'attn.v': 'v_proj', 'attn.out': 'attn_out', 'ff.gate': 'ff_proj', 'ff.up': 'up_proj',
+        'ff.down': 'ff_out'},
+    'illada': {
+        'embed': 'model.embed_tokens', 'norm': 'model.norm', 'head': 'lm_head', 'block': 'model.layers.',
+        'attn_norm': 'input_layernorm', 'ff_norm': 'post_attention_layernorm', 'attn.q': 'self_attn.q_proj',
+        'attn.k': 'self_attn.k_proj', 'attn.v': 'self_attn.v_proj', 'attn.out': 'self_attn.o_proj',
+        'ff.gate': 'mlp.gate_proj', 'ff.up': 'mlp.up_proj', 'ff.down': 'mlp.down_proj'},
+}
+CONFIG_KEYS = {             # ours -> the key of config.json
+    'llada': dict(vocab_size='embedding_size', seq_len='max_sequence_length', n_layer='n_layers', n_head='n_heads',
+                  n_kv_head='n_kv_heads', d_model='d_model', d_ff='mlp_hidden_size', rope_theta='rope_theta',
+                  norm_eps='rms_norm_eps', tied='weight_tying', rope_fp32='rope_full_precision'),
+    'illada': dict(vocab_size='vocab_size', seq_len='max_position_embeddings', n_layer='num_hidden_layers',
+                   n_head='num_attention_heads', n_kv_head='num_key_value_heads', d_model='hidden_size',
+                   d_ff='intermediate_size', rope_theta='rope_theta', norm_eps='rms_norm_eps', tied='tie_word_embeddings'),
+}
+PLAIN = {                   # what the two architectures are, as far as their config.json can say otherwise
+    'llada': dict(activation_type='silu', block_type='llama', layer_norm_type='rms', rope=True, alibi=False,
+                  include_bias=False, include_qkv_bias=False, bias_for_layer_norm=False, attention_layer_norm=False,
+                  input_emb_norm=False, scale_logits=False, multi_query_attention=None, layer_norm_with_affine=True),
+    'illada': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, layer_norm_eps=None, rope_scaling=None),
+}
+
+
+def release_names(kind, config):
+    """Our parameter names -> the names in a released folder."""
+    table = RELEASES[kind]
+    names = {f'{part}.weight': f'{table[part]}.weight' for part in ('embed', 'norm', 'head')}
+    if config.tied:
+        del names['head.weight']
+    for i in range(config.n_layer):
+        for part in ('attn_norm', 'attn.q', 'attn.k', 'attn.v', 'attn.out', 'ff_norm', 'ff.gate', 'ff.up', 'ff.down'):
+            names[f'blocks.{i}.{part}.weight'] = f"{table['block']}{i}.{table[part]}.weight"
+    return names
+
+
+def release_config(folder):
+    """config.json of a released folder -> (kind, ModelConfig, the raw dict); refuses by name what we do not compute."""
+    path = Path(folder) / 'config.json'
+    try:
+        raw = json.loads(path.read_text(encoding='utf-8'))
+        kind = raw['model_type']
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f'{path}: not a model configuration ({type(e).__name__}: {e})') from None
+    if kind not in RELEASES:
+        raise ValueError(f"{path}: model_type {kind!r}; known are {', '.join(RELEASES)}")
+    for key, plain in PLAIN[kind].items():
+        if raw.get(key, plain) != plain and raw[key] is not None:
+            raise ValueError(f'{path}: {key} = {raw[key]!r} is not supported (only {plain!r})')
+    fields_ = {ours: raw[theirs] for ours, theirs in CONFIG_KEYS[kind].items() if raw.get(theirs) is not None}
+    if kind == 'illada':
+        fields_['rope_fp32'] = False
+    elif 'd_ff' not in fields_ and 'mlp_ratio' in raw:
+        fields_['d_ff'] = raw['mlp_ratio'] * raw['d_model']
+    fields_.setdefault('n_kv_head', fields_.get('n_head'))
+    if kind == 'llada':
+        fields_.setdefault('vocab_size', raw.get('vocab_size'))
+    unknown = [CONFIG_KEYS[kind][k] for k in CONFIG_KEYS[kind] if k not in fields_]
+    if unknown:                                                     # a guessed theta degrades quietly: never guess
+        raise ValueError(f"{path}: {', '.join(unknown)} missing")
+    return kind, ModelConfig(**fields_), raw
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError('released weights need one more package: pip install safetensors') from None
+    return safetensors
+
+
+def _load_release(folder, device, dtype):
+    """A LLaDA or iLLaDA folder, tensor by tensor: peak memory is the model and one tensor."""
+    kind, config, raw = release_config(folder)
+    safetensors = _safetensors()
+    index = folder / 'model.safetensors.index.json'
+    if index.is_file():
+        try:
+            shard_of = dict(json.loads(index.read_text(encoding='utf-8'))['weight_map'])
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f'{index}: not a safetensors index ({type(e).__name__}: {e})') from None
+        shards = sorted(set(shard_of.values()))
+    else:
+        shards = [f.name for f in sorted(folder.glob('*.safetensors')) if f.name != 'parity.safetensors'][:1]
+        if not shards:
+            raise FileNotFoundError(f'{folder}: no *.safetensors here')
+    where = {}
+    for shard in shards:
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise FileNotFoundError(f'{folder / shard}: missing, but named in {index.name}')
+        try:
+            with safetensors.safe_open(folder / shard, 'pt') as f:
+                where.update({name: (shard, f.get_slice(name).get_shape()) for name in f.keys()})
+        except safetensors.SafetensorError as e:
+            raise ValueError(f'{folder / shard}: not a complete safetensors file ({e})') from None
+
+    def read(name):
+        with safetensors.safe_open(folder / where[name][0], 'pt') as f:
+            return f.get_tensor(name)
+
+    if len(where) not in (9 * config.n_layer + 2, 9 * config.n_layer + 3):      # before a hostile size is built
+        raise ValueError(f'{folder}: {len(where)} tensors, {config.n_layer} layers have {9 * config.n_layer + 2 + (not config.tied)}')
+    embed, head = (f'{RELEASES[kind][part]}.weight' for part in ('embed', 'head'))
+    if list(where.get(embed, (0, []))[1]) != [config.vocab_size, config.d_model]:
+        raise ValueError(f'{folder}: {embed} is not [{config.vocab_size}, {config.d_model}], as config.json says')
+    if config.tied and head in where:                                           # some shards store the tied head as well
+        if not torch.equal(read(head), read(embed)):
+            raise ValueError(f'{folder}: the configuration ties {head} to {embed}, but they differ')
+        del where[head]
+    with torch.device('meta'):
+        model = Transformer(config)
+    _fill(model, release_names(kind, config), where, read, device, dtype, folder)
+    meta = {'mask_id': raw.get('mask_token_id'), 'eos_id': raw.get('eos_token_id'), 'pad_id': raw.get('pad_token_id'),
+            'bos_id': raw.get('bos_token_id'), 'tokenizer': None, 'config': None, 'iteration': None, 'folder': str(folder)}
+    if (folder / 'tokenizer.json').is_file():
+        meta['tokenizer'] = str(folder / 'tokenizer.json')
+    return model.eval(), meta
+
+
+def save_release(model, meta, path):
+    """Writes a model in the layout of the released LLaDA (iLLaDA if it rotates in its own dtype): load_model reads it back."""
+    config = model.config
+    if config.causal:
+        raise ValueError('the released layouts are bidirectional: an autoregressive model cannot be saved in them')
+    kind, path = 'llada' if config.rope_fp32 else 'illada', Path(path)
+    safetensors = _safetensors()
+    path.mkdir(parents=True, exist_ok=True)
+    raw = {'model_type': kind, 'architectures': [{'llada': 'LLaDAModelLM', 'illada': 'ILLaDAForCausalLM'}[kind]], **PLAIN[kind],
+           **{theirs: getattr(config, ours) for ours, theirs in CONFIG_KEYS[kind].items()}, 'vocab_size': config.vocab_size,
+           'mask_token_id': meta.get('mask_id'), 'eos_token_id': meta.get('eos_id'), 'pad_token_id': meta.get('pad_id'),
+           'bos_token_id': meta.get('bos_id'), 'torch_dtype': str(model.embed.weight.dtype).removeprefix('torch.')}
+    state = model.state_dict()
+    tensors = {theirs: state[ours].contiguous() for ours, theirs in release_names(kind, config).items()}
+    safetensors.torch.save_file(tensors, path / 'model.safetensors', metadata={'format': 'pt'})
+    if str(meta.get('tokenizer') or '').endswith('.json'):
+        (path / 'tokenizer.json').write_bytes(Path(meta['tokenizer']).read_bytes())
+    (path / 'config.json').write_text(json.dumps(raw, indent=1), encoding='utf-8')       # last: with it the folder is complete

@@ -1,0 +1,78 @@
+"""What several tests share: the table model, the golden vectors, small models and small data."""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from model import ModelConfig, Transformer, init_weights, load_model
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / 'golden'
+V, T, MASK = 3, 3, 3                                    # the table: 27 sequences of 3 tokens, and one id for [MASK]
+
+
+def table_model(seed=0):
+    """A joint distribution over V^T sequences and its exact mask predictor, in float64: -> (p (V, .., V), model)."""
+    p = torch.rand((V,) * T, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) ** 3
+    p = p / p.sum()
+    sequences = torch.tensor(list(product(range(V), repeat=T)))                         # (27, T)
+    weight = p.flatten()
+
+    def model(ids):
+        agrees = ((ids[:, None] == sequences) | (ids[:, None] == MASK)).all(-1)         # (B, 27)
+        posterior = agrees * weight
+        onehot = torch.nn.functional.one_hot(sequences, V + 1).double()                 # (27, T, V + 1)
+        marginal = torch.einsum('bs,stv->btv', posterior, onehot) / posterior.sum(1)[:, None, None]
+        return marginal.log()                                                           # -inf for [MASK]
+
+    return p, model
+
+
+def read_safetensors(path):
+    """The tensors of a small trusted file: 8 bytes of header length, a JSON header, then the data."""
+    raw = Path(path).read_bytes()
+    n = int.from_bytes(raw[:8], 'little')
+    kinds = {'F32': np.float32, 'I32': np.int32}
+    out = {}
+    for name, entry in json.loads(raw[8:8 + n]).items():
+        if name != '__metadata__':
+            a, b = entry['data_offsets']
+            array = np.frombuffer(raw[8 + n + a:8 + n + b], dtype=kinds[entry['dtype']]).reshape(entry['shape'])
+            out[name] = torch.from_numpy(array.copy())
+    return out
+
+
+def golden(name):
+    """The cases of one golden file, as pytest parameters."""
+    cases = json.loads((GOLDEN / name).read_text())['cases']
+    return [pytest.param(c, id=c.get('id', f"{c.get('mask_num')}-{c.get('steps')}")) for c in cases]
+
+
+_models = {}
+
+
+def golden_model(name):
+    if name not in _models:
+        pytest.importorskip('safetensors', reason='released weights need: pip install safetensors')
+        _models[name] = load_model(GOLDEN / 'models' / name)[0]
+    return _models[name]
+
+
+def tiny_model(seed=0, **changes):
+    """A small random Transformer in float32."""
+    shape = dict(vocab_size=40, seq_len=16, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48)
+    return init_weights(Transformer(ModelConfig(**{**shape, **changes})), seed, emb_std=1.0)
+
+
+def small_corpus(folder, n_documents=40, tokenizer='bytes'):
+    """A few kB of seeded words, prepared into `folder`."""
+    rng = np.random.default_rng(0)
+    words = ['mask', 'token', 'noise', 'step', 'the', 'a', 'model', 'fills', 'in', 'text', 'again']
+    documents = [(f'd{i}', ' '.join(rng.choice(words, 120)) + '\n') for i in range(n_documents)]
+    data.prepare(documents, folder, tokenizer)
+    return folder
