@@ -117,6 +117,8 @@ def _assign(final, settings, key, value, where, problems):
         hint = f'; did you mean {" or ".join(near)}?' if near else ''
         return problems.append(f'{where}: no setting is called {key!r}{hint}')
     kind, flag = type(settings[key]), where.startswith('--')
+    if flag and settings[key] == []:                # a list that is empty by default collects texts, one a flag
+        return final[key].append(value)
     try:
         final[key] = _parse(value, kind) if flag else _convert(value, kind)
     except (KeyError, ValueError, SyntaxError, ArithmeticError, RecursionError, MemoryError):

@@ -409,6 +409,16 @@ def _write_shards(pieces, split_of, folder, spec, shard_tokens):
 # Loading: windows of a memory-mapped split, chosen by a number
 
 
+def open_dataset(name, verify=True):
+    """The corpus of a name or folder; `docs`, which needs no network, is prepared on first use."""
+    folder = Path(name) if (Path(name) / 'manifest.json').is_file() or '/' in name else Path('data') / name
+    if name == 'docs' and not (folder / 'manifest.json').is_file():
+        print('preparing data/docs (once): the documentation that this Python carries')
+        documents, tokenizer, _ = DATASETS['docs']
+        prepare(documents(), folder, tokenizer)
+    return open_corpus(folder, verify)
+
+
 def open_corpus(folder, verify=True):
     """Opens a prepared folder and checks it: sizes always, checksums unless verify is off -> Corpus."""
     folder = Path(folder)

@@ -16,6 +16,7 @@ Letters: B batch, T canvas length, V vocabulary, M rows read out, L number of ma
 
 import inspect
 import math
+import zlib
 from collections import namedtuple
 
 import numpy as np
@@ -62,6 +63,11 @@ def sample_t(batch_size, eps=1e-3, stratified=True, generator=None, device=None)
     return 1 - (1 - eps) * u
 
 
+def keyed_generator(*key, device='cpu'):
+    """A torch.Generator for a key of whole numbers. Hashed, for the CPU generator looks at 32 bits of its seed only."""
+    return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
+
+
 def row_noise(seed, iteration, rows, T):
     """Uniform noise (len(rows), T) float32 for global rows of an iteration: a function of (seed, iteration, row) alone.
 
@@ -98,6 +104,15 @@ def forward_process(x0, t, mask_id, maskable=None, generator=None, *, exact=Fals
 # Training losses
 
 
+def weighted_loss(model, ids, targets, rows, weights, **options):
+    """Sum of weights (M,) * cross-entropy of targets (B, T) at the True positions of rows (B, T) -> ()."""
+    if takes(model, 'targets'):                                             # head and loss fused: M x V need not exist
+        return model(ids, rows=rows, targets=targets[rows], weights=weights, **options)
+    logits = logits_of(model, ids, rows, **options)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))    # a weight of 1/t magnifies rounding
+    return (F.cross_entropy(logits, targets[rows], reduction='none') * weights).sum()
+
+
 def diffusion_loss(model, x0, maskable, mask_id, *, t=None, masked=None, per='token', cu_seqlens=None, generator=None,
                    exact=False, total=None):
     """The training loss, a scalar, from x0 (B, T) int64 and maskable (B, T) bool.
@@ -122,13 +137,8 @@ def diffusion_loss(model, x0, maskable, mask_id, *, t=None, masked=None, per='to
         weight = weight / (total or n.sum())                                            # Eq. 3
     else:
         weight = weight / n.clamp(min=1) / (total or x0.shape[0])                       # Eq. 5
-    weights = weight[:, None].expand_as(x0)[masked].float()                             # (M,)
-    options = {} if cu_seqlens is None else {'cu_seqlens': cu_seqlens}
-    if takes(model, 'targets'):                                             # head and loss fused: M x V need not exist
-        return model(xt, rows=masked, targets=x0[masked], weights=weights, **options)
-    logits = logits_of(model, xt, masked, **options)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))    # a weight of 1/t magnifies rounding
-    return (F.cross_entropy(logits, x0[masked], reduction='none') * weights).sum()
+    weights = weight[:, None].expand_as(x0)[masked]                                     # (M,)
+    return weighted_loss(model, xt, x0, masked, weights, cu_seqlens=cu_seqlens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,21 +164,22 @@ def eq6_terms(model, x0, maskable, mask_id, u, noise, **options):
 
 
 @torch.no_grad()
-def bound_per_row(model, x0, maskable, mask_id, *, draws=16, batch_size=32, seed=0):
+def bound_per_row(model, x0, maskable, mask_id, *, draws=16, batch_size=32, seed=0, first=0):
     """Eq. 6 for many rows: x0 (N, T), maskable (N, T) -> lower bounds on log p, (N,) float64, each a mean of `draws`.
 
     The noise is fixed by the seed, and stratified over the draws of a row and over the rows: two checkpoints are
-    compared on the same masks, and nothing is taken from the training stream.
+    compared on the same masks, and nothing is taken from the training stream. first: number of the first row, when
+    the rows are a part of a longer list.
     """
     N, T = x0.shape
-    index = torch.arange(N * draws)
+    index = torch.arange(first * draws, (first + N) * draws)
     u = (index % draws + (index // draws + 0.5) * GOLDEN % 1) / draws                   # stratum of the draw, spread by the row
     out = torch.zeros(N, dtype=torch.float64)
     for i in range(0, N * draws, batch_size):
         part = index[i:i + batch_size]
-        row = part // draws
+        row = part // draws - first
         noise = row_noise(seed, 0, part.tolist(), T).to(x0.device)
-        terms = eq6_terms(model, x0[row], maskable[row], mask_id, u[part].to(x0.device), noise)
+        terms = eq6_terms(model, x0[row], maskable[row], mask_id, u[i:i + batch_size].to(x0.device), noise)
         out.index_add_(0, row, terms.cpu())
     return out / draws
 
@@ -282,6 +293,8 @@ def canvas(prompts, gen_length, mask_id, pad_id):
     prompts: lists of ids -> x (B, T) int64 ending in gen_length masks; visible (B, T) bool, False on padding;
     prompt (B, T) bool, the given tokens (a mask inside a prompt is a gap to fill, not a given token).
     """
+    if pad_id == mask_id:
+        raise ValueError(f'padding must not look like a mask: pad_id and mask_id are both {mask_id}')
     longest = max(len(p) for p in prompts)
     x = torch.full((len(prompts), longest + gen_length), mask_id, dtype=torch.long)
     visible = torch.ones_like(x, dtype=torch.bool)
@@ -298,10 +311,11 @@ def guided_logits(model, x, prompt, cfg_scale, mask_id, *, rows=None, **options)
     The second opinion sees the same canvas with the prompt (B or 1, T, bool) hidden as well; scale 0 does not ask it.
     """
     rows = x == mask_id if rows is None else rows
-    conditional = logits_of(model, x, rows, **options)
+    kv, other_kv = options.pop('kv', None) or (None, None)          # a cache for each of the two
+    conditional = logits_of(model, x, rows, kv=kv, **options)
     if not cfg_scale:
         return conditional
-    unconditional = logits_of(model, torch.where(prompt, mask_id, x), rows, **options)
+    unconditional = logits_of(model, torch.where(prompt, mask_id, x), rows, kv=other_kv, **options)
     return unconditional + (cfg_scale + 1) * (conditional - unconditional)
 
 
@@ -398,7 +412,23 @@ def block_plan(x, mask_id, gen_start, block_length, steps):
     return blocks
 
 
-def check_sampler(steps, temperature, cfg_scale, remasking, eos_id, logits_eos_inf, confidence_eos_eot_inf):
+def cached_rows(cache, T, start, end, step, turn):
+    """The rows of the canvas that a step recomputes, sorted host integers; None is all of them, exactly.
+
+    Attention looks both ways, so every commit changes every row: any cache is an approximation. 'prefix' recomputes
+    from the block to the end and 'dual' the block alone, both with a full pass when a block begins (Fast-dLLM, arXiv
+    2505.22618); 'roll' makes one full pass, then the block and as many of the other rows, in turn.
+    """
+    if cache is None or (turn if cache == 'roll' else step) == 0:
+        return None
+    if cache == 'roll':
+        n = end - start
+        return sorted({*range(start, end), *((turn * n + i) % T for i in range(n))})
+    return list(range(start, T if cache == 'prefix' else end))
+
+
+def check_sampler(steps, temperature, cfg_scale, remasking, eos_id=None, logits_eos_inf=False,
+                  confidence_eos_eot_inf=False, cache=None):
     """The settings that two samplers share, refused in one sentence before the first forward pass."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f'steps must be a whole number above 0, got {steps!r}')
@@ -408,6 +438,8 @@ def check_sampler(steps, temperature, cfg_scale, remasking, eos_id, logits_eos_i
         raise ValueError(f'cfg_scale must be 0 or more, got {cfg_scale}')
     if remasking not in ('low_confidence', 'random'):
         raise ValueError(f"remasking must be 'low_confidence' or 'random', got {remasking!r}")
+    if cache not in (None, 'prefix', 'dual', 'roll'):
+        raise ValueError(f"cache must be None, 'prefix', 'dual' or 'roll', got {cache!r}")
     if (logits_eos_inf or confidence_eos_eot_inf) and eos_id is None:
         raise ValueError('logits_eos_inf and confidence_eos_eot_inf need eos_id')
 
@@ -415,7 +447,7 @@ def check_sampler(steps, temperature, cfg_scale, remasking, eos_id, logits_eos_i
 @torch.no_grad()
 def generate(model, x, mask_id, *, steps, block_length=None, temperature=0., cfg_scale=0., remasking='low_confidence',
              prompt=None, visible=None, gen_start=None, eos_id=None, eot_id=None, logits_eos_inf=False,
-             confidence_eos_eot_inf=False, threshold=None, on_step=None, generator=None):
+             confidence_eos_eot_inf=False, threshold=None, cache=None, on_step=None, generator=None):
     """Fills every [MASK] of the canvas x (B, T) int64, wherever it stands -> Generated(x, n_forward).
 
     steps: denoising steps for the whole canvas, shared out over its blocks; a step commits an equal part of a block.
@@ -427,21 +459,27 @@ def generate(model, x, mask_id, *, steps, block_length=None, temperature=0., cfg
     cfg_scale, prompt (B, T) bool: guidance away from the canvas without its prompt (default: all that is given).
     visible (B, T) bool: False on left padding. eos_id, eot_id and the two flags: see propose.
     threshold: approximate parallel decoding: commit every proposal this probable, as many steps as that takes.
+    cache: None is exact; 'prefix', 'dual', 'roll' are approximate, see cached_rows; the model needs new_kv, pos and kv.
     on_step(x, committed): called after every step. generator: a torch.Generator, or a list of one for each row.
     """
-    check_sampler(steps, temperature, cfg_scale, remasking, eos_id, logits_eos_inf, confidence_eos_eot_inf)
+    check_sampler(steps, temperature, cfg_scale, remasking, eos_id, logits_eos_inf, confidence_eos_eot_inf, cache)
     x = x.clone()
     prompt = x != mask_id if prompt is None else prompt
-    n_forward = 0
+    kv = None if cache is None else [model.new_kv(*x.shape) for _ in range(2 if cfg_scale else 1)]
+    n_forward = turn = 0
     for start, end, block_steps in block_plan(x, mask_id, gen_start, block_length, steps):
         masked = x == mask_id
         masked[:, :start], masked[:, end:] = False, False
         schedule = num_transfer_tokens(masked.sum(1), block_steps).T.tolist()           # steps x B
-        for n in schedule if threshold is None else [[1] * len(x)] * (end - start):
+        for step, n in enumerate(schedule if threshold is None else [[1] * len(x)] * (end - start)):
             if not masked.any():                                                        # nothing left to ask
                 break
-            logits = guided_logits(model, x, prompt, cfg_scale, mask_id, rows=masked, visible=visible)
-            n_forward += 2 if cfg_scale else 1
+            pos = cached_rows(cache, x.shape[1], start, end, step, turn)
+            pos = slice(None) if pos is None else torch.tensor(pos, device=x.device)
+            where = {} if kv is None else {'kv': (*kv, None)[:2], 'pos': torch.arange(x.shape[1], device=x.device)[pos]}
+            logits = guided_logits(model, x[:, pos], prompt[:, pos], cfg_scale, mask_id, rows=masked[:, pos],
+                                   visible=visible, **where)
+            n_forward, turn = n_forward + (2 if cfg_scale else 1), turn + 1
             guess, trust = propose(logits, masked, mask_id, temperature=temperature, remasking=remasking, eos_id=eos_id,
                                    eot_id=eot_id, logits_eos_inf=logits_eos_inf,
                                    confidence_eos_eot_inf=confidence_eos_eot_inf, generator=generator)
@@ -468,8 +506,9 @@ def generate_variable_length(model, prompts, mask_id, eos_id, *, block_length, s
     if block_length < 1 or max_length < block_length:
         raise ValueError(f'max_length must hold a block of {block_length}, got {max_length}')
     ids, alive, n_forward = [list(p) for p in prompts], list(range(len(prompts))), 0
+    pad_id = int(mask_id == 0) if pad_id is None else pad_id        # hidden, so any other id will do
     for _ in range(max_length // block_length):
-        x, visible, _ = canvas([ids[i] for i in alive], block_length, mask_id, mask_id if pad_id is None else pad_id)
+        x, visible, _ = canvas([ids[i] for i in alive], block_length, mask_id, pad_id)
         if hasattr(model, 'parameters'):
             device = next(model.parameters()).device
             x, visible = x.to(device), visible.to(device)
@@ -503,11 +542,9 @@ def ar_loss(model, x0, maskable, *, per='token', bos_id=None, total=None):
     """Mean cross-entropy of the next token over the maskable ones: x0 (B, T), maskable (B, T) -> ()."""
     ids, targets, counted = shifted(x0, maskable, bos_id)
     n = counted.sum(1)                                                                  # (B,)
-    weight = n / n / (total or n.sum()) if per == 'token' else 1 / n.clamp(min=1) / (total or len(n))
-    weights = weight[:, None].expand_as(targets)[counted].float()
-    if takes(model, 'targets'):
-        return model(ids, rows=counted, targets=targets[counted], weights=weights)
-    return (F.cross_entropy(logits_of(model, ids, counted).float(), targets[counted], reduction='none') * weights).sum()
+    weight = torch.ones_like(n) / (total or n.sum()) if per == 'token' else 1 / n.clamp(min=1) / (total or len(n))
+    weights = weight[:, None].expand_as(targets)[counted]
+    return weighted_loss(model, ids, targets, counted, weights)
 
 
 @torch.no_grad()

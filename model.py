@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -307,9 +308,23 @@ def init_weights(model, seed=0, emb_std=None):
             std *= (2 * (int(name.split('.')[1]) + 1)) ** -0.5
         if name == 'embed.weight' and emb_std is not None:
             std = emb_std
-        generator = torch.Generator(p.device).manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        generator = torch.Generator(p.device).manual_seed(zlib.crc32(f'{seed} {name}'.encode()))     # uses 32 bits only
         nn.init.trunc_normal_(p, 0.0, std, -3 * std, 3 * std, generator=generator)
     return model
+
+
+def pick_device(device, dtype):
+    """-> (device, context manager for the forward pass). bfloat16 only where the hardware multiplies it."""
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if (device == 'cuda' and not torch.cuda.is_available()) or (device == 'mps' and not torch.backends.mps.is_available()):
+        raise ValueError(f'device {device!r} is not available here')
+    if dtype == 'auto':
+        probes = [getattr(torch.cpu, f'_is_{name}_supported', None) for name in ('amx_tile', 'avx512_bf16')]
+        fast = torch.cuda.is_bf16_supported() if device == 'cuda' else device == 'cpu' and any(p and p() for p in probes)
+        dtype = 'bfloat16' if fast else 'float32'
+    return device, torch.autocast(device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------

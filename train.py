@@ -17,7 +17,6 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +27,7 @@ from tqdm import tqdm
 import data
 import diffusion
 from configurator import configure, fail, user_errors
-from model import ModelConfig, Transformer, find_checkpoints, init_weights, load_model, read_checkpoint
+from model import ModelConfig, Transformer, find_checkpoints, init_weights, load_model, pick_device, read_checkpoint
 
 # --- run
 out_dir = 'out/docs'            # checkpoints (iter_*/) and log.jsonl
@@ -108,29 +107,6 @@ def check(cfg):
         raise ValueError('\n'.join(wrong))
 
 
-def pick_device(device, dtype):
-    """-> (device, context manager for the forward pass). bfloat16 only where the hardware multiplies it."""
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    if (device == 'cuda' and not torch.cuda.is_available()) or (device == 'mps' and not torch.backends.mps.is_available()):
-        raise ValueError(f'device {device!r} is not available here')
-    if dtype == 'auto':
-        probes = [getattr(torch.cpu, f'_is_{name}_supported', None) for name in ('amx_tile', 'avx512_bf16')]
-        fast = torch.cuda.is_bf16_supported() if device == 'cuda' else device == 'cpu' and any(p and p() for p in probes)
-        dtype = 'bfloat16' if fast else 'float32'
-    return device, torch.autocast(device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
-
-
-def open_dataset(name, verify):
-    """The corpus of a name or folder; `docs`, which needs no network, is prepared on first use."""
-    folder = Path(name) if (Path(name) / 'manifest.json').is_file() or '/' in name else Path('data') / name
-    if name == 'docs' and not (folder / 'manifest.json').is_file():
-        print('preparing data/docs (once): the documentation that this Python carries')
-        documents, tokenizer, _ = data.DATASETS['docs']
-        data.prepare(documents(), folder, tokenizer)
-    return data.open_corpus(folder, verify)
-
-
 def lr_factor(it, cfg):
     """The learning rate of update `it` (0-based) as a part of the peak: a pure function, so there is nothing to save."""
     warm = min(1.0, (it + 1) / cfg.warmup_iters) if cfg.warmup_iters else 1.0
@@ -170,7 +146,7 @@ def micro_batches(corpus, cfg, it, mask_id):
     size = cfg.batch_size * cfg.grad_accum
     t = None
     if not cfg.causal:
-        generator = torch.Generator().manual_seed(cfg.seed * 2**32 + it)
+        generator = diffusion.keyed_generator(cfg.seed, it)
         t = diffusion.sample_t(size, 0.0 if cfg.count_form else cfg.mask_eps, cfg.stratified, generator)
     for start in range(0, size, cfg.batch_size):
         rows = range(start, start + cfg.batch_size)
@@ -227,7 +203,7 @@ def validate(model, windows, cfg, tok, device, autocast):
 
 def sample_text(model, cfg, tok, device, autocast, it):
     """A sample on one line: random remasking at temperature 1 draws from the model, where low-confidence would not."""
-    generator = torch.Generator(device).manual_seed(cfg.seed * 2**32 + it)
+    generator = diffusion.keyed_generator(cfg.seed, it, device=device)
     model.eval()
     with autocast:
         if cfg.causal:
@@ -342,7 +318,7 @@ def prepare_run(cfg):
     run = Path(cfg.out_dir)
     if find_checkpoints(run) and not cfg.resume:
         raise ValueError(f'{run} already holds a run: continue it with --resume, or choose another --out_dir')
-    corpus = open_dataset(cfg.dataset, cfg.verify_data)
+    corpus = data.open_dataset(cfg.dataset, cfg.verify_data)
     tok = data.corpus_tokenizer(corpus)
     shape = {f: getattr(cfg, f) for f in ('seq_len', 'n_layer', 'n_head', 'n_kv_head', 'd_model', 'd_ff', 'rope_theta',
                                           'norm_eps', 'tied', 'causal')}
@@ -398,7 +374,7 @@ def main(config):
     log = Log(run / 'log.jsonl', it if cfg.resume else None)
     if not log.lines:
         log.write(config=config, model=vars(model.config), parameters=model.num_params(), device=device,
-                  dtype='float32' if isinstance(autocast, nullcontext) else 'bfloat16', torch=torch.__version__,
+                  dtype='bfloat16' if isinstance(autocast, torch.autocast) else 'float32', torch=torch.__version__,
                   numpy=np.__version__, python=platform.python_version(), machine=platform.platform())
     print(f'{model.num_params():,} parameters ({model.num_params(non_embedding=True):,} outside embedding and head), '
           f'{device}, {log.lines[0].get("dtype")}, {torch.get_num_threads()} threads; writing to {run}/')
