@@ -26,7 +26,7 @@ from model import load_model, pick_device
 checkpoint = 'out/docs'         # a run or a step of train.py, or a folder of released weights
 prompt = []                     # text to continue, or with ___ to fill in; none: unconditional samples
 num_samples = 3                 # samples when there is no prompt
-gen_length = 64                 # tokens to generate
+gen_length = 0                  # tokens to generate; 0: as many as fit into the context, at most 64
 gap_length = 3                  # tokens in each ___
 steps = 0                       # denoising steps; 0: one token a step
 block_length = 0                # finish blocks of this many tokens from left to right; 0: the whole canvas at once
@@ -62,21 +62,22 @@ def prompt_ids(text, tok, gap):
 def make_canvas(cfg, model, tok):
     """-> x, visible, given (B, T) and how many tokens are to be written; refuses what cannot be generated."""
     gaps = any(GAP in p for p in cfg.prompt)
-    for key in ('num_samples', 'gap_length') + (() if gaps else ('gen_length',)):
-        if getattr(cfg, key) < 1:
-            raise ValueError(f'{key} must be 1 or more, got {getattr(cfg, key)}')
+    for key, least in (('num_samples', 1), ('gap_length', 1), ('gen_length', 0), ('steps', 0), ('block_length', 0)):
+        if getattr(cfg, key) < least:
+            raise ValueError(f'{key} must be {least} or more, got {getattr(cfg, key)}')
     if model.config.causal and gaps:
         raise ValueError(f'an autoregressive model cannot fill a {GAP}: it only sees what stands before')
     if gaps and not all(GAP in p for p in cfg.prompt):
         raise ValueError(f'either all prompts have a {GAP} or none')
     prompts = [prompt_ids(p, tok, cfg.gap_length) for p in cfg.prompt] or [[]] * cfg.num_samples
-    new = max(p.count(tok.mask_id) for p in prompts) if gaps else cfg.gen_length
+    room = model.config.seq_len - max(len(p) for p in prompts)
+    new = max(p.count(tok.mask_id) for p in prompts) if gaps else cfg.gen_length or max(1, min(64, room))
     x, visible, given = diffusion.canvas(prompts, 0 if gaps else new, tok.mask_id, tok.pad_id)
     if x.shape[1] > model.config.seq_len:
         raise ValueError(f'prompt and gen_length take {x.shape[1]} tokens, the context holds {model.config.seq_len}')
     if cfg.steps > new:
         raise ValueError(f'steps must not exceed the {new} tokens to generate, got {cfg.steps}')
-    if cfg.block_length < 0 or cfg.block_length and new % cfg.block_length:
+    if cfg.block_length and new % cfg.block_length:
         raise ValueError(f'block_length must divide the {new} tokens to generate, got {cfg.block_length}')
     diffusion.check_sampler(cfg.steps or new, cfg.temperature, cfg.cfg_scale, cfg.remasking)
     if cfg.block_length and (cfg.steps or new) < new // cfg.block_length:

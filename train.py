@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import data
 import diffusion
-from configurator import configure, fail, user_errors
+from configurator import configure, user_errors
 from model import ModelConfig, Transformer, find_checkpoints, init_weights, load_model, pick_device, read_checkpoint
 
 # --- run
@@ -48,6 +48,7 @@ rope_theta = 10000.0            # base of the rotary frequencies (500000 in LLaD
 norm_eps = 1e-5                 # of RMSNorm
 tied = False                    # the head shares the embedding matrix
 causal = False                  # True: the autoregressive baseline
+locality = 2.0                  # strength of an initial look at the neighbours (model.look_nearby); 0 is the papers' init
 emb_std = 1.0                   # std of the initial embedding; 0 takes 1/sqrt(d_model), as OLMo and the LLaDA config do
 # --- objective
 count_form = True               # hide exactly l of L tokens, weight L/l; False: each with probability t, weight 1/t (Eq. 3)
@@ -91,7 +92,7 @@ def check(cfg):
                 'log_interval', 'keep_last', 'learning_rate', 'muon_lr'):
         if not getattr(cfg, key) > 0:
             wrong.append(f'{key} must be above 0, got {getattr(cfg, key)}')
-    for key in ('seed', 'warmup_iters', 'decay_iters', 'grad_clip', 'weight_decay', 'sample_tokens', 'emb_std'):
+    for key in ('seed', 'warmup_iters', 'decay_iters', 'grad_clip', 'weight_decay', 'sample_tokens', 'emb_std', 'locality'):
         if not getattr(cfg, key) >= 0:
             wrong.append(f'{key} must be 0 or more, got {getattr(cfg, key)}')
     for key in ('mask_eps', 'min_lr_ratio', 'beta1', 'beta2'):
@@ -300,10 +301,14 @@ class Log:
 class Stop:
     """Ctrl-C and SIGTERM ask for a checkpoint after the running update; a second one leaves at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def ask(self, number, frame):
         if self.signal is not None:
@@ -329,7 +334,7 @@ def prepare_run(cfg):
             raise ValueError(f'init_from: {cfg.init_from} is {start.config}, the settings say {model.config}')
         model.load_state_dict(start.state_dict())
     else:
-        init_weights(model, cfg.seed, cfg.emb_std or None)
+        init_weights(model, cfg.seed, cfg.emb_std or None, cfg.locality)
     optimizers = make_optimizers(model, cfg, device)
     it = load_checkpoint(run, model, optimizers, device) if cfg.resume else 0
     windows = data.all_windows(corpus, 'val', cfg.seq_len, cfg.eval_windows)
@@ -338,11 +343,11 @@ def prepare_run(cfg):
     return device, autocast, run, corpus, tok, model, optimizers, it, windows
 
 
-def report(it, model, optimizers, run, corpus, cfg, tok, windows, device, autocast, log, bar, scale):
+def report(it, model, optimizers, run, corpus, cfg, tok, windows, device, autocast, log, bar):
     """A checkpoint, its validation bound, a sample; then old checkpoints go."""
     if not (run / f'iter_{it:07d}').exists():
         save_checkpoint(run, it, model, optimizers, cfg, tok, corpus)
-    entry = log.bound_at(it)
+    entry, scale = log.bound_at(it), 1 / math.log(2) / data.bytes_per_token(corpus, 'val')
     if entry is None:
         nats, stderr = validate(model, windows, cfg, tok, device, autocast)
         entry = {'iter': it, 'val_nats': nats, 'val_nats_stderr': stderr, 'val_bits_per_byte': nats * scale,
@@ -370,7 +375,6 @@ def main(config):
     if cfg.compile:
         for block in model.blocks:
             block.compile()
-    per_byte = 1 / math.log(2) / data.bytes_per_token(corpus, 'val')                    # nats per token -> bits per byte
     log = Log(run / 'log.jsonl', it if cfg.resume else None)
     if not log.lines:
         log.write(config=config, model=vars(model.config), parameters=model.num_params(), device=device,
@@ -378,40 +382,50 @@ def main(config):
                   numpy=np.__version__, python=platform.python_version(), machine=platform.platform())
     print(f'{model.num_params():,} parameters ({model.num_params(non_embedding=True):,} outside embedding and head), '
           f'{device}, {log.lines[0].get("dtype")}, {torch.get_num_threads()} threads; writing to {run}/')
-    stop, tokens = Stop(), cfg.batch_size * cfg.grad_accum * cfg.seq_len
-    smooth, since, started = None, it, time.perf_counter()
-    bar = tqdm(total=cfg.max_iters, initial=it, unit='it', disable=None, dynamic_ncols=True)
-    while True:
-        if it % cfg.eval_interval == 0 and it or it == cfg.max_iters:
-            entry = report(it, model, optimizers, run, corpus, cfg, tok, windows, device, autocast, log, bar, per_byte)
-            since, started = it, time.perf_counter()
-        if it >= cfg.max_iters or stop.signal:
-            break
+    with Stop() as stop:
         try:
-            loss, norm = train_step(model, optimizers, corpus, cfg, it, tok, device, autocast)
+            it, entry = loop(it, cfg, model, optimizers, run, corpus, tok, windows, device, autocast, log, stop)
         except FloatingPointError as e:
-            bar.close()
             kept = find_checkpoints(run)
-            fail(f'stopped: {e}; ' + (f'the last good checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet'))
-        it += 1
-        smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
-        bar.update()
-        if it % cfg.log_interval == 0 or it == cfg.max_iters:
-            rate = (it - since) * tokens / (time.perf_counter() - started)
-            lr = optimizers[-1].param_groups[0]['lr']
-            log.write(iter=it, tokens=it * tokens, loss=loss, grad_norm=norm, lr=lr, tokens_per_second=round(rate))
-            line = f'loss {smooth:.3f} | {smooth * per_byte:.3f} bits/byte | lr {lr:.2e} | {rate / 1e3:.1f}k tok/s'
-            bar.set_description_str(f'iter {it}/{cfg.max_iters} | {line}')
-            if bar.disable and it % (10 * cfg.log_interval) == 0:
-                print(f'iter {it}/{cfg.max_iters} | {line} | eta {(cfg.max_iters - it) * tokens / rate / 60:.1f} min', flush=True)
-    bar.close()
-    if stop.signal and it < cfg.max_iters:
-        if it and not (run / f'iter_{it:07d}').exists():
-            save_checkpoint(run, it, model, optimizers, cfg, tok, corpus)
-            prune(run, cfg.keep_last)
-        print(f'saved iteration {it} in {run}/; go on with the same command and --resume')
+            print(f'stopped: {e}; ' + (f'the last good checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet'),
+                  file=sys.stderr)
+            sys.exit(1)
+    if entry is None:
+        print(f'saved iteration {it} in {run}/; go on with the same command and --resume' if it else 'stopped before the first update')
         sys.exit(128 + stop.signal)
     print(f"done: {entry['val_bits_per_byte']:.3f} bits/byte in {run}/iter_{it:07d}; look at it:  python sample.py {run}")
+
+
+def loop(it, cfg, model, optimizers, run, corpus, tok, windows, device, autocast, log, stop):
+    """Updates from iteration `it` to the end -> (iteration, last report), or (iteration, None) if asked to stop."""
+    tokens = cfg.batch_size * cfg.grad_accum * cfg.seq_len
+    per_byte = 1 / math.log(2) / data.bytes_per_token(corpus, 'train')                  # nats per token -> bits per byte
+    smooth, since, started = None, it, time.perf_counter()
+    with tqdm(total=cfg.max_iters, initial=it, unit='it', disable=None, dynamic_ncols=True) as bar:
+        while True:
+            if it % cfg.eval_interval == 0 and it or it == cfg.max_iters:
+                entry = report(it, model, optimizers, run, corpus, cfg, tok, windows, device, autocast, log, bar)
+                since, started = it, time.perf_counter()
+            if it >= cfg.max_iters:
+                return it, entry
+            if stop.signal is not None:
+                if it and not (run / f'iter_{it:07d}').exists():
+                    save_checkpoint(run, it, model, optimizers, cfg, tok, corpus)
+                    prune(run, cfg.keep_last)
+                return it, None
+            loss, norm = train_step(model, optimizers, corpus, cfg, it, tok, device, autocast)
+            it += 1
+            smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
+            bar.update()
+            if it % cfg.log_interval == 0 or it == cfg.max_iters:
+                rate = (it - since) * tokens / (time.perf_counter() - started)
+                lr = optimizers[-1].param_groups[0]['lr']
+                log.write(iter=it, tokens=it * tokens, loss=loss, grad_norm=norm, lr=lr, tokens_per_second=round(rate))
+                line = f'loss {smooth:.3f} | {smooth * per_byte:.3f} bits/byte | lr {lr:.2e} | {rate / 1e3:.1f}k tok/s'
+                bar.set_description_str(f'iter {it}/{cfg.max_iters} | {line}')
+                if bar.disable and it % (10 * cfg.log_interval) == 0:
+                    eta = (cfg.max_iters - it) * tokens / rate / 60
+                    print(f'iter {it}/{cfg.max_iters} | {line} | eta {eta:.1f} min', flush=True)
 
 
 if __name__ == '__main__':

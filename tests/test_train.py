@@ -1,0 +1,292 @@
+"""A run that was stopped, killed or split differently ends with the same bits; what is broken is refused."""
+
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import ROOT, small_corpus
+
+import data
+import diffusion
+import train
+from model import find_checkpoints, load_model, read_checkpoint
+
+TINY = dict(n_layer=2, n_head=2, n_kv_head=2, d_model=32, d_ff=48, seq_len=32, batch_size=4, grad_accum=2, max_iters=40,
+            warmup_iters=4, eval_interval=10, eval_windows=8, eval_draws=2, sample_tokens=8, log_interval=1, device='cpu', dtype='float32')
+
+
+@pytest.fixture(scope='module')
+def corpus_folder(tmp_path_factory):
+    return small_corpus(tmp_path_factory.mktemp('corpus') / 'small')
+
+
+def settings(corpus_folder, out, **changes):
+    defaults = {k: v for k, v in vars(train).items() if k.islower() and type(v) in (bool, int, float, str, list)}
+    return {**defaults, **TINY, 'dataset': str(corpus_folder), 'out_dir': str(out), **changes}
+
+
+def flags(config):
+    return [f'--{k}={v}' for k, v in config.items() if k in TINY or k in ('dataset', 'out_dir', 'resume', 'causal', 'optimizer')]
+
+
+def log_of(run):
+    lines = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in e.items() if k != 'tokens_per_second'} for e in lines if 'iter' in e]
+
+
+@pytest.fixture(scope='module')
+def straight(corpus_folder, tmp_path_factory):
+    """40 iterations without a break."""
+    run = tmp_path_factory.mktemp('straight') / 'run'
+    train.main(settings(corpus_folder, run))
+    return run
+
+
+def same_end(run, straight):
+    """Weights, optimizer and log are equal to the last bit."""
+    a, b = (read_checkpoint(r / 'iter_0000040')['files'] for r in (run, straight))
+    assert a == b and set(a) == {'model.pt', 'optim.pt'}
+    assert log_of(run) == log_of(straight)
+
+
+def start(config):
+    return subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *flags(config)], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < end, process.communicate()
+        time.sleep(0.01)
+
+
+def test_the_loss_falls_and_the_run_is_complete(straight):
+    log = log_of(straight)
+    losses = [e['loss'] for e in log if 'loss' in e]
+    bounds = [e['val_nats'] for e in log if 'val_nats' in e]
+    assert len(losses) == 40 and len(bounds) == 4 and bounds[-1] < bounds[0] < 6
+    assert [f.name for f in find_checkpoints(straight)] == ['iter_0000030', 'iter_0000040']
+    first = json.loads((straight / 'log.jsonl').read_text().splitlines()[0])
+    assert first['config']['max_iters'] == 40 and first['torch'] == torch.__version__ and first['parameters'] > 0
+    assert all(len(e['sample']) > 0 for e in log if 'val_nats' in e)
+
+
+def test_kill_and_resume(corpus_folder, straight, tmp_path):
+    run = tmp_path / 'run'
+    process = start(settings(corpus_folder, run))
+    wait_for(lambda: (run / 'iter_0000020').exists(), process)
+    process.kill()
+    process.wait()
+    with (run / 'log.jsonl').open('a') as f:
+        f.write('{"iter": 21, "lo')                                 # as if cut in the middle of a line
+    train.main(settings(corpus_folder, run, resume=True))
+    same_end(run, straight)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_so(corpus_folder, straight, tmp_path, number):
+    run = tmp_path / 'run'
+    process = start(settings(corpus_folder, run))
+    wait_for(lambda: (run / 'log.jsonl').exists() and (run / 'log.jsonl').read_text().count('\n') > 3, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    if process.returncode == 0:
+        pytest.skip('the run was over before the signal came')
+    assert process.returncode == 128 + number and 'saved iteration' in out and '--resume' in out and 'Traceback' not in err
+    train.main(settings(corpus_folder, run, resume=True))
+    same_end(run, straight)
+
+
+def test_a_damaged_checkpoint_is_passed_over(corpus_folder, straight, tmp_path, capsys):
+    run = tmp_path / 'run'
+    shutil.copytree(straight, run)
+    raw = bytearray((run / 'iter_0000040' / 'model.pt').read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (run / 'iter_0000040' / 'model.pt').write_bytes(raw)
+    with pytest.raises(ValueError, match='damaged'):
+        load_model(run)
+    train.main(settings(corpus_folder, run, resume=True))
+    assert 'passing over' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('damage', ['truncate', 'empty', 'gone', 'manifest', 'format'])
+def test_damaged_checkpoints_are_refused(straight, tmp_path, damage):
+    folder = tmp_path / 'iter_0000040'
+    shutil.copytree(straight / 'iter_0000040', folder)
+    file = folder / 'model.pt'
+    if damage == 'truncate':
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == 'empty':
+        file.write_bytes(b'')
+    elif damage == 'gone':
+        file.unlink()
+    elif damage == 'manifest':
+        (folder / 'manifest.json').write_text('{"format":')
+    else:
+        (folder / 'manifest.json').write_text((folder / 'manifest.json').read_text().replace('nanollada 1', 'nanollada 9'))
+    with pytest.raises(ValueError, match=str(folder)):
+        load_model(folder)
+
+
+@pytest.mark.parametrize('count_form', [False, True])
+def test_the_batch_may_be_split_in_any_way(corpus_folder, count_form):
+    """1 x 8, 2 x 4 and 8 x 1 draw the same tokens and masks, and give the same gradient."""
+    corpus, results = data.open_corpus(corpus_folder), []
+    model = train.Transformer(train.ModelConfig(corpus.manifest['vocab_size'], 32, 2, 2, 2, 32, 48))
+    train.init_weights(model, 0, 1.0)
+    mask_id = data.corpus_tokenizer(corpus).mask_id
+    for batch_size, grad_accum in ((8, 1), (4, 2), (2, 4), (1, 8)):
+        cfg = SimpleNamespace(**settings(corpus_folder, 'x', batch_size=batch_size, grad_accum=grad_accum, count_form=count_form))
+        pieces = list(train.micro_batches(corpus, cfg, 7, mask_id))
+        model.zero_grad()
+        for x0, maskable, t, masked in pieces:
+            diffusion.diffusion_loss(model, x0, maskable, mask_id, t=t, masked=masked, exact=count_form, total=8 * 32).backward()
+        results.append([torch.cat(z) for z in zip(*pieces)] + [torch.cat([p.grad.flatten() for p in model.parameters()])])
+    for other in results[1:]:
+        for a, b in zip(results[0][:4], other[:4]):
+            assert torch.equal(a, b)
+        torch.testing.assert_close(results[0][4], other[4], atol=1e-5, rtol=1e-4)
+    cfg = SimpleNamespace(**settings(corpus_folder, 'x', seed=5))
+    other_seed = next(train.micro_batches(corpus, cfg, 7, mask_id))
+    assert not torch.equal(other_seed[2], results[0][2][:4]) and not torch.equal(other_seed[0], results[0][0][:4])
+
+
+def test_evaluation_does_not_touch_training(corpus_folder, straight, tmp_path):
+    train.main(settings(corpus_folder, tmp_path / 'run', eval_interval=40, eval_draws=1, sample_tokens=0))
+    a, b = (read_checkpoint(r / 'iter_0000040')['files'] for r in (tmp_path / 'run', straight))
+    assert a == b
+
+
+@pytest.mark.parametrize('where', ['loss', 'weights'])
+def test_not_a_number_stops_before_the_update(corpus_folder, tmp_path, monkeypatch, capsys, where):
+    real, calls = diffusion.diffusion_loss, []
+
+    def sabotage(model, *args, **options):
+        calls.append(1)
+        loss = real(model, *args, **options)
+        return loss * (float('nan') if where == 'loss' else float('inf')) if len(calls) > 2 * 24 else loss
+
+    monkeypatch.setattr(diffusion, 'diffusion_loss', sabotage)
+    with pytest.raises(SystemExit) as e:
+        train.main(settings(corpus_folder, tmp_path / 'run'))
+    err = capsys.readouterr().err
+    assert e.value.code == 1 and 'iteration 25' in err and 'iter_0000020' in err
+    model, meta = load_model(tmp_path / 'run')
+    assert meta['iteration'] == 20 and all(p.isfinite().all() for p in model.parameters())
+
+
+def test_autoregressive_adamw_and_init_from(corpus_folder, tmp_path):
+    run = tmp_path / 'ar'
+    train.main(settings(corpus_folder, run, causal=True, optimizer='adamw', schedule='wsd', max_iters=10))
+    model, meta = load_model(run)
+    assert model.config.causal and meta['config']['optimizer'] == 'adamw'
+    train.main(settings(corpus_folder, tmp_path / 'more', causal=True, init_from=str(run), max_iters=1, warmup_iters=0,
+                        learning_rate=1e-12, muon_lr=1e-12))
+    again, _ = load_model(tmp_path / 'more')
+    for a, b in zip(model.parameters(), again.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_learning_rates_at_every_corner():
+    cfg = SimpleNamespace(schedule='cosine', warmup_iters=10, max_iters=110, min_lr_ratio=0.1, decay_iters=20)
+    at = [train.lr_factor(i, cfg) for i in range(111)]
+    assert at[0] == pytest.approx(0.1) and at[9] == 1.0 and at[10] == 1.0 and at[60] == pytest.approx(0.55) and at[110] == pytest.approx(0.1)
+    cfg.schedule = 'wsd'
+    at = [train.lr_factor(i, cfg) for i in range(111)]
+    assert at[0] == pytest.approx(0.1) and at[10] == at[90] == 1.0 and at[100] == pytest.approx(0.55) and at[110] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize('changes, says', [
+    (dict(batch_size=0), 'batch_size must be above 0'), (dict(optimizer='sgd'), "optimizer must be one of"), (dict(beta2=1.0), 'beta2'),
+    (dict(n_head=3), 'd_model / n_head'), (dict(seq_len=10 ** 6), 'too short'), (dict(dataset='no/such'), 'no data set here'),
+    (dict(device='cuda'), "'cuda' is not available"), (dict(resume=True), 'no checkpoint to resume from'),
+    (dict(init_from='no/such'), 'no checkpoint here'), (dict(dataset='shakespeare'), 'python data.py shakespeare'),
+])
+def test_bad_settings(corpus_folder, tmp_path, capsys, monkeypatch, changes, says):
+    if changes.get('device') == 'cuda' and torch.cuda.is_available():
+        pytest.skip('there is a GPU here')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        train.main(settings(corpus_folder, tmp_path / 'run', **changes))
+    assert e.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / 'run').exists()
+
+
+def test_a_run_is_not_overwritten_and_another_architecture_is_refused(corpus_folder, straight, capsys):
+    for changes, says in ((dict(), 'already holds a run'), (dict(resume=True, d_ff=64), 'another architecture (d_ff 48 here, 64 asked)')):
+        with pytest.raises(SystemExit) as e:
+            train.main(settings(corpus_folder, straight, **changes))
+        assert e.value.code == 2 and says in capsys.readouterr().err
+    assert (straight / 'iter_0000040').exists()
+
+
+# ------------------------------------------------------------------------------------------ sample.py and evaluate.py
+
+
+def script(name, *argv):
+    """Runs a script as the command line would, in this process."""
+    before = sys.argv
+    sys.argv = [f'{name}.py', *map(str, argv)]
+    try:
+        runpy.run_path(str(ROOT / f'{name}.py'), run_name='__main__')
+    finally:
+        sys.argv = before
+
+
+def test_sampling_from_a_run(straight, capsys):
+    script('sample', straight, '--gen_length=16', '--num_samples=2', '--show')
+    captured = capsys.readouterr()
+    assert captured.out.count('-' * 80) == 3 and '32 tokens' in captured.err and '   1 | ' in captured.out
+    script('sample', straight, '--prompt=the model ___ text', '--prompt=a ___ b', '--gap_length=4')
+    out = capsys.readouterr().out
+    assert 'the model' in out and ' text' in out
+    script('sample', straight, '--prompt=the', '--gen_length=8', '--block_length=4', '--steps=4', '--remasking=low_confidence',
+           '--temperature=0.5', '--cfg_scale=0.5')
+    a = capsys.readouterr().out
+    script('sample', straight, '--prompt=the', '--gen_length=8', '--block_length=4', '--steps=4', '--remasking=low_confidence',
+           '--temperature=0.5', '--cfg_scale=0.5')
+    assert a == capsys.readouterr().out                             # the seed decides
+
+
+@pytest.mark.parametrize('argv, says', [
+    (['--prompt='], 'the prompt is empty'), (['--prompt=' + 'x' * 40], 'the context holds 32'),
+    (['--gen_length=8', '--steps=9'], 'steps must not exceed the 8'), (['--gen_length=8', '--block_length=3'], 'block_length must divide the 8'),
+    (['--gen_length=-1'], 'gen_length must be 0 or more'), (['--temperature=-1'], 'temperature must be 0 or more'),
+    (['--remasking=best'], 'remasking must be'), (['--prompt=a ___', '--prompt=b'], 'either all prompts'),
+    (['--gen_length=8', '--block_length=4', '--steps=1'], 'at least the 2 blocks'), (['--checkpoint=no/such'], 'no checkpoint here'),
+    (['--gen_lenght=8'], 'did you mean gen_length'),
+])
+def test_bad_requests(straight, capsys, argv, says):
+    with pytest.raises(SystemExit) as e:
+        script('sample', straight, *argv)
+    captured = capsys.readouterr()
+    assert e.value.code == 2 and says in captured.err and len(captured.err.splitlines()) == 1 and captured.out == ''
+
+
+def test_control_characters_are_not_printed():
+    import sample
+    assert sample.clean('a\x1b[31mb\x07\n\tc') == 'a[31mb\n\tc'
+
+
+def test_bounds_side_by_side(corpus_folder, straight, tmp_path, capsys):
+    train.main(settings(corpus_folder, tmp_path / 'ar', causal=True, max_iters=10))
+    capsys.readouterr()
+    script('evaluate', 'bound', straight, tmp_path / 'ar', '--draws=4', '--dtype=float32')
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and '<=' in lines[1] and ' = ' in lines[2] and 'autoregressive' in lines[2]
+    script('evaluate', 'bound', straight, '--draws=4', '--dtype=float32', '--batch_size=3')
+    assert capsys.readouterr().out.splitlines()[1].split()[4] == lines[1].split()[4]    # however it is batched
+    with pytest.raises(SystemExit) as e:
+        script('evaluate', 'bound')
+    assert e.value.code == 2
+    with pytest.raises(SystemExit):
+        script('evaluate', 'bound', straight, '--split=test')
+    assert "split must be one of train, val" in capsys.readouterr().err
