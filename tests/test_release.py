@@ -1,0 +1,131 @@
+"""Folders of released weights: both layouts, every shape checked, what is doctored is refused in one sentence."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from helpers import GOLDEN, golden_model, tiny_model
+
+import model as M
+
+safetensors = pytest.importorskip('safetensors.torch', reason='released weights need: pip install safetensors')
+
+
+@pytest.mark.parametrize('name', ['llada_mha', 'llada_gqa_tied', 'illada_gqa'])
+def test_the_door_reads_the_official_layouts(name):
+    model, meta = M.load_model(GOLDEN / 'models' / name)
+    for (a, p), (b, q) in zip(model.state_dict().items(), golden_model(name).state_dict().items()):
+        assert a == b and torch.equal(p, q)
+    raw = json.loads((GOLDEN / 'models' / name / 'config.json').read_text())
+    assert meta['mask_id'] == raw.get('mask_token_id') and meta['eos_id'] == raw['eos_token_id']
+    assert model.config.rope_fp32 == (raw['model_type'] == 'llada') and not model.training
+
+
+@pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.parametrize('rope_fp32', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_round_trip(tmp_path, tied, rope_fp32, dtype):
+    model = tiny_model(tied=tied, rope_fp32=rope_fp32, rope_theta=12345.0, norm_eps=3e-6).to(dtype)
+    ids = {'mask_id': 39, 'eos_id': 38, 'pad_id': 38, 'bos_id': 37}
+    M.save_release(model, {**ids, 'tokenizer': None}, tmp_path / 'r')
+    again, meta = M.load_model(tmp_path / 'r')
+    assert again.config == model.config and {k: meta[k] for k in ids} == ids
+    for p, q in zip(model.parameters(), again.parameters()):
+        assert p.dtype == q.dtype == dtype and torch.equal(p, q)
+    wide, _ = M.load_model(tmp_path / 'r', dtype=torch.float32)
+    assert wide.embed.weight.dtype == torch.float32
+
+
+def shard(folder):
+    """Splits model.safetensors in two, with an index, as the released 8B models are."""
+    tensors = safetensors.load_file(folder / 'model.safetensors')
+    (folder / 'model.safetensors').unlink()
+    names, weight_map = sorted(tensors), {}
+    for i, part in enumerate((names[::2], names[1::2]), 1):
+        file = f'model-0000{i}-of-00002.safetensors'
+        safetensors.save_file({n: tensors[n] for n in part}, folder / file)
+        weight_map.update(dict.fromkeys(part, file))
+    (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': weight_map}))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    M.save_release(tiny_model(tied=True), {'mask_id': 39}, tmp_path / 'r')
+    return tmp_path / 'r'
+
+
+def test_sharded_and_stored_tied_head(folder):
+    want = M.load_model(folder)[0].state_dict()
+    tensors = safetensors.load_file(folder / 'model.safetensors')
+    tensors['model.transformer.ff_out.weight'] = tensors['model.transformer.wte.weight'].clone()    # some shards store it twice
+    safetensors.save_file(tensors, folder / 'model.safetensors')
+    shard(folder)
+    got = M.load_model(folder)[0].state_dict()
+    assert all(torch.equal(want[k], got[k]) for k in want) and set(want) == set(got)
+
+
+def edit(folder, **changes):
+    raw = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({k: v for k, v in {**raw, **changes}.items() if v != 'gone'}))
+
+
+def retensor(folder, change):
+    tensors = safetensors.load_file(folder / 'model.safetensors')
+    change(tensors)
+    safetensors.save_file(tensors, folder / 'model.safetensors')
+
+
+DOCTORED = {
+    'missing shard': (lambda f: (shard(f), os.remove(f / 'model-00002-of-00002.safetensors')), 'missing, but named'),
+    'no weights': (lambda f: os.remove(f / 'model.safetensors'), 'no \\*.safetensors'),
+    'wrong shape': (lambda f: retensor(f, lambda t: t.update({'model.transformer.ln_f.weight': torch.ones(7)})), 'has shape \\[7\\]'),
+    'missing tensor': (lambda f: retensor(f, lambda t: t.pop('model.transformer.ln_f.weight')), 'tensors, 2 layers have'),
+    'extra tensor': (lambda f: retensor(f, lambda t: t.update(a=torch.ones(1), b=torch.ones(1))), 'tensors, 2 layers have'),
+    'renamed tensor': (lambda f: retensor(f, lambda t: t.update(odd=t.pop('model.transformer.ln_f.weight'))), 'lacks model'),
+    'truncated file': (lambda f: (f / 'model.safetensors').write_bytes((f / 'model.safetensors').read_bytes()[:-100]), 'not a complete'),
+    'text file': (lambda f: (f / 'model.safetensors').write_text('hello'), 'not a complete'),
+    'wrong type': (lambda f: edit(f, model_type='gpt2'), "model_type 'gpt2'"),
+    'broken config': (lambda f: (f / 'config.json').write_text('{'), 'not a model configuration'),
+    'hostile layers': (lambda f: edit(f, n_layers=10 ** 9), 'tensors, 1000000000 layers have'),
+    'hostile width': (lambda f: edit(f, d_model=2 ** 40), 'is not \\['),
+    'no theta': (lambda f: edit(f, rope_theta='gone'), 'rope_theta missing'),
+    'biases': (lambda f: edit(f, include_bias=True), 'include_bias = True is not supported'),
+    'untied head': (lambda f: retensor(f, lambda t: t.update({'model.transformer.ff_out.weight': torch.ones(40, 32)})), 'but they differ'),
+    'path in the index': (lambda f: (shard(f), (f / 'model.safetensors.index.json').write_text(
+        '{"weight_map": {"x": "../../etc/passwd"}}')), 'missing, but named'),
+}
+
+
+@pytest.mark.parametrize('case', DOCTORED)
+def test_doctored_folders(folder, case):
+    change, says = DOCTORED[case]
+    change(folder)
+    with pytest.raises((ValueError, OSError), match=says) as e:
+        M.load_model(folder)
+    assert '\n' not in str(e.value)
+
+
+def test_an_autoregressive_model_has_no_released_layout(tmp_path):
+    with pytest.raises(ValueError, match='bidirectional'):
+        M.save_release(tiny_model(causal=True), {}, tmp_path)
+
+
+def test_the_missing_package_is_named(folder, monkeypatch):
+    import builtins
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, '__import__', lambda name, *a, **k: (_ for _ in ()).throw(ImportError(name))
+                        if name.startswith('safetensors') else real(name, *a, **k))
+    with pytest.raises(ValueError, match='pip install safetensors'):
+        M.load_model(folder)
+
+
+def test_the_tokenizer_travels(tmp_path):
+    import data
+    data.save_bpe(tmp_path / 't.json', data.train_bpe('some words ' * 50, 5))
+    tok = data.get_tokenizer(tmp_path / 't.json')
+    M.save_release(tiny_model(vocab_size=tok.vocab_size), {'mask_id': tok.mask_id, 'tokenizer': str(tmp_path / 't.json')}, tmp_path / 'r')
+    shutil.rmtree(tmp_path / 't.json', ignore_errors=True)
+    _, meta = M.load_model(tmp_path / 'r')
+    assert data.get_tokenizer(meta['tokenizer']).encode('some words') == tok.encode('some words')
