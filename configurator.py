@@ -160,7 +160,8 @@ def _help(namespace, settings, positional):
     width = max((len(k) + len(repr(v)) for k, v in settings.items()), default=0) + 6
     lines = [f'  --{k}={v!r}'.ljust(width) + comments.get(k, '') for k, v in settings.items()]
     bare = ' '.join(f'[{name}]' for name in positional)
-    return f'{(namespace.get("__doc__") or "").strip()}\n\nsettings (config files *.py, then flags{"; bare words: " + bare if bare else ""}):\n' + '\n'.join(lines)
+    doc, words = (namespace.get('__doc__') or '').strip(), f'; bare words: {bare}' if bare else ''
+    return f'{doc}\n\nsettings (config files *.py, then flags{words}):\n' + '\n'.join(lines)
 
 
 def fail(message):

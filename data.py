@@ -1,7 +1,7 @@
 """Text to tokens, tokens to batches: everything the training loop needs to know about data.
 
     python data.py                                          # what there is
-    python data.py shakespeare                              # downloads (or --input=input.txt) and tokenizes into data/shakespeare
+    python data.py shakespeare                              # downloads (or --input=FILE), tokenizes to data/shakespeare
     python data.py --input=a.txt,b.jsonl --out=data/my --tokenizer=gpt2
 
 A data set is a folder: flat token files (train_000.bin, val_000.bin), one manifest.json that says what is in them
@@ -33,10 +33,11 @@ Corpus = namedtuple('Corpus', 'folder manifest splits')             # splits: na
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers: one kind, a tiktoken.Encoding and a table from its ranks to ids; three sources
 
-SPECIALS = {'bos': '<|startoftext|>', 'eos': '<|endoftext|>', 'mask': '<|mdm_mask|>', 'start_header': '<|start_header_id|>',
-            'end_header': '<|end_header_id|>', 'eot': '<|eot_id|>'}     # LLaDA's names
-ALIASES = {'bos': ('<s>', '<|begin_of_text|>'), 'eos': ('</s>', '<|end_of_text|>'), 'mask': ('<[MASK]>', '[MASK]', '<mask>')}
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"      # GPT-2's, but digits stand alone
+SPECIALS = {'bos': '<|startoftext|>', 'eos': '<|endoftext|>', 'mask': '<|mdm_mask|>',       # LLaDA's names
+            'start_header': '<|start_header_id|>', 'end_header': '<|end_header_id|>', 'eot': '<|eot_id|>'}
+ALIASES = {'bos': ('<s>', '<|begin_of_text|>'), 'eos': ('</s>', '<|end_of_text|>'),
+           'mask': ('<[MASK]>', '[MASK]', '<mask>')}
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"    # GPT-2's, but digits stand alone
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LONGEST_PIECE = 400_000                                 # tiktoken gives up on about a million spaces in a row
 
@@ -62,12 +63,13 @@ class Tokenizer:
         ranks = []
         while text:
             piece, text = _split_long(text)
-            ranks += self.encoding.encode(piece, disallowed_special=())     # not encode_ordinary: it aborts where this raises
+            ranks += self.encoding.encode(piece, disallowed_special=())     # encode_ordinary aborts where this raises
         return self._id_of_rank[ranks].tolist() if ranks else []
 
     def decode_bytes(self, ids):
         """The exact bytes of ids; ids that stand for no token are written out as <|id|>."""
-        return b''.join(self._bytes[i] if i in self._bytes else self._names.get(i, f'<|{i}|>').encode() for i in map(int, ids))
+        return b''.join(self._bytes[i] if i in self._bytes else self._names.get(i, f'<|{i}|>').encode()
+                        for i in map(int, ids))
 
     def decode(self, ids):
         """Text of ids; half a character becomes U+FFFD."""
@@ -101,12 +103,14 @@ def get_tokenizer(spec):
     """
     spec = str(spec)
     if spec == 'bytes':
-        encoding = tiktoken.Encoding('bytes', pat_str=r'[\s\S]', special_tokens={}, mergeable_ranks={bytes([b]): b for b in range(256)})
+        ranks = {bytes([b]): b for b in range(256)}
+        encoding = tiktoken.Encoding('bytes', pat_str=r'[\s\S]', special_tokens={}, mergeable_ranks=ranks)
         return Tokenizer(encoding, range(256), _specials({}, 256), spec)
     if spec.endswith('.json'):
         return _hugging_face_tokenizer(Path(spec))
     if spec not in tiktoken.list_encoding_names():
-        raise ValueError(f"tokenizer must be 'bytes', a tokenizer.json or one of {', '.join(tiktoken.list_encoding_names())}; got {spec!r}")
+        names = ', '.join(tiktoken.list_encoding_names())
+        raise ValueError(f"tokenizer must be 'bytes', a tokenizer.json or one of {names}; got {spec!r}")
     full = tiktoken.get_encoding(spec)
     plain = tiktoken.Encoding(spec, pat_str=full._pat_str, mergeable_ranks=full._mergeable_ranks, special_tokens={})
     return Tokenizer(plain, range(len(full._mergeable_ranks)), _specials(full._special_tokens, full.n_vocab), spec,
@@ -131,7 +135,7 @@ def byte_symbols():
 
 
 def _hugging_face_tokenizer(path):
-    """A Hugging Face byte-level BPE file as a Tokenizer, without loss, or a ValueError that names what stands in the way.
+    """A Hugging Face byte-level BPE file as a Tokenizer, without loss, or a ValueError naming what stands in the way.
 
     tiktoken merges by rank, so the rank must be the position in the merge list, never the id; a table maps it back.
     """
@@ -170,12 +174,13 @@ def _hugging_face_tokenizer(path):
     ranks = {bytes([b]): b for b in range(256)}                     # never compete with each other: any order will do
     id_of_rank = [vocab[s] for s in byte_symbols()]
     for pair in merges:
-        demand(len(pair) == 2 and pair[0] in raw and pair[1] in raw and ''.join(pair) in raw, f'merge {pair} has no token')
+        demand(len(pair) == 2 and pair[0] in raw and pair[1] in raw and ''.join(pair) in raw,
+               f'merge {pair} has no token')
         merged = ''.join(pair)
         demand(raw[merged] not in ranks, f'two merges make the token {merged!r}')
         ranks[raw[merged]] = len(id_of_rank)
         id_of_rank.append(vocab[merged])
-    loose = {vocab[t]: b for t, b in raw.items() if b not in ranks}     # without merges they are never made: decode only
+    loose = {vocab[t]: b for t, b in raw.items() if b not in ranks}    # without merges they are never made: decode only
     demand(not (loose and model.get('ignore_merges')), f'ignore_merges with {len(loose)} tokens that no merge makes')
     encoding = tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     loose.update({i: name.encode() for name, i in names.items()})
@@ -183,7 +188,7 @@ def _hugging_face_tokenizer(path):
 
 
 def _pre_tokenizer_pattern(pre, demand):
-    """The splitting pattern of a pre_tokenizer entry: a lone ByteLevel (GPT-2's), or Split by a regex, then ByteLevel."""
+    """The splitting pattern of a pre_tokenizer entry: a lone ByteLevel (GPT-2's), or Split by regex, then ByteLevel."""
     steps = pre.get('pretokenizers', []) if pre and pre.get('type') == 'Sequence' else [pre or {}]
     kinds = [s.get('type') for s in steps]
     demand(kinds in (['ByteLevel'], ['Split', 'ByteLevel']), f'pre-tokenizer {kinds}')
@@ -200,7 +205,7 @@ def _pre_tokenizer_pattern(pre, demand):
 
 def train_bpe(text, n_merges):
     """Byte-pair encoding on word counts: -> list of (bytes, bytes) merges, most frequent pair first."""
-    import regex                                                    # comes with tiktoken
+    import regex  # comes with tiktoken
     words = Counter(regex.findall(PATTERN, text))
     spelled = [[bytes([b]) for b in w.encode()] for w in words]
     counts, pairs, where = list(words.values()), Counter(), defaultdict(set)
@@ -246,7 +251,8 @@ def save_bpe(path, merges):
             'decoder': {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False},
             'model': {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
                       'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': False,
-                      'vocab': {t: i for i, t in enumerate(tokens)}, 'merges': [[spell(a), spell(b)] for a, b in merges]}}
+                      'vocab': {t: i for i, t in enumerate(tokens)},
+                      'merges': [[spell(a), spell(b)] for a, b in merges]}}
     Path(path).write_text(json.dumps(file, ensure_ascii=False, indent=0), encoding='utf-8')
 
 
@@ -261,10 +267,12 @@ def docs_text():
     changes a little with the Python version.
     """
     from pydoc_data.topics import topics
-    skip = {'test', 'tests', 'idlelib', 'lib2to3', 'turtledemo', 'pydoc_data', 'site-packages', 'turtle.py', 'tkinter', 'encodings'}
+    skip = {'test', 'tests', 'idlelib', 'lib2to3', 'turtledemo', 'pydoc_data', 'site-packages', 'turtle.py', 'tkinter',
+            'encodings'}
     root = Path(sysconfig.get_paths()['stdlib'])
     files = sorted([*root.glob('*.py'), *root.glob('*/*.py')])
-    files = [f for f in files if not skip & set(f.relative_to(root).parts) and not f.relative_to(root).parts[0].startswith('_')]
+    files = [f for f in files if not skip & set(f.relative_to(root).parts)
+             and not f.relative_to(root).parts[0].startswith('_')]
     texts = [('language', '\n\n'.join(topics[name] for name in sorted(topics)))]
     for f in tqdm(files, desc='reading docstrings', disable=None, leave=False):
         try:
@@ -276,7 +284,8 @@ def docs_text():
         texts.append((f.name, '\n\n'.join(d for d in docs if d)))
     seen = set()
     for name, text in texts:
-        fresh = [p.strip('\n') for p in text.split('\n\n') if p.strip() and not (p.strip() in seen or seen.add(p.strip()))]
+        fresh = [p.strip('\n') for p in text.split('\n\n')
+                 if p.strip() and not (p.strip() in seen or seen.add(p.strip()))]
         if fresh:
             yield name, '\n\n'.join(fresh) + '\n'
 
@@ -291,12 +300,13 @@ def shakespeare_text():
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
         except Exception as e:                                      # urllib raises a dozen kinds
-            raise OSError(f'could not download {url} ({e}); get the file by other means and pass it with --input=FILE') from None
+            raise OSError(f'could not download {url} ({e}); '
+                          'get the file by other means and pass it with --input=FILE') from None
     yield from file_text(path)
 
 
 def file_text(path):
-    """The documents of a .txt file (one) or a .jsonl file (one a line, in "text"); bad input is named by file and line."""
+    """The documents of a .txt file (one) or a .jsonl file (one a line, in "text"); errors name the file and line."""
     path = Path(path)
     if path.suffix not in ('.txt', '.jsonl'):
         raise ValueError(f'{path}: input must be .txt or .jsonl')
@@ -310,14 +320,16 @@ def file_text(path):
                 text = raw.decode('utf-8-sig')
             except UnicodeDecodeError as e:
                 number += raw[:e.start].count(b'\n')
-                raise ValueError(f'{path}:{number}: not UTF-8 (byte {e.start} of the {"line" if path.suffix == ".jsonl" else "file"})') from None
+                unit = 'line' if path.suffix == '.jsonl' else 'file'
+                raise ValueError(f'{path}:{number}: not UTF-8 (byte {e.start} of the {unit})') from None
             if path.suffix == '.jsonl' and text.strip():
                 try:
                     text = json.loads(text)['text']
                     if not isinstance(text, str):
                         raise TypeError('text is not a string')
                 except (ValueError, KeyError, TypeError) as e:
-                    raise ValueError(f'{path}:{number}: want a JSON object with "text" ({type(e).__name__}: {e})') from None
+                    raise ValueError(f'{path}:{number}: want a JSON object with "text" '
+                                     f'({type(e).__name__}: {e})') from None
             if text.strip():
                 found = True
                 yield f'{path.name}:{number}', text
@@ -356,7 +368,8 @@ def prepare(documents, out, tokenizer, *, val_every=10, shard_tokens=100_000_000
     pieces = list(chunks(documents))
     split_of = ['val' if i % val_every == val_every - 1 else 'train' for i in range(len(pieces))]
     if 'val' not in split_of:
-        raise ValueError(f'{out.name}: too little text: {len(pieces)} pieces of 4 kB, and every {val_every}th is held out')
+        raise ValueError(f'{out.name}: too little text: {len(pieces)} pieces of 4 kB, '
+                         f'and every {val_every}th is held out')
     aside = out.with_name(out.name + '.tmp')
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -364,7 +377,8 @@ def prepare(documents, out, tokenizer, *, val_every=10, shard_tokens=100_000_000
         if tokenizer.startswith('bpe-'):
             size = int(tokenizer[4:]) if tokenizer[4:].isdigit() else 0
             if not 256 + len(SPECIALS) <= size <= 65536:
-                raise ValueError(f'tokenizer bpe-N: N must lie between {256 + len(SPECIALS)} and 65536, got {tokenizer[4:]!r}')
+                raise ValueError(f'tokenizer bpe-N: N must lie between {256 + len(SPECIALS)} and 65536, '
+                                 f'got {tokenizer[4:]!r}')
             text = '\n'.join(t for (_, t), s in zip(pieces, split_of) if s == 'train')
             save_bpe(aside / 'tokenizer.json', train_bpe(text, size - 256 - len(SPECIALS)))
             tokenizer = 'tokenizer.json'
@@ -440,7 +454,8 @@ def open_corpus(folder, verify=True):
 def _open_shard(path, dtype, entry, verify):
     size, want = path.stat().st_size if path.exists() else -1, entry['tokens'] * dtype.itemsize
     if size != want:
-        raise ValueError(f'{path}: {"missing" if size < 0 else f"{size} bytes"}, the manifest says {want}; prepare the data again')
+        raise ValueError(f'{path}: {"missing" if size < 0 else f"{size} bytes"}, the manifest says {want}; '
+                         'prepare the data again')
     shard = np.memmap(path, dtype=dtype, mode='r')
     if verify and hashlib.sha256(shard).hexdigest() != entry['sha256']:
         raise ValueError(f'{path}: damaged (its sha256 is not the one in the manifest); prepare the data again')
@@ -475,12 +490,13 @@ def read_window(corpus, split, start, length):
         start -= len(shard)
     window = np.concatenate(parts)
     if window.max() >= corpus.manifest['vocab_size']:
-        raise ValueError(f"{corpus.folder}: token {window.max()} in split {split}, but the vocabulary ends at {corpus.manifest['vocab_size'] - 1}")
+        raise ValueError(f'{corpus.folder}: token {window.max()} in split {split}, '
+                         f"but the vocabulary ends at {corpus.manifest['vocab_size'] - 1}")
     return window
 
 
 def shuffled(index, n, key):
-    """Where a pseudo-random permutation of range(n) sends index: O(1) memory, a Feistel network over 4^k >= n values."""
+    """Where a pseudo-random permutation of range(n) sends index: O(1) memory, Feistel network over 4^k >= n values."""
     half = max(1, (n - 1).bit_length() + 1 >> 1)
     low = (1 << half) - 1
     while True:
@@ -515,7 +531,7 @@ def batch(corpus, split, rows, seq_len, seed=0):
 
 
 def all_windows(corpus, split, seq_len, limit=None):
-    """The split as consecutive windows, in order, without its last partial one: x0 (n, T) int64; `limit` of them, evenly."""
+    """The split as consecutive windows, in order, less a last partial one: x0 (n, T) int64; `limit` of them, evenly."""
     n = sum(len(s) for s in corpus.splits[split]) // seq_len
     if n < 1:
         raise ValueError(f'{corpus.folder}: split {split} is too short for a window of {seq_len} tokens')
@@ -527,19 +543,22 @@ def all_windows(corpus, split, seq_len, limit=None):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='Tokenizes text into data/NAME.', formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog='data sets:\n' + '\n'.join(f'  {n:<12} {d[2]}' for n, d in DATASETS.items()))
+    parser = argparse.ArgumentParser(
+        description='Tokenizes text into data/NAME.', formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog='data sets:\n' + '\n'.join(f'  {n:<12} {d[2]}' for n, d in DATASETS.items()))
     parser.add_argument('name', nargs='?', help='a data set from the list below')
     parser.add_argument('--input', help='.txt or .jsonl ({"text": ...}) files, separated by commas')
     parser.add_argument('--out', help='folder to write (default data/NAME)')
-    parser.add_argument('--tokenizer', help="'bytes', bpe-N (learned here), a tiktoken name, or a tokenizer.json (default bpe-1024)")
+    parser.add_argument('--tokenizer', help="'bytes', bpe-N (learned here), a tiktoken name, or a tokenizer.json "
+                                            '(default bpe-1024)')
     parser.add_argument('--val_every', type=int, default=10, help='hold out every N-th piece of 4 kB (default 10)')
     args = parser.parse_args(argv)
     if not args.name and not args.input:
         return parser.print_help()
     try:
         if args.name and args.name not in DATASETS:
-            raise ValueError(f"no data set {args.name!r}; there are {', '.join(DATASETS)}; for your own files: --input=FILE --out=data/my")
+            raise ValueError(f"no data set {args.name!r}; there are {', '.join(DATASETS)}; "
+                             'for your own files: --input=FILE --out=data/my')
         if args.input:
             documents = (d for path in args.input.split(',') for d in file_text(path))
             if not (args.out or args.name):
@@ -555,7 +574,8 @@ def main(argv=None):
         print(f'data.py: {e}', file=sys.stderr)
         sys.exit(2)
     for split, entry in manifest['splits'].items():
-        print(f"{out}/{split}: {entry['tokens']:,} tokens, {entry['bytes'] / max(entry['tokens'], 1):.2f} bytes each, {len(entry['shards'])} shard(s)")
+        print(f"{out}/{split}: {entry['tokens']:,} tokens, {entry['bytes'] / max(entry['tokens'], 1):.2f} bytes each, "
+              f"{len(entry['shards'])} shard(s)")
     print(f'train on it:  python train.py --dataset={out}')
 
 

@@ -9,7 +9,8 @@ will do, which is how tests/ checks every formula to machine precision. A model 
 
     loss = diffusion_loss(model, x0, maskable, mask_id)
     logp = log_likelihood(model, x0[0], maskable[0], mask_id)
-    out = generate(model, canvas([prompt], 64, mask_id, pad_id)[0], mask_id, steps=64, remasking='random', temperature=1.0)
+    out = generate(model, canvas([prompt], 64, mask_id, pad_id)[0], mask_id, steps=64, remasking='random',
+                   temperature=1.0)
 
 Letters: B batch, T canvas length, V vocabulary, M rows read out, L number of maskable tokens of a row.
 """
@@ -37,7 +38,7 @@ def takes(model, name):
 
 
 def logits_of(model, ids, rows, **options):
-    """The logits (M, V) of the True positions of `rows` (B, T), whether or not the model knows how to skip the others."""
+    """The logits (M, V) of the True positions of `rows` (B, T), whether or not the model can skip the others."""
     options = {k: v for k, v in options.items() if v is not None}
     if takes(model, 'rows'):
         options['rows'] = rows
@@ -57,7 +58,7 @@ def sample_t(batch_size, eps=1e-3, stratified=True, generator=None, device=None)
     """
     u = torch.rand(batch_size, generator=generator, device=device)
     if stratified:
-        spread = np.argsort(np.argsort(np.arange(batch_size) * GOLDEN % 1))     # slices in an order that is even in any window
+        spread = np.argsort(np.argsort(np.arange(batch_size) * GOLDEN % 1))     # slices in an order even in any window
         turn = torch.randint(batch_size, (1,), generator=generator, device=device)
         u = ((torch.from_numpy(spread).to(u.device) + turn) % batch_size + u) / batch_size
     return 1 - (1 - eps) * u
@@ -173,7 +174,7 @@ def bound_per_row(model, x0, maskable, mask_id, *, draws=16, batch_size=32, seed
     """
     N, T = x0.shape
     index = torch.arange(first * draws, (first + N) * draws)
-    u = (index % draws + (index // draws + 0.5) * GOLDEN % 1) / draws                   # stratum of the draw, spread by the row
+    u = (index % draws + (index // draws + 0.5) * GOLDEN % 1) / draws           # stratum of the draw, spread by the row
     out = torch.zeros(N, dtype=torch.float64)
     for i in range(0, N * draws, batch_size):
         part = index[i:i + batch_size]
@@ -364,7 +365,7 @@ def select(confidence, masked, n, threshold=None):
 
     The n[b] most confident candidates of row b; with a threshold all candidates at or above it, and always the best.
     """
-    confidence = torch.where(masked, confidence, -math.inf)         # full length, so that ties break as in one long top-k
+    confidence = torch.where(masked, confidence, -math.inf)       # full length, so that ties break as in one long top-k
     committed = torch.zeros_like(masked) if threshold is None else masked & (confidence >= threshold)
     left = masked.sum(1).tolist()
     for b, n_b in enumerate(n):
@@ -407,7 +408,7 @@ def block_plan(x, mask_id, gen_start, block_length, steps):
         raise ValueError(f'steps must be at least the number of blocks, {n}, got {steps}')
     share = num_transfer_tokens(torch.tensor([steps]), n)[0].tolist() if n else []
     blocks = [(start + i * block_length, start + (i + 1) * block_length, share[i]) for i in range(n)]
-    if columns[0] < start:                                          # gaps in the prompt: a block with a budget of its own
+    if columns[0] < start:                                        # gaps in the prompt: a block with a budget of its own
         blocks.insert(0, (0, start, max(share, default=steps)))
     return blocks
 

@@ -81,9 +81,11 @@ def main(config):
         T = cfg.seq_len or min(model.config.seq_len for _, model, _ in loaded)
         x0 = data.all_windows(corpus, cfg.split, T, cfg.windows or None).to(where)
     per_byte = 1 / math.log(2) / data.bytes_per_token(corpus, cfg.split)
-    print(f'{corpus.folder}, split {cfg.split}: {len(x0)} windows of {T} tokens, {cfg.draws} masks each', file=sys.stderr)
+    print(f'{corpus.folder}, split {cfg.split}: {len(x0)} windows of {T} tokens, {cfg.draws} masks each',
+          file=sys.stderr)
     width = max(len(name) for name in cfg.checkpoints)
-    print(f'{"checkpoint":<{width}}  {"iteration":>9}  {"objective":<14}  {"nats/token":>18}  {"bits/byte":>18}  {"seconds":>7}')
+    print(f'{"checkpoint":<{width}}  {"iteration":>9}  {"objective":<14}  {"nats/token":>18}  {"bits/byte":>18}  '
+          f'{"seconds":>7}')
     for name, model, meta in loaded:
         start = time.perf_counter()
         nats = -bound(model, x0, tok, cfg, autocast, name) / T

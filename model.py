@@ -4,7 +4,8 @@ LLaDA (arXiv 2502.09992v3, Sec. 2.2 and App. B.2): pre-norm blocks, RMSNorm, Swi
 attention without a causal mask. Logit i predicts token i (no shift). The network is not told the mask ratio t: it
 can count the masks. `causal=True` turns the same module into the autoregressive baseline.
 
-    model = Transformer(ModelConfig(vocab_size=1280, seq_len=128, n_layer=4, n_head=4, n_kv_head=4, d_model=256, d_ff=704))
+    model = Transformer(ModelConfig(vocab_size=1280, seq_len=128, n_layer=4, n_head=4, n_kv_head=4, d_model=256,
+                                    d_ff=704))
     logits = model(ids)                                             # (B, W) int64 -> (B, W, V)
     model, meta = load_model('out/docs')                            # a run of train.py, or a folder of released weights
 
@@ -69,7 +70,7 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         h = x.float()
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
-        return h.to(x.dtype) * self.weight.to(x.dtype)          # cast first, multiply second: as the released weights expect
+        return h.to(x.dtype) * self.weight.to(x.dtype)     # cast first, multiply second: as the released weights expect
 
 
 def rope_angles(pos, head_dim, theta):
@@ -113,7 +114,7 @@ def packed_attention(q, k, v, cu_seqlens, causal):
     q, k, v = (z.transpose(1, 2).flatten(0, 1) for z in (q, k, v))                      # (N, H, D)
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         from torch.nn.attention.varlen import varlen_attn
-        k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) for z in (k, v))   # torch 2.11's kernel knows no GQA
+        k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) for z in (k, v))   # torch 2.11's kernel has no GQA
         longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
         window = {'window_size': (-1, 0)} if causal else {}
         out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **window)
@@ -140,9 +141,10 @@ class Attention(nn.Module):
         k = self.k(x).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)    # (B, Hkv, W, D)
         v = self.v(x).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if kv is not None:                                                              # the whole cache: refresh rows pos,
-            k, v = kv[0].index_copy_(2, pos, k), kv[1].index_copy_(2, pos, v)           # look at all T rows
-        y = attention(q, k, v, causal=self.causal and kv is None and hidden is None, hidden=hidden, cu_seqlens=cu_seqlens)
+        if kv is not None:                                                              # the whole cache: refresh
+            k, v = kv[0].index_copy_(2, pos, k), kv[1].index_copy_(2, pos, v)           # rows pos, look at all T rows
+        causal = self.causal and kv is None and hidden is None
+        y = attention(q, k, v, causal=causal, hidden=hidden, cu_seqlens=cu_seqlens)
         return self.out(y.transpose(1, 2).flatten(2))                                   # (B, W, C)
 
 
@@ -269,7 +271,7 @@ class Transformer(nn.Module):
             hidden = future[None, None] if hidden is None else hidden | future
         if hidden is None:
             return None
-        return hidden & ~hidden.all(-1, keepdim=True)       # a query that may see nothing sees all: no NaN, nobody reads it
+        return hidden & ~hidden.all(-1, keepdim=True)   # a query that may see nothing sees all: no NaN, nobody reads it
 
     def new_kv(self, batch_size, length):
         """An empty cache for `forward(kv=...)`: (n_layer, 2, B, n_kv_head, T, D) in the dtype of the weights."""
@@ -309,7 +311,7 @@ def init_weights(model, seed=0, emb_std=None, locality=0.0):
             std *= (2 * (int(name.split('.')[1]) + 1)) ** -0.5
         if name == 'embed.weight' and emb_std is not None:
             std = emb_std
-        generator = torch.Generator(p.device).manual_seed(zlib.crc32(f'{seed} {name}'.encode()))    # it uses 32 bits only
+        generator = torch.Generator(p.device).manual_seed(zlib.crc32(f'{seed} {name}'.encode()))  # it uses 32 bits only
         nn.init.trunc_normal_(p, 0.0, std, -3 * std, 3 * std, generator=generator)
     if locality:
         look_nearby(model, seed, locality * (emb_std or model.config.d_model ** -0.5))
@@ -339,7 +341,7 @@ def look_nearby(model, seed, size):
         offset = -(number % 8 + 1) if c.causal else (number % 8 // 2 + 1) * (2 * (number % 2) - 1)
         angle = -offset[:, None] * frequency
         k0 = apply_rope(q0, angle.cos(), angle.sin())
-        q0 = q0.repeat_interleave(c.n_head // c.n_kv_head, 0)                           # one offset for a group of queries
+        q0 = q0.repeat_interleave(c.n_head // c.n_kv_head, 0)                        # one offset for a group of queries
         for matrix, answer in ((block.attn.q.weight, q0), (block.attn.k.weight, k0)):
             direction = shared.to(matrix)
             matrix += torch.outer(answer.flatten().to(matrix) - matrix @ direction, direction) / c.d_model
@@ -349,11 +351,12 @@ def pick_device(device, dtype):
     """-> (device, context manager for the forward pass). bfloat16 only where the hardware multiplies it."""
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    if (device == 'cuda' and not torch.cuda.is_available()) or (device == 'mps' and not torch.backends.mps.is_available()):
+    if ((device == 'cuda' and not torch.cuda.is_available())
+            or (device == 'mps' and not torch.backends.mps.is_available())):
         raise ValueError(f'device {device!r} is not available here')
     if dtype == 'auto':
-        probes = [getattr(torch.cpu, f'_is_{name}_supported', None) for name in ('amx_tile', 'avx512_bf16')]
-        fast = torch.cuda.is_bf16_supported() if device == 'cuda' else device == 'cpu' and any(p and p() for p in probes)
+        asks = [getattr(torch.cpu, f'_is_{name}_supported', None) for name in ('amx_tile', 'avx512_bf16')]
+        fast = torch.cuda.is_bf16_supported() if device == 'cuda' else device == 'cpu' and any(p and p() for p in asks)
         dtype = 'bfloat16' if fast else 'float32'
     return device, torch.autocast(device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
 
@@ -378,13 +381,14 @@ def load_model(path, device='cpu', dtype=None):
     if not (path / 'manifest.json').is_file():
         steps = find_checkpoints(path)
         if not steps:
-            raise FileNotFoundError(f'{path}: no checkpoint here (want a folder of train.py, or config.json with *.safetensors)')
+            raise FileNotFoundError(f'{path}: no checkpoint here '
+                                    '(want a folder of train.py, or config.json with *.safetensors)')
         folder = steps[-1]
     manifest = read_checkpoint(folder)
     with torch.device('meta'):
         model = Transformer(ModelConfig(**manifest['model']))
     state = torch.load(folder / 'model.pt', map_location='cpu', weights_only=True, mmap=True)
-    _fill(model, {name: name for name in model.state_dict()}, state.keys(), lambda name: state[name], device, dtype, folder)
+    _fill(model, {name: name for name in model.state_dict()}, state.keys(), lambda n: state[n], device, dtype, folder)
     spec = manifest['tokenizer']
     meta = dict(manifest['ids'], tokenizer=str(folder / spec) if spec.endswith('.json') else spec, folder=str(folder),
                 config=manifest['config'], iteration=manifest['iteration'])
@@ -450,7 +454,8 @@ CONFIG_KEYS = {             # ours -> the key of config.json
                   norm_eps='rms_norm_eps', tied='weight_tying', rope_fp32='rope_full_precision'),
     'illada': dict(vocab_size='vocab_size', seq_len='max_position_embeddings', n_layer='num_hidden_layers',
                    n_head='num_attention_heads', n_kv_head='num_key_value_heads', d_model='hidden_size',
-                   d_ff='intermediate_size', rope_theta='rope_theta', norm_eps='rms_norm_eps', tied='tie_word_embeddings'),
+                   d_ff='intermediate_size', rope_theta='rope_theta', norm_eps='rms_norm_eps',
+                   tied='tie_word_embeddings'),
 }
 PLAIN = {                   # what the two architectures are, as far as their config.json can say otherwise
     'llada': dict(activation_type='silu', block_type='llama', layer_norm_type='rms', rope=True, alibi=False,
@@ -537,11 +542,12 @@ def _load_release(folder, device, dtype):
             return f.get_tensor(name)
 
     if len(where) not in (9 * config.n_layer + 2, 9 * config.n_layer + 3):      # before a hostile size is built
-        raise ValueError(f'{folder}: {len(where)} tensors, {config.n_layer} layers have {9 * config.n_layer + 2 + (not config.tied)}')
+        raise ValueError(f'{folder}: {len(where)} tensors, '
+                         f'{config.n_layer} layers have {9 * config.n_layer + 2 + (not config.tied)}')
     embed, head = (f'{RELEASES[kind][part]}.weight' for part in ('embed', 'head'))
     if list(where.get(embed, (0, []))[1]) != [config.vocab_size, config.d_model]:
         raise ValueError(f'{folder}: {embed} is not [{config.vocab_size}, {config.d_model}], as config.json says')
-    if config.tied and head in where:                                           # some shards store the tied head as well
+    if config.tied and head in where:                                          # some shards store the tied head as well
         if not torch.equal(read(head), read(embed)):
             raise ValueError(f'{folder}: the configuration ties {head} to {embed}, but they differ')
         del where[head]
@@ -549,22 +555,24 @@ def _load_release(folder, device, dtype):
         model = Transformer(config)
     _fill(model, release_names(kind, config), where, read, device, dtype, folder)
     meta = {'mask_id': raw.get('mask_token_id'), 'eos_id': raw.get('eos_token_id'), 'pad_id': raw.get('pad_token_id'),
-            'bos_id': raw.get('bos_token_id'), 'tokenizer': None, 'config': None, 'iteration': None, 'folder': str(folder)}
+            'bos_id': raw.get('bos_token_id'), 'tokenizer': None, 'config': None, 'iteration': None,
+            'folder': str(folder)}
     if (folder / 'tokenizer.json').is_file():
         meta['tokenizer'] = str(folder / 'tokenizer.json')
     return model.eval(), meta
 
 
 def save_release(model, meta, path):
-    """Writes a model in the layout of the released LLaDA (iLLaDA if it rotates in its own dtype): load_model reads it back."""
+    """Writes a model in LLaDA's release layout (iLLaDA's if it rotates in its own dtype): load_model reads it."""
     config = model.config
     if config.causal:
         raise ValueError('the released layouts are bidirectional: an autoregressive model cannot be saved in them')
     kind, path = 'llada' if config.rope_fp32 else 'illada', Path(path)
     safetensors = _safetensors()
     path.mkdir(parents=True, exist_ok=True)
-    raw = {'model_type': kind, 'architectures': [{'llada': 'LLaDAModelLM', 'illada': 'ILLaDAForCausalLM'}[kind]], **PLAIN[kind],
-           **{theirs: getattr(config, ours) for ours, theirs in CONFIG_KEYS[kind].items()}, 'vocab_size': config.vocab_size,
+    raw = {'model_type': kind, 'architectures': [{'llada': 'LLaDAModelLM', 'illada': 'ILLaDAForCausalLM'}[kind]],
+           **PLAIN[kind], **{theirs: getattr(config, ours) for ours, theirs in CONFIG_KEYS[kind].items()},
+           'vocab_size': config.vocab_size,
            'mask_token_id': meta.get('mask_id'), 'eos_token_id': meta.get('eos_id'), 'pad_token_id': meta.get('pad_id'),
            'bos_token_id': meta.get('bos_id'), 'torch_dtype': str(model.embed.weight.dtype).removeprefix('torch.')}
     state = model.state_dict()
@@ -572,4 +580,4 @@ def save_release(model, meta, path):
     safetensors.torch.save_file(tensors, path / 'model.safetensors', metadata={'format': 'pt'})
     if str(meta.get('tokenizer') or '').endswith('.json'):
         (path / 'tokenizer.json').write_bytes(Path(meta['tokenizer']).read_bytes())
-    (path / 'config.json').write_text(json.dumps(raw, indent=1), encoding='utf-8')       # last: with it the folder is complete
+    (path / 'config.json').write_text(json.dumps(raw, indent=1), encoding='utf-8')       # last: it completes the folder

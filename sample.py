@@ -98,12 +98,13 @@ class Screen:
             return
         pieces = []
         for token, new in zip(x[0].tolist(), committed[0].tolist()):
-            piece = HIDDEN if token == self.tok.mask_id else clean(self.tok.decode([token])).replace('\n', '\N{RETURN SYMBOL}')
+            piece = (HIDDEN if token == self.tok.mask_id
+                     else clean(self.tok.decode([token])).replace('\n', '\N{RETURN SYMBOL}'))
             pieces.append(f'\x1b[1;32m{piece}\x1b[0m' if new and self.live else piece)
         width = shutil.get_terminal_size().columns
         shown = sum(len(clean(self.tok.decode([t]))) for t in x[0].tolist()) if self.live else 0
         if self.live and self.drawn:
-            sys.stdout.write(f'\x1b[{self.drawn}F\x1b[J')                               # back to where the last frame began
+            sys.stdout.write(f'\x1b[{self.drawn}F\x1b[J')                           # back to where the last frame began
         print(f'{self.step:4d} | ' + ''.join(pieces), flush=True)
         self.drawn = -(-(shown + 7) // width)
         if self.live:
@@ -115,14 +116,16 @@ def write_text(model, cfg, tok, x, visible, given, new, screen):
     noise = [diffusion.keyed_generator(cfg.seed, i, device=x.device) for i in range(len(x))]     # a row stands alone
     if not model.config.causal:
         return diffusion.generate(
-            model, x, tok.mask_id, steps=cfg.steps or new, block_length=cfg.block_length or None, temperature=cfg.temperature,
-            cfg_scale=cfg.cfg_scale, remasking=cfg.remasking, prompt=given, visible=None if visible.all() else visible,
+            model, x, tok.mask_id, steps=cfg.steps or new, block_length=cfg.block_length or None,
+            temperature=cfg.temperature, cfg_scale=cfg.cfg_scale, remasking=cfg.remasking,
+            prompt=given, visible=None if visible.all() else visible,
             gen_start=x.shape[1] - new if not (x == tok.mask_id)[:, :-new].any() and cfg.block_length else None,
             threshold=cfg.threshold or None, on_step=screen, generator=noise)
     rows, forwards = [], 0
     for row, seen, generator in zip(x, visible, noise):
         start = torch.cat((row.new_tensor([tok.eos_id]), row[seen][:-new]))[None]
-        out = diffusion.ar_generate(model, start, new, temperature=cfg.temperature, eos_id=tok.eos_id, generator=generator)
+        out = diffusion.ar_generate(model, start, new, temperature=cfg.temperature, eos_id=tok.eos_id,
+                                    generator=generator)
         rows.append(torch.cat((row[~seen], out.x[0, 1:])))
         forwards += out.n_forward
     return diffusion.Generated(torch.stack(rows), forwards)
@@ -149,8 +152,8 @@ def main(config):
             ids = ids[:ids.index(tok.eos_id)]                                           # nothing counts after the end
         print('-' * 80 + '\n' + clean(tok.decode(ids)))
     print('-' * 80)
-    print(f'{len(x) * new} tokens in {seconds:.2f} s, {out.n_forward} forward passes ({cfg.checkpoint}, iteration {meta["iteration"]})',
-          file=sys.stderr)
+    print(f'{len(x) * new} tokens in {seconds:.2f} s, {out.n_forward} forward passes '
+          f'({cfg.checkpoint}, iteration {meta["iteration"]})', file=sys.stderr)
 
 
 if __name__ == '__main__':

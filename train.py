@@ -32,7 +32,7 @@ from model import ModelConfig, Transformer, find_checkpoints, init_weights, load
 # --- run
 out_dir = 'out/docs'            # checkpoints (iter_*/) and log.jsonl
 resume = False                  # continue from the newest checkpoint in out_dir
-init_from = ''                  # start from the weights of this checkpoint or released folder (new optimizer, iteration 0)
+init_from = ''                  # start from weights of this checkpoint or released folder (new optimizer, iteration 0)
 seed = 1337                     # of the weights, the order of the data, and the noise
 # --- data
 dataset = 'docs'                # a name that `python data.py` lists, or a folder that it wrote
@@ -48,10 +48,10 @@ rope_theta = 10000.0            # base of the rotary frequencies (500000 in LLaD
 norm_eps = 1e-5                 # of RMSNorm
 tied = False                    # the head shares the embedding matrix
 causal = False                  # True: the autoregressive baseline
-locality = 2.0                  # strength of an initial look at the neighbours (model.look_nearby); 0 is the papers' init
+locality = 2.0                  # strength of an initial look at neighbours (model.look_nearby); 0 is the papers' init
 emb_std = 1.0                   # std of the initial embedding; 0 takes 1/sqrt(d_model), as OLMo and the LLaDA config do
 # --- objective
-count_form = True               # hide exactly l of L tokens, weight L/l; False: each with probability t, weight 1/t (Eq. 3)
+count_form = True               # hide exactly l of L tokens, weight L/l; False: each with chance t, weight 1/t (Eq. 3)
 stratified = True               # one t in each of B equal slices; False: i.i.d., as in LLaDA's guideline
 mask_eps = 1e-3                 # smallest t when count_form is off
 # --- optimizer
@@ -92,7 +92,8 @@ def check(cfg):
                 'log_interval', 'keep_last', 'learning_rate', 'muon_lr'):
         if not getattr(cfg, key) > 0:
             wrong.append(f'{key} must be above 0, got {getattr(cfg, key)}')
-    for key in ('seed', 'warmup_iters', 'decay_iters', 'grad_clip', 'weight_decay', 'sample_tokens', 'emb_std', 'locality'):
+    for key in ('seed', 'warmup_iters', 'decay_iters', 'grad_clip', 'weight_decay', 'sample_tokens', 'emb_std',
+                'locality'):
         if not getattr(cfg, key) >= 0:
             wrong.append(f'{key} must be 0 or more, got {getattr(cfg, key)}')
     for key in ('mask_eps', 'min_lr_ratio', 'beta1', 'beta2'):
@@ -109,7 +110,7 @@ def check(cfg):
 
 
 def lr_factor(it, cfg):
-    """The learning rate of update `it` (0-based) as a part of the peak: a pure function, so there is nothing to save."""
+    """The learning rate of update `it` (0-based) as a part of the peak: a pure function, so nothing need be saved."""
     warm = min(1.0, (it + 1) / cfg.warmup_iters) if cfg.warmup_iters else 1.0
     if cfg.schedule == 'cosine':
         progress = min(1.0, max(0, it - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters))
@@ -120,7 +121,7 @@ def lr_factor(it, cfg):
 
 
 def make_optimizers(model, cfg, device):
-    """[AdamW], or [Muon for the matrices of the blocks, AdamW for embedding, head and norms]; peaks in group['peak']."""
+    """[AdamW], or [Muon for the blocks' matrices, AdamW for embedding, head and norms]; peaks in group['peak']."""
     fused = {'fused': True} if device in ('cuda', 'cpu') else {}
     blocks = [p for p in model.blocks.parameters() if p.dim() == 2]
     ours = {id(p) for p in blocks} if cfg.optimizer == 'muon' else set()
@@ -162,8 +163,8 @@ def micro_batches(corpus, cfg, it, mask_id):
 
 
 def train_step(model, optimizers, corpus, cfg, it, tok, device, autocast):
-    """One update -> (loss in nats per token, gradient norm). A loss or norm that is not finite stops before the update."""
-    total = cfg.batch_size * cfg.grad_accum * cfg.seq_len                               # b * L of Eq. 3, over the global batch
+    """One update -> (loss in nats per token, gradient norm). If either is not finite, it stops before the update."""
+    total = cfg.batch_size * cfg.grad_accum * cfg.seq_len                        # b * L of Eq. 3, over the global batch
     loss = 0.0
     for piece in micro_batches(corpus, cfg, it, tok.mask_id):
         x0, maskable, t, masked = (None if z is None else z.to(device) for z in piece)
@@ -188,7 +189,7 @@ def train_step(model, optimizers, corpus, cfg, it, tok, device, autocast):
 
 @torch.no_grad()
 def validate(model, windows, cfg, tok, device, autocast):
-    """Nats per token on the validation windows and its standard error: exact for the baseline, else the bound of Eq. 6."""
+    """Nats per token on the validation windows and its standard error: exact for the baseline, else the bound Eq. 6."""
     model.eval()
     x0, maskable = windows.to(device), torch.ones_like(windows, dtype=torch.bool, device=device)
     with autocast:
@@ -271,7 +272,7 @@ def prune(run, keep_last):
 
 
 class Log:
-    """log.jsonl: one object a line, flushed at once. On resume, lines of iterations that will be repeated are dropped."""
+    """log.jsonl: one object a line, flushed at once. On resume, lines of iterations to be repeated are dropped."""
 
     def __init__(self, path, iteration):
         self.path, self.lines = path, []
@@ -387,19 +388,21 @@ def main(config):
             it, entry = loop(it, cfg, model, optimizers, run, corpus, tok, windows, device, autocast, log, stop)
         except FloatingPointError as e:
             kept = find_checkpoints(run)
-            print(f'stopped: {e}; ' + (f'the last good checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet'),
-                  file=sys.stderr)
+            last = f'the last good checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet'
+            print(f'stopped: {e}; {last}', file=sys.stderr)
             sys.exit(1)
     if entry is None:
-        print(f'saved iteration {it} in {run}/; go on with the same command and --resume' if it else 'stopped before the first update')
+        print(f'saved iteration {it} in {run}/; go on with the same command and --resume' if it
+              else 'stopped before the first update')
         sys.exit(128 + stop.signal)
-    print(f"done: {entry['val_bits_per_byte']:.3f} bits/byte in {run}/iter_{it:07d}; look at it:  python sample.py {run}")
+    print(f"done: {entry['val_bits_per_byte']:.3f} bits/byte in {run}/iter_{it:07d}; "
+          f'look at it:  python sample.py {run}')
 
 
 def loop(it, cfg, model, optimizers, run, corpus, tok, windows, device, autocast, log, stop):
     """Updates from iteration `it` to the end -> (iteration, last report), or (iteration, None) if asked to stop."""
     tokens = cfg.batch_size * cfg.grad_accum * cfg.seq_len
-    per_byte = 1 / math.log(2) / data.bytes_per_token(corpus, 'train')                  # nats per token -> bits per byte
+    per_byte = 1 / math.log(2) / data.bytes_per_token(corpus, 'train')                 # nats per token -> bits per byte
     smooth, since, started = None, it, time.perf_counter()
     with tqdm(total=cfg.max_iters, initial=it, unit='it', disable=None, dynamic_ncols=True) as bar:
         while True:

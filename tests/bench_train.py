@@ -1,7 +1,8 @@
 """Training speed, by hand: whole steps (data, noise, forward, backward, clipping, update), variants alternated.
 
-    python tests/bench_train.py                                     # nanoGPT's CPU size: 4 layers, 4 heads, 128 wide, T 64, batch 12
-    python tests/bench_train.py --nanogpt=../nanoGPT                # with a checkout of karpathy/nanoGPT in the same process
+    python tests/bench_train.py                                     # nanoGPT's CPU size: 4 layers, 4 heads,
+                                                                    # 128 wide, T 64, batch 12
+    python tests/bench_train.py --nanogpt=../nanoGPT                # and a checkout of karpathy/nanoGPT, same process
     python tests/bench_train.py --d_model=192 --d_ff=512 --batch_size=32
 
 Prints tokens per second, median of the rounds, and the ratio to the first row.
@@ -38,11 +39,12 @@ compiled = True         # also time torch.compile
 def our_step(cfg, corpus, **changes):
     """A function that makes one update of ours, and a label."""
     defaults = {k: v for k, v in vars(train).items() if k.islower() and type(v) in (bool, int, float, str, list)}
-    settings = SimpleNamespace(**{**defaults, **{k: getattr(cfg, k) for k in ('n_layer', 'n_head', 'd_model', 'd_ff', 'seq_len',
-                                                                              'batch_size')}, **changes})
+    asked = {k: getattr(cfg, k) for k in ('n_layer', 'n_head', 'd_model', 'd_ff', 'seq_len', 'batch_size')}
+    settings = SimpleNamespace(**{**defaults, **asked, **changes})
     settings.n_kv_head = settings.n_head
     device, autocast = pick_device(settings.device, settings.dtype)
-    shape = {f: getattr(settings, f) for f in ('seq_len', 'n_layer', 'n_head', 'n_kv_head', 'd_model', 'd_ff', 'causal')}
+    shape = {f: getattr(settings, f)
+             for f in ('seq_len', 'n_layer', 'n_head', 'n_kv_head', 'd_model', 'd_ff', 'causal')}
     tok = data.corpus_tokenizer(corpus)
     model = init_weights(Transformer(ModelConfig(tok.vocab_size, **shape)).to(device))
     if settings.compile:
@@ -63,8 +65,8 @@ def nanogpt_step(cfg, path, vocab_size):
     sys.path.insert(0, path)
     import model as theirs
     sys.path.pop(0)
-    net = theirs.GPT(theirs.GPTConfig(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.d_model, block_size=cfg.seq_len,
-                                      bias=False, vocab_size=vocab_size, dropout=0.0))
+    net = theirs.GPT(theirs.GPTConfig(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.d_model,
+                                      block_size=cfg.seq_len, bias=False, vocab_size=vocab_size, dropout=0.0))
     optimizer = net.configure_optimizers(0.1, 1e-3, (0.9, 0.99), 'cpu')
     tokens = np.random.default_rng(0).integers(vocab_size, size=10 ** 6).astype(np.uint16)
 
@@ -111,10 +113,12 @@ def main(config):
                 n += 1
             speed[name].append(n * cfg.batch_size * cfg.seq_len / (time.perf_counter() - start))
     first = statistics.median(next(iter(speed.values())))
-    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, vocabulary {V}, {cfg.rounds} x {cfg.seconds} s each')
+    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, vocabulary {V}, '
+          f'{cfg.rounds} x {cfg.seconds} s each')
     for name, values in speed.items():
         middle = statistics.median(values)
-        print(f'{name:<34} {middle:9.0f} tok/s  {middle / first:5.2f}x  (spread {min(values):.0f} .. {max(values):.0f})')
+        print(f'{name:<34} {middle:9.0f} tok/s  {middle / first:5.2f}x  '
+              f'(spread {min(values):.0f} .. {max(values):.0f})')
 
 
 if __name__ == '__main__':

@@ -57,7 +57,7 @@ _models = {}
 
 
 def golden_model(name):
-    """A golden model, by our table of names but without the safetensors package (tests/test_release.py has the real door)."""
+    """A golden model, by our table of names but without the safetensors package (test_release.py has the real door)."""
     if name not in _models:
         folder = GOLDEN / 'models' / name
         kind, config, _ = M.release_config(folder)

@@ -8,8 +8,8 @@ from configurator import configure
 
 
 def namespace():
-    return {'batch_size': 12, 'lr': 1e-3, 'name': 'x', 'flag': False, 'points': [(0, 0.0)], 'prompt': [], '_hidden': 1, 'CONST': 2,
-            '__doc__': 'A script.', '__file__': ''}
+    return {'batch_size': 12, 'lr': 1e-3, 'name': 'x', 'flag': False, 'points': [(0, 0.0)], 'prompt': [], '_hidden': 1,
+            'CONST': 2, '__doc__': 'A script.', '__file__': ''}
 
 
 def run(*argv, positional=()):
@@ -17,7 +17,8 @@ def run(*argv, positional=()):
 
 
 def test_flags_and_types():
-    out = run('--batch_size=3', '--lr', '1', '--flag', '--name=a=b', '--points=[(0, 0), (10, 1e-4)]', '--prompt=[x', '--prompt=y')
+    out = run('--batch_size=3', '--lr', '1', '--flag', '--name=a=b', '--points=[(0, 0), (10, 1e-4)]', '--prompt=[x',
+              '--prompt=y')
     assert out['batch_size'] == 3 and out['lr'] == 1.0 and type(out['lr']) is float and out['flag'] is True
     assert out['name'] == 'a=b' and out['points'] == [[0, 0], [10, 1e-4]] and out['prompt'] == ['[x', 'y']
     assert '_hidden' not in out and 'CONST' not in out
@@ -26,7 +27,8 @@ def test_flags_and_types():
 
 
 def test_the_namespace_is_updated_and_later_wins(tmp_path):
-    (tmp_path / 'c.py').write_text('"""doc"""\nbatch_size = 5 * 8  # comment\nlr = batch_size / 4\nname = "n"\npoints = [(0, lr)]\n')
+    (tmp_path / 'c.py').write_text('"""doc"""\nbatch_size = 5 * 8  # comment\nlr = batch_size / 4\nname = "n"\n'
+                                   'points = [(0, lr)]\n')
     names = namespace()
     out = configure(names, [str(tmp_path / 'c.py'), '--batch_size=7'])
     assert names['batch_size'] == out['batch_size'] == 7 and out['lr'] == 10.0 and out['points'] == [[0, 10.0]]
@@ -95,7 +97,7 @@ def test_help_lists_keys_defaults_and_comments(tmp_path, capsys):
 def test_fuzz_never_a_traceback(tmp_path, capsys):
     rng = random.Random(0)
     alphabet = list('abz_-=.[](){}"\'\\ 019\n\t#*/+,:%\x00é')
-    for i in range(300):
+    for _ in range(300):
         text = ''.join(rng.choice(alphabet) for _ in range(rng.randrange(1, 25)))
         (tmp_path / 'c.py').write_text('batch_size = ' + text)
         for argv in ([str(tmp_path / 'c.py')], ['--' + text], ['--batch_size=' + text], ['--points=' + text]):

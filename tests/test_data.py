@@ -12,8 +12,8 @@ from helpers import small_corpus
 
 import data
 
-TEXTS = ['', ' ', 'Hello, world!', "it's  two\n\n\n    def f(x):\treturn 1234567", 'naïve — 漢字 🙂 e\u0301', '\x00\x1b[0m\r\n', 'a' * 3000,
-         '<|endoftext|> <|mdm_mask|> typed by a user']
+TEXTS = ['', ' ', 'Hello, world!', "it's  two\n\n\n    def f(x):\treturn 1234567", 'naïve — 漢字 🙂 e\u0301',
+         '\x00\x1b[0m\r\n', 'a' * 3000, '<|endoftext|> <|mdm_mask|> typed by a user']
 
 
 @pytest.fixture(scope='module')
@@ -41,7 +41,7 @@ def test_round_trip(kind, bpe):
     for text in TEXTS + fuzz:
         ids = tok.encode(text)
         assert tok.decode_bytes(ids) == text.encode() and tok.decode(ids) == text
-        assert all(0 <= i < 256 + 200 * (kind == 'bpe') for i in ids)                   # no special token out of plain text
+        assert all(0 <= i < 256 + 200 * (kind == 'bpe') for i in ids)               # no special token out of plain text
     specials = {tok.mask_id, tok.eos_id, tok.bos_id}
     assert len(specials) == 3 and max(specials) < tok.vocab_size and tok.pad_id == tok.eos_id
 
@@ -57,12 +57,13 @@ def test_conversion_equals_the_reference_library(bpe):
     """20,000 random strings and every code point, if the `tokenizers` package is here."""
     reference = pytest.importorskip('tokenizers').Tokenizer.from_file(str(bpe))
     ours, rng = data.get_tokenizer(bpe), random.Random(1)
-    pool = open(__file__, encoding='utf-8').read().replace('<|', '< |')                 # it reads those as special tokens
+    pool = open(__file__, encoding='utf-8').read().replace('<|', '< |')               # it reads those as special tokens
     for _ in range(20000):
         start = rng.randrange(len(pool))
         text = pool[start:start + rng.randrange(40)] + rng.choice(['', ' ', '\n\n', 'é', '漢', '🙂', "'s", ' 12', '\t'])
         assert ours.encode(text) == reference.encode(text).ids
-    every = ''.join(f' {chr(i)}{chr(i)}a' for i in range(1, 0x110000) if not 0xD800 <= i < 0xE000 and chr(i).isprintable())
+    every = ''.join(f' {chr(i)}{chr(i)}a' for i in range(1, 0x110000)
+                    if not 0xD800 <= i < 0xE000 and chr(i).isprintable())
     for i in range(0, len(every), 50000):
         assert ours.encode(every[i:i + 50000]) == reference.encode(every[i:i + 50000]).ids
 
@@ -77,7 +78,8 @@ def test_ids_need_not_follow_the_merge_order(bpe, tmp_path):
     (tmp_path / 'shuffled.json').write_text(json.dumps(file), encoding='utf-8')
     plain, shuffled = data.get_tokenizer(bpe), data.get_tokenizer(tmp_path / 'shuffled.json')
     for text in TEXTS[:7]:
-        assert shuffled.encode(text) == [shuffle[i] for i in plain.encode(text)] and shuffled.decode(shuffled.encode(text)) == text
+        assert shuffled.encode(text) == [shuffle[i] for i in plain.encode(text)]
+        assert shuffled.decode(shuffled.encode(text)) == text
 
 
 def doctored(file):
@@ -145,7 +147,7 @@ def test_chat_template_inserts_ids_itself():
 def test_every_piece_lands_once_and_documents_end(corpus_folder):
     corpus, tok = data.open_corpus(corpus_folder), data.get_tokenizer('bytes')
     train, val = (np.concatenate(corpus.splits[s]) for s in ('train', 'val'))
-    assert (train == tok.eos_id).sum() == 36 and (val == tok.eos_id).sum() == 4         # 40 documents, every 10th held out
+    assert (train == tok.eos_id).sum() == 36 and (val == tok.eos_id).sum() == 4      # 40 documents, every 10th held out
     for split in ('train', 'val'):
         entry = corpus.manifest['splits'][split]
         n_eos = 36 if split == 'train' else 4
@@ -202,9 +204,10 @@ def damage(folder, how):
         manifest.write_text(manifest.read_text()[:-30])
 
 
-@pytest.mark.parametrize('how, says', [('short', 'the manifest says'), ('odd', 'the manifest says'), ('empty', 'the manifest says'),
-                                       ('gone', 'missing'), ('flip', 'damaged'), ('dtype', 'the manifest says'),
-                                       ('json', 'not a manifest')])
+@pytest.mark.parametrize('how, says', [
+    ('short', 'the manifest says'), ('odd', 'the manifest says'), ('empty', 'the manifest says'),
+    ('gone', 'missing'), ('flip', 'damaged'), ('dtype', 'the manifest says'), ('json', 'not a manifest'),
+])
 def test_damaged_data(corpus_folder, tmp_path, how, says):
     folder = tmp_path / 'copy'
     shutil.copytree(corpus_folder, folder)
@@ -227,7 +230,8 @@ def test_a_token_outside_the_vocabulary(corpus_folder, tmp_path):
 
 
 @pytest.mark.parametrize('name, content, says', [
-    ('a.txt', b'', 'no text'), ('a.txt', b'ok\nok\n\xff bad', 'a.txt:3: not UTF-8'), ('a.csv', b'x', 'must be .txt or .jsonl'),
+    ('a.txt', b'', 'no text'), ('a.txt', b'ok\nok\n\xff bad', 'a.txt:3: not UTF-8'),
+    ('a.csv', b'x', 'must be .txt or .jsonl'),
     ('a.jsonl', b'{"text": "x"}\n{"text": 3}', 'a.jsonl:2'), ('a.jsonl', b'{"text": "x"}\n{"text"', 'a.jsonl:2'),
     ('a.jsonl', b'{"words": "x"}', 'a.jsonl:1'), ('a.jsonl', b'{"text": "x"}\n\xfe', 'a.jsonl:2: not UTF-8'),
 ])
@@ -243,7 +247,8 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path, name, content, says, ca
 def test_command_line(tmp_path, capsys):
     (tmp_path / 'a.txt').write_text('some words to learn\n' * 4000, encoding='utf-8')
     (tmp_path / 'b.jsonl').write_text('\n'.join(json.dumps({'text': f'line {i}'}) for i in range(30)), encoding='utf-8')
-    data.main(['--input', f"{tmp_path / 'a.txt'},{tmp_path / 'b.jsonl'}", '--out', str(tmp_path / 'out'), '--tokenizer', 'bpe-300'])
+    data.main(['--input', f"{tmp_path / 'a.txt'},{tmp_path / 'b.jsonl'}", '--out', str(tmp_path / 'out'),
+               '--tokenizer', 'bpe-300'])
     assert 'train it' in capsys.readouterr().out.replace('train on it', 'train it')
     assert data.corpus_tokenizer(data.open_corpus(tmp_path / 'out')).vocab_size <= 300
     with pytest.raises(SystemExit):
@@ -293,7 +298,8 @@ def test_windows_cross_shards(tmp_path):
     one, many = data.open_corpus(tmp_path / 'one'), data.open_corpus(tmp_path / 'many')
     assert len(many.splits['train']) > 10
     for seed in range(3):
-        assert torch.equal(data.batch(one, 'train', range(9), 250, seed).x0, data.batch(many, 'train', range(9), 250, seed).x0)
+        assert torch.equal(data.batch(one, 'train', range(9), 250, seed).x0,
+                           data.batch(many, 'train', range(9), 250, seed).x0)
     assert torch.equal(data.all_windows(one, 'val', 50), data.all_windows(many, 'val', 50))
 
 

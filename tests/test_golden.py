@@ -45,11 +45,12 @@ def run_sampler(case, on_step=None):
     x = torch.cat((prompt, torch.full((B, s['gen_length']), ids['mask'])), 1)
     visible = None
     if case['attention_mask'] is not None:
-        visible = torch.cat((torch.tensor(case['attention_mask']).bool(), torch.ones(B, s['gen_length'], dtype=torch.bool)), 1)
+        visible = torch.cat((torch.tensor(case['attention_mask']).bool(),
+                             torch.ones(B, s['gen_length'], dtype=torch.bool)), 1)
     options = {k: s[k] for k in ('steps', 'block_length', 'temperature', 'cfg_scale', 'remasking', 'logits_eos_inf',
                                  'confidence_eos_eot_inf')}
-    return diffusion.generate(golden_model(case['model']), x, ids['mask'], gen_start=P, visible=visible, eos_id=ids['eos'],
-                              eot_id=ids['eot'], on_step=on_step, **options), x
+    return diffusion.generate(golden_model(case['model']), x, ids['mask'], gen_start=P, visible=visible,
+                              eos_id=ids['eos'], eot_id=ids['eot'], on_step=on_step, **options), x
 
 
 @pytest.mark.parametrize('case', golden('sampler.json'))
@@ -62,7 +63,7 @@ def test_greedy_sampler_step_by_step(case):
         assert torch.equal(out.x[given], x[given])
         return
     assert out.x.tolist() == case['output_ids']
-    want = [f for i, f in enumerate(case['trajectory']) if i and f != case['trajectory'][i - 1]]    # idle steps are skipped
+    want = [f for i, f in enumerate(case['trajectory']) if i and f != case['trajectory'][i - 1]]    # no idle steps
     assert frames == want
 
 
@@ -138,7 +139,8 @@ def test_likelihood(case):
 
 @pytest.mark.parametrize('case', golden('likelihood_confidence.json'))
 def test_confidence_score(case):
-    value = diffusion.confidence_score(golden_model(case['model']), *answer(case), case['mask_id'], cfg_scale=case['cfg_scale'])
+    value = diffusion.confidence_score(golden_model(case['model']), *answer(case), case['mask_id'],
+                                       cfg_scale=case['cfg_scale'])
     assert abs(value - case['value']) < max(1e-4, 5e-5 * abs(case['value']))
     order = [i + len(case['prompt_ids']) for i in case['reveal_order']]
     chain = diffusion.log_likelihood_ordered(golden_model(case['model']), *answer(case), case['mask_id'], order,

@@ -36,7 +36,8 @@ def test_ceilings(name):
 def test_top_level():
     listed = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True).stdout.split()
     top = {f.split('/')[0] for f in listed} if listed else {f.name for f in ROOT.iterdir()} - {'data', 'out'}
-    allowed = {f'{name}.py' for name in TREES} | {'config', 'tests', 'README.md', 'requirements.txt', 'pyproject.toml', 'LICENSE'}
+    allowed = {f'{name}.py' for name in TREES}
+    allowed |= {'config', 'tests', 'README.md', 'requirements.txt', 'pyproject.toml', 'LICENSE'}
     assert {f for f in top if not f.startswith('.') and f != '__pycache__'} <= allowed
 
 
@@ -59,7 +60,8 @@ def test_public_functions_are_documented():
 
 def test_equations_in_the_readme_are_in_the_code():
     """Each row of the README's table of equations names a function; that function, or what it calls, bears the tag."""
-    rows = re.findall(r'^\| (Eq\. [\d-]+|Alg\. \d)[^|]*\|[^|]*\| `(\w+)\.(\w+)`', (ROOT / 'README.md').read_text(), re.M)
+    readme = (ROOT / 'README.md').read_text()
+    rows = re.findall(r'^\| (Eq\. [\d-]+|Alg\. \d)[^|]*\|[^|]*\| `(\w+)\.(\w+)`', readme, re.M)
     assert len(rows) >= 5
     for tag, module, function in rows:
         source = (ROOT / f'{module}.py').read_text()

@@ -157,8 +157,10 @@ def test_bfloat16_autocast_stays_close_and_losses_stay_float32():
 def test_parameter_counts_of_the_papers():
     """LLaDA 8B and iLLaDA 8B to the digit (App. B.2; FFN of the 1B models is 5632 or 5634, the totals cannot tell)."""
     table = [
-        (dict(vocab_size=126464, n_layer=32, n_head=32, n_kv_head=32, d_model=4096, d_ff=12288), 8015581184, 6979588096),
-        (dict(vocab_size=155136, n_layer=32, n_head=32, n_kv_head=8, d_model=4096, d_ff=14336, tied=True), 7615025152, 6979588096),
+        (dict(vocab_size=126464, n_layer=32, n_head=32, n_kv_head=32, d_model=4096, d_ff=12288),
+         8015581184, 6979588096),
+        (dict(vocab_size=155136, n_layer=32, n_head=32, n_kv_head=8, d_model=4096, d_ff=14336, tied=True),
+         7615025152, 6979588096),
         (dict(vocab_size=126464, n_layer=22, n_head=32, n_kv_head=4, d_model=2048, d_ff=5634), 1487243264, 969246720),
         (dict(vocab_size=126464, n_layer=28, n_head=32, n_kv_head=8, d_model=4096, d_ff=13440), 6834851840, 5798858752),
     ]

@@ -59,7 +59,7 @@ def folder(tmp_path):
 def test_sharded_and_stored_tied_head(folder):
     want = M.load_model(folder)[0].state_dict()
     tensors = safetensors.load_file(folder / 'model.safetensors')
-    tensors['model.transformer.ff_out.weight'] = tensors['model.transformer.wte.weight'].clone()    # some shards store it twice
+    tensors['model.transformer.ff_out.weight'] = tensors['model.transformer.wte.weight'].clone()  # some store it twice
     safetensors.save_file(tensors, folder / 'model.safetensors')
     shard(folder)
     got = M.load_model(folder)[0].state_dict()
@@ -80,11 +80,16 @@ def retensor(folder, change):
 DOCTORED = {
     'missing shard': (lambda f: (shard(f), os.remove(f / 'model-00002-of-00002.safetensors')), 'missing, but named'),
     'no weights': (lambda f: os.remove(f / 'model.safetensors'), 'no \\*.safetensors'),
-    'wrong shape': (lambda f: retensor(f, lambda t: t.update({'model.transformer.ln_f.weight': torch.ones(7)})), 'has shape \\[7\\]'),
-    'missing tensor': (lambda f: retensor(f, lambda t: t.pop('model.transformer.ln_f.weight')), 'tensors, 2 layers have'),
-    'extra tensor': (lambda f: retensor(f, lambda t: t.update(a=torch.ones(1), b=torch.ones(1))), 'tensors, 2 layers have'),
-    'renamed tensor': (lambda f: retensor(f, lambda t: t.update(odd=t.pop('model.transformer.ln_f.weight'))), 'lacks model'),
-    'truncated file': (lambda f: (f / 'model.safetensors').write_bytes((f / 'model.safetensors').read_bytes()[:-100]), 'not a complete'),
+    'wrong shape': (lambda f: retensor(f, lambda t: t.update({'model.transformer.ln_f.weight': torch.ones(7)})),
+                    'has shape \\[7\\]'),
+    'missing tensor': (lambda f: retensor(f, lambda t: t.pop('model.transformer.ln_f.weight')),
+                       'tensors, 2 layers have'),
+    'extra tensor': (lambda f: retensor(f, lambda t: t.update(a=torch.ones(1), b=torch.ones(1))),
+                     'tensors, 2 layers have'),
+    'renamed tensor': (lambda f: retensor(f, lambda t: t.update(odd=t.pop('model.transformer.ln_f.weight'))),
+                       'lacks model'),
+    'truncated file': (lambda f: (f / 'model.safetensors').write_bytes((f / 'model.safetensors').read_bytes()[:-100]),
+                       'not a complete'),
     'text file': (lambda f: (f / 'model.safetensors').write_text('hello'), 'not a complete'),
     'wrong type': (lambda f: edit(f, model_type='gpt2'), "model_type 'gpt2'"),
     'broken config': (lambda f: (f / 'config.json').write_text('{'), 'not a model configuration'),
@@ -92,7 +97,8 @@ DOCTORED = {
     'hostile width': (lambda f: edit(f, d_model=2 ** 40), 'is not \\['),
     'no theta': (lambda f: edit(f, rope_theta='gone'), 'rope_theta missing'),
     'biases': (lambda f: edit(f, include_bias=True), 'include_bias = True is not supported'),
-    'untied head': (lambda f: retensor(f, lambda t: t.update({'model.transformer.ff_out.weight': torch.ones(40, 32)})), 'but they differ'),
+    'untied head': (lambda f: retensor(f, lambda t: t.update({'model.transformer.ff_out.weight': torch.ones(40, 32)})),
+                    'but they differ'),
     'path in the index': (lambda f: (shard(f), (f / 'model.safetensors.index.json').write_text(
         '{"weight_map": {"x": "../../etc/passwd"}}')), 'missing, but named'),
 }
@@ -125,7 +131,8 @@ def test_the_tokenizer_travels(tmp_path):
     import data
     data.save_bpe(tmp_path / 't.json', data.train_bpe('some words ' * 50, 5))
     tok = data.get_tokenizer(tmp_path / 't.json')
-    M.save_release(tiny_model(vocab_size=tok.vocab_size), {'mask_id': tok.mask_id, 'tokenizer': str(tmp_path / 't.json')}, tmp_path / 'r')
+    M.save_release(tiny_model(vocab_size=tok.vocab_size),
+                   {'mask_id': tok.mask_id, 'tokenizer': str(tmp_path / 't.json')}, tmp_path / 'r')
     shutil.rmtree(tmp_path / 't.json', ignore_errors=True)
     _, meta = M.load_model(tmp_path / 'r')
     assert data.get_tokenizer(meta['tokenizer']).encode('some words') == tok.encode('some words')

@@ -8,9 +8,10 @@ import diffusion
 
 MASK, EOS, EOT, PAD = 39, 38, 37, 36
 SAMPLERS = [
-    dict(steps=8), dict(steps=5), dict(steps=8, block_length=4), dict(steps=3, block_length=4), dict(steps=8, remasking='random'),
-    dict(steps=8, temperature=0.7), dict(steps=8, remasking='random', temperature=1.0, block_length=2),
-    dict(steps=6, cfg_scale=0.8), dict(steps=8, cfg_scale=1.5, temperature=1.0, block_length=4), dict(steps=8, threshold=0.2),
+    dict(steps=8), dict(steps=5), dict(steps=8, block_length=4), dict(steps=3, block_length=4),
+    dict(steps=8, remasking='random'), dict(steps=8, temperature=0.7),
+    dict(steps=8, remasking='random', temperature=1.0, block_length=2), dict(steps=6, cfg_scale=0.8),
+    dict(steps=8, cfg_scale=1.5, temperature=1.0, block_length=4), dict(steps=8, threshold=0.2),
     dict(steps=8, temperature=0.7, confidence_eos_eot_inf=True), dict(steps=8, logits_eos_inf=True, remasking='random'),
 ]
 named = pytest.mark.parametrize('settings', SAMPLERS, ids=lambda s: ' '.join(f'{k}={v}' for k, v in s.items()))
@@ -62,7 +63,7 @@ def test_infilling_has_its_own_budget(model):
     x = torch.tensor([[1, MASK, 2, MASK, MASK, 3]])
     out = diffusion.generate(model, x, MASK, steps=3)
     assert not (out.x == MASK).any() and out.n_forward == 3
-    mixed = torch.tensor([[1, MASK, 2] + [MASK] * 8])                                   # a gap in the prompt, then blocks
+    mixed = torch.tensor([[1, MASK, 2] + [MASK] * 8])                                 # a gap in the prompt, then blocks
     order = []
     out = diffusion.generate(model, mixed, MASK, steps=8, block_length=4, gen_start=3,
                              on_step=lambda x, committed: order.extend(committed[0].nonzero()[:, 0].tolist()))
@@ -103,14 +104,14 @@ def test_end_tokens(temperature):
     assert not (out.x == EOS).any() and (out.x == EOT).any()
     first_kinds = []
 
-    def mixed(ids):                                                 # EOS and EoT wanted most on the left, a word on the right
+    def mixed(ids):                                           # EOS and EoT wanted most on the left, a word on the right
         logits = likes(EOS)(ids)
         logits[:, 2:4] = likes(EOT)(ids)[:, 2:4]
         logits[:, 4:] = likes(7)(ids)[:, 4:] * 0.9
         return logits
 
-    diffusion.generate(mixed, x[:1], MASK, confidence_eos_eot_inf=True, generator=torch.Generator().manual_seed(0), **options,
-                       on_step=lambda x, c: first_kinds.append(x[0][c[0]].item()))
+    diffusion.generate(mixed, x[:1], MASK, confidence_eos_eot_inf=True, generator=torch.Generator().manual_seed(0),
+                       **options, on_step=lambda x, c: first_kinds.append(x[0][c[0]].item()))
     if temperature == 0:                                            # the word first although it is less probable
         assert first_kinds[:2] == [7, 7] and set(first_kinds[2:]) == {EOS, EOT}
     ends = [k in (EOS, EOT) for k in first_kinds]
@@ -129,7 +130,8 @@ def test_variable_length_batches_equal_single_runs(model, block_length, settings
     options = dict(block_length=block_length, steps_per_block=block_length, max_length=12, **settings)
     ids, _ = diffusion.generate_variable_length(model, prompts(), MASK, 7, generator=generators(8), **options)
     for i, prompt in enumerate(prompts()):
-        alone, n = diffusion.generate_variable_length(model, [prompt], MASK, 7, generator=generators(8)[i:i + 1], **options)
+        alone, n = diffusion.generate_variable_length(model, [prompt], MASK, 7, generator=generators(8)[i:i + 1],
+                                                      **options)
         assert ids[i] == alone[0] and ids[i][:len(prompt)] == prompt
         new = alone[0][len(prompt):]
         assert len(new) % block_length == 0 and (7 in new[-block_length:] or len(new) == 12)
@@ -137,8 +139,8 @@ def test_variable_length_batches_equal_single_runs(model, block_length, settings
 
 
 def test_variable_length_stops_at_a_string(model):
-    out, _ = diffusion.generate_variable_length(model, [[1, 2]], MASK, None, block_length=2, steps_per_block=2, max_length=20,
-                                                stop=lambda ids: len(ids) >= 6)
+    out, _ = diffusion.generate_variable_length(model, [[1, 2]], MASK, None, block_length=2, steps_per_block=2,
+                                                max_length=20, stop=lambda ids: len(ids) >= 6)
     assert len(out[0]) == 8
 
 
@@ -183,8 +185,9 @@ def test_ar_generation_with_and_without_a_cache():
 
 
 @pytest.mark.parametrize('settings, says', [
-    (dict(steps=0), 'steps'), (dict(steps=8, block_length=3), 'block_length must divide the 8'), (dict(steps=8, block_length=0), 'block_length'),
-    (dict(steps=1, block_length=4), 'number of blocks'), (dict(steps=8, temperature=-1.0), 'temperature'),
+    (dict(steps=0), 'steps'), (dict(steps=8, block_length=3), 'block_length must divide the 8'),
+    (dict(steps=8, block_length=0), 'block_length'), (dict(steps=1, block_length=4), 'number of blocks'),
+    (dict(steps=8, temperature=-1.0), 'temperature'),
     (dict(steps=8, remasking='best'), 'remasking must be'), (dict(steps=8, cache='all'), 'cache must be'),
     (dict(steps=8, logits_eos_inf=True), 'need eos_id'), (dict(steps=8, cfg_scale=-0.5), 'cfg_scale'),
 ])

@@ -39,8 +39,8 @@ def test_eq3_by_its_integral_is_the_log_probability(table):
             masked = torch.tensor([bits])
             l = sum(bits)                                                               # noqa: E741
             beta = math.gamma(l) * math.gamma(T - l + 1) / math.gamma(T + 1)
-            loss = diffusion.diffusion_loss(model, x0[None], ALL[None], MASK, t=torch.ones(1).double(), masked=masked).item() * T
-            total += beta * loss                                                        # weight 1/t moved into beta
+            loss = diffusion.diffusion_loss(model, x0[None], ALL[None], MASK, t=torch.ones(1).double(), masked=masked)
+            total += beta * (loss.item() * T)                                           # weight 1/t moved into beta
         assert abs(-total - p[tuple(x0)].log().item()) < 1e-9
 
 
@@ -53,11 +53,12 @@ def test_eq3_and_its_count_form_have_the_same_mean(table):
         for i in range(20):
             t = diffusion.sample_t(20000, eps=0, stratified=False, generator=seeded(i))
             _, masked = diffusion.forward_process(x0, t, MASK, generator=seeded(100 + i), exact=exact)
-            values.append(diffusion.diffusion_loss(model, x0, ALL.expand_as(x0), MASK, t=t, masked=masked, exact=exact).item())
+            loss = diffusion.diffusion_loss(model, x0, ALL.expand_as(x0), MASK, t=t, masked=masked, exact=exact)
+            values.append(loss.item())
         losses[exact] = np.array(values)
     spread = math.hypot(*(v.std() / 20 ** 0.5 for v in losses.values()))
     assert abs(losses[False].mean() - losses[True].mean()) < 4 * spread
-    assert losses[False].std() > 2 * losses[True].std()                                 # and the count form is less noisy
+    assert losses[False].std() > 2 * losses[True].std()                               # and the count form is less noisy
 
 
 def test_eq6_is_far_less_noisy_than_eq5(table):
@@ -71,7 +72,7 @@ def test_eq6_is_far_less_noisy_than_eq5(table):
 
 
 def test_counts_of_eq6_are_exactly_uniform():
-    """The official draw rounds half to even: with L = 8 and 16 rows some counts come up three times as often as others."""
+    """The official draw rounds half to even: with L = 8 and 16 rows some counts come thrice as often as others."""
     L, seen = 8, np.zeros(9)
 
     def count(ids):
@@ -79,10 +80,10 @@ def test_counts_of_eq6_are_exactly_uniform():
         return torch.zeros(*ids.shape, V + 1)
 
     for i in range(400):
-        diffusion.log_likelihood(count, torch.zeros(L, dtype=torch.long), torch.ones(L, dtype=torch.bool), MASK, mc_num=16,
-                                 generator=seeded(i))
+        diffusion.log_likelihood(count, torch.zeros(L, dtype=torch.long), torch.ones(L, dtype=torch.bool), MASK,
+                                 mc_num=16, generator=seeded(i))
     assert seen[0] == 0 and seen[1:].sum() == 6400
-    assert np.abs(seen[1:] / 800 - 1).max() < 0.05                                      # stratified: far inside the binomial 11 %
+    assert np.abs(seen[1:] / 800 - 1).max() < 0.05                            # stratified: far inside the binomial 11 %
     official = np.zeros(9)
     for k in range(1, L + 1):
         x = torch.round(torch.linspace(k, k + 15 * L / 16, 16)).long()
@@ -118,7 +119,7 @@ def test_guided_likelihood_by_enumeration(table):
         logp = guided.log_softmax(-1)[0, masked].gather(-1, x0[masked][:, None]).sum().item()
         total += logp * (2 / sum(bits)) / (2 * math.comb(2, sum(bits)))
     def guarded(ids):
-        return model(ids).clamp(min=-1e300)                                             # -inf - -inf of the [MASK] column
+        return model(ids).clamp(min=-1e300)                                           # -inf - -inf of the [MASK] column
     value = diffusion.log_likelihood(guarded, x0, maskable, MASK, cfg_scale=w)
     assert abs(value - total) < 1e-9
 
@@ -133,7 +134,7 @@ def test_confidence_score_by_brute_force(table):
             total += logp[best].item()
             masked[best] = False
         assert abs(diffusion.confidence_score(model, x0, ALL, MASK) - total) < 1e-9
-        assert abs(total - p[tuple(x0)].log().item()) < 1e-9                            # consistent table: any order will do
+        assert abs(total - p[tuple(x0)].log().item()) < 1e-9                       # consistent table: any order will do
 
 
 def law(samples):
@@ -148,7 +149,8 @@ def total_variation(samples, p):
 
 def noise_floor(p, n, runs=20):
     """The total variation that n true samples show, at its largest of some runs."""
-    return max(total_variation(SEQUENCES[torch.multinomial(p.flatten(), n, True, generator=seeded(i))], p) for i in range(runs))
+    return max(total_variation(SEQUENCES[torch.multinomial(p.flatten(), n, True, generator=seeded(i))], p)
+               for i in range(runs))
 
 
 def sample(model, n=20000, **settings):
@@ -160,7 +162,7 @@ def test_random_remasking_one_token_at_a_time_samples_the_joint(table):
     p, model = table
     floor = noise_floor(p, 20000)
     assert total_variation(sample(model, steps=T, remasking='random'), p) < 1.5 * floor
-    assert total_variation(sample(model, steps=T, remasking='random', block_length=1), p) < 1.5 * floor     # left to right
+    assert total_variation(sample(model, steps=T, remasking='random', block_length=1), p) < 1.5 * floor  # left to right
     assert total_variation(sample(model, steps=1, remasking='random'), p) > 5 * floor       # independent tokens
     assert total_variation(sample(model, steps=T), p) > 5 * floor                           # low-confidence seeks modes
 
@@ -171,7 +173,7 @@ def test_blocks_that_grow_sample_the_joint_left_to_right():
 
     def model(ids):
         W = ids.shape[1]
-        q = p.sum(dim=tuple(range(W, T))) if W < T else p                               # the marginal of the first W tokens
+        q = p.sum(dim=tuple(range(W, T))) if W < T else p                           # the marginal of the first W tokens
         out = torch.zeros(*ids.shape, V + 1, dtype=torch.float64)
         prefixes = torch.tensor(list(product(range(V), repeat=W)))
         agrees = ((ids[:, None] == prefixes) | (ids[:, None] == MASK)).all(-1)
@@ -197,12 +199,13 @@ def test_forward_process_hides_each_token_with_probability_t():
     assert abs((share - t).mean()) < 0.005 and ((share - t) / (t * (1 - t) / 25).sqrt().clamp(min=0.02)).std() < 1.2
     _, masked = diffusion.forward_process(x0, t, 7, maskable.expand_as(x0), seeded(0), exact=True)
     assert torch.equal(masked.sum(1), (t.double() * 25).ceil().long())
-    assert (masked[:, ::2].float().mean(0) - masked[:, ::2].float().mean()).abs().max() < 0.03               # no position is preferred
+    assert (masked[:, ::2].float().mean(0) - masked[:, ::2].float().mean()).abs().max() < 0.03  # no preferred position
 
 
 def test_a_natural_mask_token_is_not_noise():
     x0 = torch.tensor([[7, 1, 2, 7]])
-    xt, masked = diffusion.forward_process(x0, torch.tensor([0.5]), 7, torch.tensor([[False, True, True, False]]), exact=True)
+    maskable = torch.tensor([[False, True, True, False]])
+    xt, masked = diffusion.forward_process(x0, torch.tensor([0.5]), 7, maskable, exact=True)
     assert masked.sum() == 1 and xt[0, 0] == 7 and not masked[0, 0] and not masked[0, 3]
 
 
@@ -211,7 +214,7 @@ def test_stratified_t_is_uniform_in_every_row_and_even_in_every_part():
         t = torch.stack([diffusion.sample_t(B, 0.0, generator=seeded(i)) for i in range(500)])
         assert (t > 0).all() and (t <= 1).all()
         slices = ((1 - t.double()) * B).floor().long().clamp(0, B - 1).sort(1).values
-        assert (slices == torch.arange(B)).float().mean() > 0.999                       # one in each slice, up to rounding
+        assert (slices == torch.arange(B)).float().mean() > 0.999                    # one in each slice, up to rounding
         assert (t.mean(0) - 0.5).abs().max() < 0.07                                     # 5 sigma of 500 uniform draws
     parts = t[:, :100].unflatten(1, (10, 10)).mean(2)                                   # micro-batches of 10
     assert parts.std() < 0.045 < 0.08 < torch.rand(500, 100).unflatten(1, (10, 10)).mean(2).std()
