@@ -37,6 +37,17 @@ def takes(model, name):
         return False
 
 
+def widest(device):
+    """float64, or float32 on MPS, which has nothing wider."""
+    return torch.float32 if torch.device(device).type == 'mps' else torch.float64
+
+
+def log_prob(logits, targets):
+    """log softmax(logits)[targets], computed in float32 or wider: (M, V), (M,) -> (M,) in the widest dtype."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -F.cross_entropy(logits, targets, reduction='none').to(widest(logits.device))
+
+
 def logits_of(model, ids, rows, **options):
     """The logits (M, V) of the True positions of `rows` (B, T), whether or not the model can skip the others."""
     options = {k: v for k, v in options.items() if v is not None}
@@ -93,7 +104,7 @@ def forward_process(x0, t, mask_id, maskable=None, generator=None, *, exact=Fals
         u = torch.rand(x0.shape, generator=generator, device=x0.device)
     if exact:
         n = maskable.sum(1)
-        count = torch.minimum((t.to(torch.float64) * n).ceil().long().clamp(min=1), n)  # (B,)
+        count = torch.minimum((t.to(widest(t.device)) * n).ceil().long().clamp(min=1), n)  # (B,)
         rank = u.masked_fill(~maskable, 2.0).argsort(1).argsort(1)                      # a random order of the maskable
         masked = rank < count[:, None]
     else:
@@ -147,10 +158,10 @@ def diffusion_loss(model, x0, maskable, mask_id, *, t=None, masked=None, per='to
 
 
 def masked_log_prob(model, x0, masked, mask_id, prompt=None, cfg_scale=0.0, **options):
-    """Sum of log p(x0_i | xt) over the masked i of each row: x0 (B, T), masked (B, T) -> (B,) float64."""
+    """Sum of log p(x0_i | xt) over the masked i of each row: x0 (B, T), masked (B, T) -> (B,)."""
     xt = torch.where(masked, mask_id, x0)
     logits = guided_logits(model, xt, prompt, cfg_scale, mask_id, rows=masked, **options)
-    logp = logits.double().log_softmax(-1).gather(-1, x0[masked][:, None])[:, 0]        # (M,)
+    logp = log_prob(logits, x0[masked])                                                 # (M,)
     return logp.new_zeros(x0.shape[0]).index_add_(0, masked.nonzero()[:, 0], logp)
 
 
@@ -181,7 +192,7 @@ def bound_per_row(model, x0, maskable, mask_id, *, draws=16, batch_size=32, seed
         row = part // draws - first
         noise = row_noise(seed, 0, part.tolist(), T).to(x0.device)
         terms = eq6_terms(model, x0[row], maskable[row], mask_id, u[i:i + batch_size].to(x0.device), noise)
-        out.index_add_(0, row, terms.cpu())
+        out.index_add_(0, row, terms.cpu().double())
     return out / draws
 
 
@@ -252,7 +263,7 @@ def log_likelihood_ordered(model, x0, maskable, mask_id, order=None, *, batch_si
         read = torch.zeros_like(part)
         read[torch.arange(len(part)), now] = True
         logits = guided_logits(model, xt, options['prompt'], cfg_scale, mask_id, rows=read)
-        total += float(logits.double().log_softmax(-1).gather(-1, x0[now][:, None]).sum())
+        total += float(log_prob(logits, x0[now]).sum())
     return total
 
 
@@ -271,7 +282,7 @@ def confidence_score(model, x0, maskable, mask_id, *, eos_id=None, cfg_scale=0.)
     while masked.any():
         xt = torch.where(masked, mask_id, x0)
         logits = guided_logits(model, xt, (~maskable)[None], cfg_scale, mask_id, rows=masked)
-        own = logits.double().log_softmax(-1).gather(-1, x0[masked[0]][:, None])[:, 0]  # (M,)
+        own = log_prob(logits, x0[masked[0]])                                           # (M,)
         best = own.argmax()
         total += float(own[best])
         masked[0, masked[0].nonzero()[best]] = False
@@ -326,12 +337,10 @@ def uniform(rows, columns, generator):
     generator: one torch.Generator, or a list with one for each row of the batch, so that what a row draws does not
     depend on its neighbours: a batch then equals its rows sampled one by one.
     """
+    options = {'dtype': widest(rows.device), 'device': rows.device}
     if not isinstance(generator, (list, tuple)):
-        shape = (int(rows.sum()), columns)
-        return torch.rand(shape, dtype=torch.float64, device=rows.device, generator=generator)
-    counts = rows.sum(1).tolist()
-    return torch.cat([torch.rand(n, columns, dtype=torch.float64, device=rows.device, generator=g)
-                      for n, g in zip(counts, generator)])
+        return torch.rand(int(rows.sum()), columns, generator=generator, **options)
+    return torch.cat([torch.rand(n, columns, generator=g, **options) for n, g in zip(rows.sum(1).tolist(), generator)])
 
 
 def gumbel_argmax(logits, temperature, generator=None, *, u=None):
@@ -343,8 +352,8 @@ def gumbel_argmax(logits, temperature, generator=None, *, u=None):
     if temperature == 0:
         return logits.argmax(-1)
     if u is None:
-        u = torch.rand(logits.shape, dtype=torch.float64, device=logits.device, generator=generator)
-    return (logits.double() / temperature).sub_(u.log_().neg_().log_()).argmax(-1)
+        u = torch.rand(logits.shape, dtype=widest(logits.device), device=logits.device, generator=generator)
+    return (logits.to(u.dtype) / temperature).sub_(u.log_().neg_().log_()).argmax(-1)
 
 
 def confidence(logits, x0_hat, remasking, *, u=None, generator=None):
@@ -552,7 +561,7 @@ def ar_loss(model, x0, maskable, *, per='token', bos_id=None, total=None):
 def ar_log_prob(model, x0, maskable, *, bos_id=None):
     """Exact log p of the maskable tokens of each row given all tokens before them: (B, T) -> (B,) float64."""
     ids, targets, counted = shifted(x0, maskable, bos_id)
-    logp = logits_of(model, ids, counted).double().log_softmax(-1).gather(-1, targets[counted][:, None])[:, 0]
+    logp = log_prob(logits_of(model, ids, counted), targets[counted])                   # (M,)
     return logp.new_zeros(len(x0)).index_add_(0, counted.nonzero()[:, 0], logp)
 
 

@@ -56,15 +56,15 @@ stratified = True               # one t in each of B equal slices; False: i.i.d.
 mask_eps = 1e-3                 # smallest t when count_form is off
 # --- optimizer
 optimizer = 'muon'              # 'muon': torch.optim.Muon on the matrices of the blocks, AdamW elsewhere; or 'adamw'
-learning_rate = 3e-3            # AdamW's peak
-muon_lr = 2e-2                  # Muon's peak
+learning_rate = 2e-2            # AdamW's peak
+muon_lr = 5e-3                  # Muon's peak
 beta1 = 0.9                     # AdamW
 beta2 = 0.95                    # AdamW
 weight_decay = 0.1              # on matrices; with Muon on those of the blocks only
 grad_clip = 1.0                 # largest gradient norm; 0 turns clipping off
 # --- schedule, in iterations
-max_iters = 1500                # optimizer updates
-batch_size = 32                 # windows in one forward pass
+max_iters = 2000                # optimizer updates
+batch_size = 16                 # windows in one forward pass
 grad_accum = 1                  # forward passes in one update
 schedule = 'cosine'             # 'cosine', or 'wsd': warm up, stay, decay linearly over the last decay_iters
 warmup_iters = 50               # linear from 0
@@ -328,14 +328,15 @@ def prepare_run(cfg):
     tok = data.corpus_tokenizer(corpus)
     shape = {f: getattr(cfg, f) for f in ('seq_len', 'n_layer', 'n_head', 'n_kv_head', 'd_model', 'd_ff', 'rope_theta',
                                           'norm_eps', 'tied', 'causal')}
-    model = Transformer(ModelConfig(vocab_size=corpus.manifest['vocab_size'], **shape)).to(device)
+    model = Transformer(ModelConfig(vocab_size=corpus.manifest['vocab_size'], **shape))
     if cfg.init_from:
-        start, _ = load_model(cfg.init_from, device, torch.float32)
+        start, _ = load_model(cfg.init_from, dtype=torch.float32)
         if start.config != model.config:
             raise ValueError(f'init_from: {cfg.init_from} is {start.config}, the settings say {model.config}')
         model.load_state_dict(start.state_dict())
     else:
         init_weights(model, cfg.seed, cfg.emb_std or None, cfg.locality)
+    model.to(device)                                                # filled on the host: the same on every device
     optimizers = make_optimizers(model, cfg, device)
     it = load_checkpoint(run, model, optimizers, device) if cfg.resume else 0
     windows = data.all_windows(corpus, 'val', cfg.seq_len, cfg.eval_windows)
