@@ -21,7 +21,7 @@ from model import find_checkpoints, load_model, read_checkpoint
 
 TINY = dict(n_layer=2, n_head=2, n_kv_head=2, d_model=32, d_ff=48, seq_len=32, batch_size=4, grad_accum=2, max_iters=40,
             warmup_iters=4, eval_interval=10, eval_windows=8, eval_draws=2, sample_tokens=8, log_interval=1,
-            device='cpu', dtype='float32')
+            device='cpu', dtype='float32', learning_rate=3e-3, muon_lr=1e-2)
 
 
 @pytest.fixture(scope='module')
