@@ -97,7 +97,9 @@ def attention(q, k, v, *, causal=False, hidden=None, cu_seqlens=None):
     grouped = q.shape[1] != k.shape[1]
     # torch's fused CPU kernel loses to three plain lines for short canvases: its backward in bfloat16 is 2-8x slower.
     # (On CUDA a mask stays out of training: cuDNN's masked backward has returned NaN since torch 2.11.)
-    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and k.shape[2] <= 512 and not causal:
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and k.shape[2] <= 512:
+        if causal:
+            hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
         if grouped:
             k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) for z in (k, v))
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                        # (B, H, W, T)

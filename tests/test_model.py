@@ -93,17 +93,18 @@ def test_grouped_queries_equal_repeated_heads():
     close(full(ids_of(full)), grouped(ids_of(full)))
 
 
-@pytest.mark.parametrize('n_kv, masked', list(itertools.product((4, 2), (False, True))))
-def test_explicit_attention_equals_the_fused_kernel(n_kv, masked):
+@pytest.mark.parametrize('n_kv, kind', list(itertools.product((4, 2), ('plain', 'hidden', 'causal'))))
+def test_explicit_attention_equals_the_fused_kernel(n_kv, kind):
     """On CPU in bfloat16 short canvases take three plain lines instead of the kernel."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 24, 16, generator=g).requires_grad_() for h in (4, n_kv, n_kv))
-    hidden = (torch.arange(24) < 5)[None, None, None].expand(2, 1, 24, 24) if masked else None
-    want = M.attention(q, k, v, hidden=hidden)                                          # float32: SDPA
+    options = {'hidden': dict(hidden=(torch.arange(24) < 5)[None, None, None].expand(2, 1, 24, 24)),
+               'causal': dict(causal=True)}.get(kind, {})
+    want = M.attention(q, k, v, **options)                                              # float32: SDPA
     want.square().sum().backward()
     grads = [z.grad.clone() for z in (q, k, v)]
     short = [z.detach().bfloat16().requires_grad_() for z in (q, k, v)]
-    got = M.attention(*short, hidden=hidden)
+    got = M.attention(*short, **options)
     got.float().square().sum().backward()
     torch.testing.assert_close(got.float(), want, atol=0.03, rtol=0.03)
     for a, b in zip(short, grads):
