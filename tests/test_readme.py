@@ -1,0 +1,65 @@
+"""Every command of the README runs (on a tiny model and a few kB of text, later flags winning)."""
+
+import re
+import runpy
+import shlex
+import sys
+
+import pytest
+from helpers import ROOT, small_corpus
+
+TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
+COMMANDS = [c for span in re.findall(r'`(python [^`]+)`', TEXT) for c in re.split(r'`, then `', span)]
+COMMANDS += re.findall(r'^python (?!tests/)[^#\n]+', TEXT, re.M)
+TINY = ('--n_layer=1 --n_head=2 --n_kv_head=2 --d_model=32 --d_ff=48 --seq_len=96 --batch_size=2 --max_iters=4 --eval_interval=2 '
+        '--eval_windows=4 --eval_draws=1 --sample_tokens=4 --warmup_iters=1 --dtype=float32 --device=cpu').split()
+
+
+@pytest.fixture(scope='module')
+def desk(tmp_path_factory):
+    """A folder with a small data set, files to prepare, and the two runs that the README samples from."""
+    folder = tmp_path_factory.mktemp('desk')
+    small_corpus(folder / 'small', 60)
+    (folder / 'a.txt').write_text('the words of a file of mine\n' * 4000, encoding='utf-8')
+    (folder / 'b.jsonl').write_text('{"text": "a line of mine"}\n' * 40, encoding='utf-8')
+    (folder / 'config').symlink_to(ROOT / 'config')
+    return folder
+
+
+def run(script, argv):
+    before, sys.argv = sys.argv, [script, *argv]
+    try:
+        runpy.run_path(str(ROOT / script), run_name='__main__')
+    except SystemExit as e:
+        assert not e.code
+    finally:
+        sys.argv = before
+
+
+def test_every_command(desk, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    seen = set()
+    for command in COMMANDS:
+        script, *argv = shlex.split(command)[1:]
+        if script == 'train.py' and '--help' not in argv:
+            resume = '--resume' in argv
+            out = ['--out_dir=out/docs'] if resume else []
+            run(script, [*argv, *TINY, '--dataset=./small', *out, *(['--max_iters=6'] if resume else [])])
+        elif script == 'data.py' and argv:
+            offline = ['--input=a.txt', '--tokenizer=bytes', '--val_every=3']           # no network here
+            run(script, [*argv, *(offline if '--input' not in command else offline[1:])])
+        elif script == 'evaluate.py':
+            run(script, [*argv, '--draws=1', '--windows=4', '--dataset=./small'])
+        elif script in ('sample.py', 'train.py', 'data.py'):
+            run(script, argv)
+        else:
+            assert script in ('-m', 'tests/bench_train.py'), command
+        seen.add(script)
+        capsys.readouterr()
+    assert {'train.py', 'data.py', 'sample.py', 'evaluate.py'} <= seen and len(COMMANDS) > 15
+
+
+def test_the_two_command_lines_name_what_is_there():
+    lines = [line for line in TEXT.splitlines() if line.startswith('python3 -m venv')]
+    assert len(lines) == 2 and all('requirements.txt' in line for line in lines)
+    assert lines[0].endswith('train.py') and lines[1].endswith('-m pytest')
