@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 KINDS = (bool, int, float, str, list)
+TRUTH = {'true': True, '1': True, 'false': False, '0': False}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv}
 
@@ -41,8 +42,9 @@ def configure(namespace, argv=None, positional=()):
         if word.startswith('--'):
             key, equals, text = word[2:].partition('=')
             if not equals:
-                if not argv or argv[0].startswith('--'):
-                    argv.insert(0, 'true' if isinstance(settings.get(key), bool) else '')
+                switch = isinstance(settings.get(key), bool)
+                if not argv or argv[0].startswith('--') or switch and argv[0].lower() not in TRUTH:
+                    argv.insert(0, 'true' if switch else '')        # --resume stands for --resume=true
                 text = argv.pop(0)
             _assign(final, settings, key, text, f'--{key}', problems)
         elif word.endswith('.py'):
@@ -130,7 +132,7 @@ def _parse(text, kind):
     if kind is str:
         return text
     if kind is bool:
-        return {'true': True, '1': True, 'false': False, '0': False}[text.lower()]
+        return TRUTH[text.lower()]
     return _convert(_evaluate(ast.parse(text.strip(), mode='eval').body, {}), kind)
 
 

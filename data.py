@@ -9,6 +9,8 @@ A data set is a folder: flat token files (train_000.bin, val_000.bin), one manif
 windows form iteration i is a function of (seed, i), so a run resumes from a number, on any number of machines.
 
 Letters: B batch, T window length, N tokens in a split.
+
+A few lines over the ceiling: a tokenizer is part of what a data set is, and neither is of use without the other.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import tempfile
 from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 
@@ -112,8 +115,11 @@ def get_tokenizer(spec):
         names = ', '.join(tiktoken.list_encoding_names())
         raise ValueError(f"tokenizer must be 'bytes', a tokenizer.json or one of {names}; got {spec!r}")
     full = tiktoken.get_encoding(spec)
-    plain = tiktoken.Encoding(spec, pat_str=full._pat_str, mergeable_ranks=full._mergeable_ranks, special_tokens={})
-    return Tokenizer(plain, range(len(full._mergeable_ranks)), _specials(full._special_tokens, full.n_vocab), spec,
+    ordered = sorted(full._mergeable_ranks, key=full._mergeable_ranks.get)          # ranks are ids, and may have gaps
+    plain = tiktoken.Encoding(spec, pat_str=full._pat_str, special_tokens={},
+                              mergeable_ranks={token: i for i, token in enumerate(ordered)})
+    ids = [full._mergeable_ranks[token] for token in ordered]
+    return Tokenizer(plain, ids, _specials(full._special_tokens, full.n_vocab), spec,
                      {i: name.encode() for name, i in full._special_tokens.items()})
 
 
@@ -180,11 +186,24 @@ def _hugging_face_tokenizer(path):
         demand(raw[merged] not in ranks, f'two merges make the token {merged!r}')
         ranks[raw[merged]] = len(id_of_rank)
         id_of_rank.append(vocab[merged])
+    for pair in merges:                                             # tiktoken joins any two pieces that make a token,
+        a, b = raw[pair[0]], raw[pair[1]]                           # Hugging Face these two only: the same if the
+        demand(_last_pair(a + b, ranks) == (a, b), f'merge {pair} is not how its token is reached')     # token ends so
     loose = {vocab[t]: b for t, b in raw.items() if b not in ranks}    # without merges they are never made: decode only
     demand(not (loose and model.get('ignore_merges')), f'ignore_merges with {len(loose)} tokens that no merge makes')
     encoding = tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     loose.update({i: name.encode() for name, i in names.items()})
     return Tokenizer(encoding, id_of_rank, _specials(names, max(ids) + 1), path, loose)
+
+
+def _last_pair(token, ranks):
+    """The two pieces that byte-pair encoding joins last when it spells a token from its bytes."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+        i = pairs.index(min(pairs))
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return tuple(parts)
 
 
 def _pre_tokenizer_pattern(pre, demand):
@@ -327,6 +346,7 @@ def file_text(path):
                     text = json.loads(text)['text']
                     if not isinstance(text, str):
                         raise TypeError('text is not a string')
+                    text.encode()                                   # half a surrogate pair is no text
                 except (ValueError, KeyError, TypeError) as e:
                     raise ValueError(f'{path}:{number}: want a JSON object with "text" '
                                      f'({type(e).__name__}: {e})') from None
@@ -351,8 +371,8 @@ def chunks(documents, size=4096):
     for name, text in documents:
         start = 0
         while start < len(text):
-            end = text.find('\n', start + size)
-            end = len(text) if end < 0 else end + 1
+            end = text.find('\n', start + size, start + 2 * size) + 1 or text.find(' ', start + size, start + 2 * size)
+            end = end if end > 0 else start + 2 * size                # a wall of text is cut where it stands
             yield name, text[start:end]
             start = end
 
@@ -370,9 +390,10 @@ def prepare(documents, out, tokenizer, *, val_every=10, shard_tokens=100_000_000
     if 'val' not in split_of:
         raise ValueError(f'{out.name}: too little text: {len(pieces)} pieces of 4 kB, '
                          f'and every {val_every}th is held out')
-    aside = out.with_name(out.name + '.tmp')
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    if out.exists() and not (out.is_dir() and ((out / 'manifest.json').is_file() or not any(out.iterdir()))):
+        raise ValueError(f'{out}: something else is here; choose another --out')
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))             # no other process writes here
     try:
         if tokenizer.startswith('bpe-'):
             size = int(tokenizer[4:]) if tokenizer[4:].isdigit() else 0
@@ -387,11 +408,14 @@ def prepare(documents, out, tokenizer, *, val_every=10, shard_tokens=100_000_000
             shutil.copyfile(tokenizer, aside / 'tokenizer.json')
             tokenizer = 'tokenizer.json'
         manifest = _write_shards(pieces, split_of, aside, tokenizer, shard_tokens)
+        aside.chmod(0o755)
+        old = aside.with_name(aside.name + '.old')
         if out.exists():
-            shutil.rmtree(out)
+            os.replace(out, old)                                    # replaced, never missing for long
         os.replace(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside.with_name(aside.name + '.old'), ignore_errors=True)
     return manifest
 
 
@@ -403,15 +427,15 @@ def _write_shards(pieces, split_of, folder, spec, shard_tokens):
     n_bytes = Counter()
     for i, (name, text) in enumerate(tqdm(pieces, desc='tokenizing', unit='piece', disable=None, leave=False)):
         split = split_of[i]
-        tokens[split] += tok.encode(text)
+        tokens[split].append(np.array(tok.encode(text), dtype=dtype))       # 2 or 4 bytes a token, not Python's 36
         n_bytes[split] += len(text.encode())
         if i + 1 == len(pieces) or pieces[i + 1][0] != name or split_of[i + 1] != split:
-            tokens[split].append(tok.eos_id)
-    for split, ids in tokens.items():
-        shards = []
+            tokens[split].append(np.array([tok.eos_id], dtype=dtype))
+    for split, parts in tokens.items():
+        ids, shards = np.concatenate(parts), []
         for k in range(0, len(ids), shard_tokens):
             path = folder / f'{split}_{k // shard_tokens:03d}.bin'
-            part = np.array(ids[k:k + shard_tokens], dtype=dtype)
+            part = ids[k:k + shard_tokens]
             part.tofile(path)
             shards.append({'file': path.name, 'tokens': len(part), 'sha256': hashlib.sha256(part).hexdigest()})
         manifest['splits'][split] = {'shards': shards, 'tokens': len(ids), 'bytes': n_bytes[split]}
@@ -429,7 +453,11 @@ def open_dataset(name, verify=True):
     if name == 'docs' and not (folder / 'manifest.json').is_file():
         print('preparing data/docs (once): the documentation that this Python carries')
         documents, tokenizer, _ = DATASETS['docs']
-        prepare(documents(), folder, tokenizer)
+        try:
+            prepare(documents(), folder, tokenizer)
+        except OSError:
+            if not (folder / 'manifest.json').is_file():            # unless another process was faster
+                raise
     return open_corpus(folder, verify)
 
 
@@ -457,7 +485,7 @@ def _open_shard(path, dtype, entry, verify):
         raise ValueError(f'{path}: {"missing" if size < 0 else f"{size} bytes"}, the manifest says {want}; '
                          'prepare the data again')
     shard = np.memmap(path, dtype=dtype, mode='r')
-    if verify and hashlib.sha256(shard).hexdigest() != entry['sha256']:
+    if verify and sha256_of(path) != entry['sha256']:
         raise ValueError(f'{path}: damaged (its sha256 is not the one in the manifest); prepare the data again')
     return shard
 

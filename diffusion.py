@@ -137,7 +137,9 @@ def diffusion_loss(model, x0, maskable, mask_id, *, t=None, masked=None, per='to
     """
     if per not in ('token', 'sequence'):
         raise ValueError(f"per must be 'token' or 'sequence', got {per!r}")
-    if t is None and (masked is None or not exact):
+    if t is None and masked is not None and not exact:
+        raise ValueError('masked needs the t that it was drawn with, or exact=True')
+    if t is None and masked is None:
         t = sample_t(x0.shape[0], eps=0 if exact else 1e-3, generator=generator, device=x0.device)
     if masked is None:
         xt, masked = forward_process(x0, t, mask_id, maskable, generator, exact=exact)
@@ -168,7 +170,7 @@ def masked_log_prob(model, x0, masked, mask_id, prompt=None, cfg_scale=0.0, **op
 def eq6_terms(model, x0, maskable, mask_id, u, noise, **options):
     """One draw of Eq. 6 per row, a lower bound on log p in expectation: -> (B,) float64.
 
-    u (B,) uniform on [0, 1) decides l = floor(u L) + 1 (exactly uniform on 1..L), noise (B, T) which l tokens.
+    u (B,) uniform on [0, 1) decides l = ceil((1 - u) L), exactly uniform on 1..L, and noise (B, T) which l tokens.
     """
     _, masked = forward_process(x0, 1 - u, mask_id, maskable, exact=True, u=noise)
     scale = maskable.sum(1) / masked.sum(1)                                             # L / l
@@ -190,7 +192,7 @@ def bound_per_row(model, x0, maskable, mask_id, *, draws=16, batch_size=32, seed
     for i in range(0, N * draws, batch_size):
         part = index[i:i + batch_size]
         row = part // draws - first
-        noise = row_noise(seed, 0, part.tolist(), T).to(x0.device)
+        noise = row_noise(seed, 2 ** 63, part.tolist(), T).to(x0.device)        # a key that no iteration has
         terms = eq6_terms(model, x0[row], maskable[row], mask_id, u[i:i + batch_size].to(x0.device), noise)
         out.index_add_(0, row, terms.cpu().double())
     return out / draws
@@ -255,14 +257,14 @@ def log_likelihood_ordered(model, x0, maskable, mask_id, order=None, *, batch_si
     masked = maskable.repeat(len(order), 1)
     for k, position in enumerate(order):
         masked[k + 1:, position] = False                            # evaluation k still sees order[k:] hidden
-    rows, options = x0.expand(len(order), -1), {'prompt': (~maskable)[None], 'cfg_scale': cfg_scale}
+    rows, prompt = x0.expand(len(order), -1), (~maskable)[None]
     total = 0.0
     for i in range(0, len(order), batch_size):
         part, now = masked[i:i + batch_size], order[i:i + batch_size]
         xt = torch.where(part, mask_id, rows[:len(part)])
         read = torch.zeros_like(part)
         read[torch.arange(len(part)), now] = True
-        logits = guided_logits(model, xt, options['prompt'], cfg_scale, mask_id, rows=read)
+        logits = guided_logits(model, xt, prompt, cfg_scale, mask_id, rows=read)
         total += float(log_prob(logits, x0[now]).sum())
     return total
 
@@ -353,7 +355,7 @@ def gumbel_argmax(logits, temperature, generator=None, *, u=None):
         return logits.argmax(-1)
     if u is None:
         u = torch.rand(logits.shape, dtype=widest(logits.device), device=logits.device, generator=generator)
-    return (logits.to(u.dtype) / temperature).sub_(u.log_().neg_().log_()).argmax(-1)
+    return (logits.to(u.dtype) / temperature).sub_(u.log().neg_().log_()).argmax(-1)
 
 
 def confidence(logits, x0_hat, remasking, *, u=None, generator=None):
@@ -388,7 +390,8 @@ def propose(logits, rows, mask_id, *, temperature, remasking, eos_id, eot_id, lo
     """Proposals and their confidence, (M,) each, for the True positions of rows (B, T) from their logits (M, V).
 
     [MASK] is never proposed. logits_eos_inf: neither is EOS. confidence_eos_eot_inf: EOS and EoT may be proposed but
-    have confidence 0, so they are written down last, at every temperature (App. B.4).
+    have confidence 0, so they are written down last, at every temperature (App. B.4); random remasking, which asks for
+    no confidence, is left as it is.
     """
     if logits_eos_inf:
         logits = logits.index_fill(-1, torch.tensor([eos_id], device=logits.device), -math.inf)
@@ -438,7 +441,7 @@ def cached_rows(cache, T, start, end, step, turn):
 
 
 def check_sampler(steps, temperature, cfg_scale, remasking, eos_id=None, logits_eos_inf=False,
-                  confidence_eos_eot_inf=False, cache=None):
+                  confidence_eos_eot_inf=False, cache=None, threshold=None):
     """The settings that two samplers share, refused in one sentence before the first forward pass."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f'steps must be a whole number above 0, got {steps!r}')
@@ -448,6 +451,8 @@ def check_sampler(steps, temperature, cfg_scale, remasking, eos_id=None, logits_
         raise ValueError(f'cfg_scale must be 0 or more, got {cfg_scale}')
     if remasking not in ('low_confidence', 'random'):
         raise ValueError(f"remasking must be 'low_confidence' or 'random', got {remasking!r}")
+    if threshold is not None and remasking == 'random':
+        raise ValueError('threshold compares probabilities: it needs low_confidence remasking')
     if cache not in (None, 'prefix', 'dual', 'roll'):
         raise ValueError(f"cache must be None, 'prefix', 'dual' or 'roll', got {cache!r}")
     if (logits_eos_inf or confidence_eos_eot_inf) and eos_id is None:
@@ -472,7 +477,8 @@ def generate(model, x, mask_id, *, steps, block_length=None, temperature=0., cfg
     cache: None is exact; 'prefix', 'dual', 'roll' are approximate, see cached_rows; the model needs new_kv, pos and kv.
     on_step(x, committed): called after every step. generator: a torch.Generator, or a list of one for each row.
     """
-    check_sampler(steps, temperature, cfg_scale, remasking, eos_id, logits_eos_inf, confidence_eos_eot_inf, cache)
+    check_sampler(steps, temperature, cfg_scale, remasking, eos_id, logits_eos_inf, confidence_eos_eot_inf, cache,
+                  threshold)
     x = x.clone()
     prompt = x != mask_id if prompt is None else prompt
     kv = None if cache is None else [model.new_kv(*x.shape) for _ in range(2 if cfg_scale else 1)]

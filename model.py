@@ -144,7 +144,8 @@ class Attention(nn.Module):
         v = self.v(x).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if kv is not None:                                                              # the whole cache: refresh
-            k, v = kv[0].index_copy_(2, pos, k), kv[1].index_copy_(2, pos, v)           # rows pos, look at all T rows
+            k = kv[0].index_copy_(2, pos, k.to(kv.dtype)).to(q.dtype)                   # rows pos, look at all T rows
+            v = kv[1].index_copy_(2, pos, v.to(kv.dtype)).to(q.dtype)
         causal = self.causal and kv is None and hidden is None
         y = attention(q, k, v, causal=causal, hidden=hidden, cu_seqlens=cu_seqlens)
         return self.out(y.transpose(1, 2).flatten(2))                                   # (B, W, C)
@@ -239,6 +240,8 @@ class Transformer(nn.Module):
             instead of logits. (The head must be read inside this forward: FSDP has it gathered only here.)
         """
         config = self.config
+        if cu_seqlens is not None and (visible is not None or kv is not None):
+            raise ValueError('cu_seqlens cannot be combined with visible or kv')
         if pos is None:
             pos = torch.arange(ids.shape[1], device=ids.device)
             if cu_seqlens is not None:
@@ -276,9 +279,11 @@ class Transformer(nn.Module):
         return hidden & ~hidden.all(-1, keepdim=True)   # a query that may see nothing sees all: no NaN, nobody reads it
 
     def new_kv(self, batch_size, length):
-        """An empty cache for `forward(kv=...)`: (n_layer, 2, B, n_kv_head, T, D) in the dtype of the weights."""
+        """An empty cache for `forward(kv=...)`: (n_layer, 2, B, n_kv_head, T, D) in the dtype of the pass."""
         c, like = self.config, self.embed.weight
-        return like.new_zeros(c.n_layer, 2, batch_size, c.n_kv_head, length, c.head_dim)
+        kind = like.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+        return like.new_zeros(c.n_layer, 2, batch_size, c.n_kv_head, length, c.head_dim, dtype=dtype)
 
     def num_params(self, non_embedding=False):
         """All parameters, or those outside the embedding and head (N of the papers' 6ND)."""
@@ -358,7 +363,8 @@ def pick_device(device, dtype):
         raise ValueError(f'device {device!r} is not available here')
     if dtype == 'auto':
         asks = [getattr(torch.cpu, f'_is_{name}_supported', None) for name in ('amx_tile', 'avx512_bf16')]
-        fast = torch.cuda.is_bf16_supported() if device == 'cuda' else device == 'cpu' and any(p and p() for p in asks)
+        fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device == 'cuda'
+                else device == 'cpu' and any(p and p() for p in asks))
         dtype = 'bfloat16' if fast else 'float32'
     return device, torch.autocast(device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
 
@@ -526,9 +532,9 @@ def _load_release(folder, device, dtype):
             raise ValueError(f'{index}: not a safetensors index ({type(e).__name__}: {e})') from None
         shards = sorted(set(shard_of.values()))
     else:
-        shards = [f.name for f in sorted(folder.glob('*.safetensors')) if f.name != 'parity.safetensors'][:1]
-        if not shards:
-            raise FileNotFoundError(f'{folder}: no *.safetensors here')
+        shards = ['model.safetensors']
+        if not (folder / shards[0]).is_file():
+            raise FileNotFoundError(f'{folder}: no model.safetensors here')
     where = {}
     for shard in shards:
         if Path(shard).name != shard or not (folder / shard).is_file():
@@ -571,6 +577,8 @@ def save_release(model, meta, path):
         raise ValueError('the released layouts are bidirectional: an autoregressive model cannot be saved in them')
     kind, path = 'llada' if config.rope_fp32 else 'illada', Path(path)
     safetensors = _safetensors()
+    if path.exists() and any(path.iterdir()):                       # an old index would win over the new file
+        raise ValueError(f'{path}: not empty; choose a new folder')
     path.mkdir(parents=True, exist_ok=True)
     raw = {'model_type': kind, 'architectures': [{'llada': 'LLaDAModelLM', 'illada': 'ILLaDAForCausalLM'}[kind]],
            **PLAIN[kind], **{theirs: getattr(config, ours) for ours, theirs in CONFIG_KEYS[kind].items()},

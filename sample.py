@@ -33,7 +33,7 @@ block_length = 0                # finish blocks of this many tokens from left to
 remasking = 'random'            # which proposals survive a step: 'random' or 'low_confidence'
 temperature = 1.0               # 0 takes the most probable token
 cfg_scale = 0.0                 # classifier-free guidance away from the canvas without the prompt
-threshold = 0.0                 # above 0: commit every proposal this probable, however many (approximate, fast)
+threshold = 0.0                 # above 0, with low_confidence: commit every proposal this probable (approximate, fast)
 seed = 1337                     # of the noise
 show = False                    # draw the canvas after every step
 device = 'auto'                 # 'cuda', 'mps' or 'cpu'
@@ -71,6 +71,8 @@ def make_canvas(cfg, model, tok):
         raise ValueError(f'either all prompts have a {GAP} or none')
     prompts = [prompt_ids(p, tok, cfg.gap_length) for p in cfg.prompt] or [[]] * cfg.num_samples
     room = model.config.seq_len - max(len(p) for p in prompts)
+    if gaps and cfg.block_length:
+        raise ValueError('block_length goes with a prompt to continue, not with gaps')
     new = max(p.count(tok.mask_id) for p in prompts) if gaps else cfg.gen_length or max(1, min(64, room))
     x, visible, given = diffusion.canvas(prompts, 0 if gaps else new, tok.mask_id, tok.pad_id)
     if x.shape[1] > model.config.seq_len:
@@ -79,7 +81,8 @@ def make_canvas(cfg, model, tok):
         raise ValueError(f'steps must not exceed the {new} tokens to generate, got {cfg.steps}')
     if cfg.block_length and new % cfg.block_length:
         raise ValueError(f'block_length must divide the {new} tokens to generate, got {cfg.block_length}')
-    diffusion.check_sampler(cfg.steps or new, cfg.temperature, cfg.cfg_scale, cfg.remasking)
+    diffusion.check_sampler(cfg.steps or new, cfg.temperature, cfg.cfg_scale, cfg.remasking,
+                            threshold=cfg.threshold or None)
     if cfg.block_length and (cfg.steps or new) < new // cfg.block_length:
         raise ValueError(f'steps must be at least the {new // cfg.block_length} blocks, got {cfg.steps}')
     return x, visible, given, new
@@ -96,13 +99,13 @@ class Screen:
         self.step += 1
         if not self.live and self.step != self.total and (self.step - 1) % max(1, self.total // 8):
             return
-        pieces = []
+        pieces, shown = [], 0
         for token, new in zip(x[0].tolist(), committed[0].tolist()):
             piece = (HIDDEN if token == self.tok.mask_id
                      else clean(self.tok.decode([token])).replace('\n', '\N{RETURN SYMBOL}'))
+            shown += len(piece)
             pieces.append(f'\x1b[1;32m{piece}\x1b[0m' if new and self.live else piece)
         width = shutil.get_terminal_size().columns
-        shown = sum(len(clean(self.tok.decode([t]))) for t in x[0].tolist()) if self.live else 0
         if self.live and self.drawn:
             sys.stdout.write(f'\x1b[{self.drawn}F\x1b[J')                           # back to where the last frame began
         print(f'{self.step:4d} | ' + ''.join(pieces), flush=True)
@@ -139,6 +142,8 @@ def main(config):
         if meta['tokenizer'] is None:
             raise ValueError(f'{cfg.checkpoint}: no tokenizer.json beside the weights')
         tok = data.get_tokenizer(meta['tokenizer'])
+        if tok.mask_id >= model.config.vocab_size or meta['mask_id'] not in (None, tok.mask_id):
+            raise ValueError(f'{cfg.checkpoint}: the tokenizer has [MASK] {tok.mask_id}, the weights {meta["mask_id"]}')
         x, visible, given, new = make_canvas(cfg, model, tok)
     screen = Screen(tok, cfg.steps or new) if cfg.show and not model.config.causal else None
     x, visible, given = x.to(where), visible.to(where), given.to(where)

@@ -6,7 +6,7 @@
     python train.py --resume                            # goes on where the newest checkpoint of out_dir stopped
 
 The objective is Eq. 3 of LLaDA (arXiv 2502.09992v3). Data and noise of a row are functions of (seed, iteration, row):
-a run that was stopped and resumed ends with the same bits as one that was not, however the batch is split.
+a run that was stopped and resumed ends with the same bits as one that was not.
 """
 
 import json
@@ -103,6 +103,8 @@ def check(cfg):
                          ('device', ('auto', 'cuda', 'mps', 'cpu')), ('dtype', ('auto', 'bfloat16', 'float32'))):
         if getattr(cfg, key) not in allowed:
             wrong.append(f'{key} must be one of {", ".join(allowed)}, got {getattr(cfg, key)!r}')
+    if cfg.tied and cfg.emb_std:
+        wrong.append(f'a tied head is as large as the embedding: set emb_std=0, got {cfg.emb_std}')
     if cfg.init_from and cfg.resume:
         wrong.append('init_from starts a new run, resume continues one: give only one of them')
     if wrong:
@@ -242,12 +244,13 @@ def save_checkpoint(run, it, model, optimizers, cfg, tok, corpus):
 
 
 def load_checkpoint(run, model, optimizers, device):
-    """Restores the newest checkpoint of a run that is undamaged -> its iteration; says which ones it passes over."""
+    """Restores the newest undamaged checkpoint of a run -> its iteration and settings; says which it passes over."""
     for folder in reversed(find_checkpoints(run)):
         try:
             manifest = read_checkpoint(folder)
         except ValueError as e:
             print(f'passing over {folder}: {e}', file=sys.stderr)
+            os.replace(folder, folder.with_name(folder.name + '.damaged'))      # its iteration will be saved anew
             continue
         ours = vars(model.config)
         differ = [f'{k} {v} here, {ours[k]} asked' for k, v in manifest['model'].items() if ours.get(k) != v]
@@ -255,11 +258,11 @@ def load_checkpoint(run, model, optimizers, device):
             raise ValueError(f'{folder}: another architecture ({"; ".join(differ)})')
         model.load_state_dict(torch.load(folder / 'model.pt', map_location=device, weights_only=True))
         for o, state in zip(optimizers, torch.load(folder / 'optim.pt', map_location=device, weights_only=True)):
-            peaks = [group['peak'] for group in o.param_groups]
+            given = [{k: v for k, v in group.items() if k != 'params'} for group in o.param_groups]
             o.load_state_dict(state)
-            for group, peak in zip(o.param_groups, peaks):
-                group['peak'] = peak                                        # a learning rate given now counts
-        return manifest['iteration']
+            for group, now in zip(o.param_groups, given):
+                group.update(now)                                           # what is set now counts
+        return manifest['iteration'], manifest['config']
     raise FileNotFoundError(f'{run}: no checkpoint to resume from')
 
 
@@ -338,7 +341,10 @@ def prepare_run(cfg):
         init_weights(model, cfg.seed, cfg.emb_std or None, cfg.locality)
     model.to(device)                                                # filled on the host: the same on every device
     optimizers = make_optimizers(model, cfg, device)
-    it = load_checkpoint(run, model, optimizers, device) if cfg.resume else 0
+    it, before = load_checkpoint(run, model, optimizers, device) if cfg.resume else (0, vars(cfg))
+    for key, value in vars(cfg).items():
+        if key != 'resume' and before.get(key) != value:
+            print(f'resuming with another {key}: {value!r}, it was {before.get(key)!r}', file=sys.stderr)
     windows = data.all_windows(corpus, 'val', cfg.seq_len, cfg.eval_windows)
     data.batch(corpus, 'train', [0], cfg.seq_len, cfg.seed)                             # too little text shows here
     run.mkdir(parents=True, exist_ok=True)
@@ -378,7 +384,9 @@ def main(config):
         for block in model.blocks:
             block.compile()
     log = Log(run / 'log.jsonl', it if cfg.resume else None)
-    if not log.lines:
+    if log.lines:
+        log.write(resumed=it, config=config)
+    else:
         log.write(config=config, model=vars(model.config), parameters=model.num_params(), device=device,
                   dtype='bfloat16' if isinstance(autocast, torch.autocast) else 'float32', torch=torch.__version__,
                   numpy=np.__version__, python=platform.python_version(), machine=platform.platform())

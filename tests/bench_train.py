@@ -38,7 +38,7 @@ compiled = True         # also time torch.compile
 
 def our_step(cfg, corpus, **changes):
     """A function that makes one update of ours, and a label."""
-    defaults = {k: v for k, v in vars(train).items() if k.islower() and type(v) in (bool, int, float, str, list)}
+    defaults = {k: v for k, v in vars(train).items() if k.islower() and not k.startswith('_') and type(v) in (bool, int, float, str, list)}
     asked = {k: getattr(cfg, k) for k in ('n_layer', 'n_head', 'd_model', 'd_ff', 'seq_len', 'batch_size')}
     settings = SimpleNamespace(**{**defaults, **asked, **changes})
     settings.n_kv_head = settings.n_head

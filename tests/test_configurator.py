@@ -23,6 +23,7 @@ def test_flags_and_types():
     assert out['name'] == 'a=b' and out['points'] == [[0, 0], [10, 1e-4]] and out['prompt'] == ['[x', 'y']
     assert '_hidden' not in out and 'CONST' not in out
     assert run('--batch_size=1e3')['batch_size'] == 1000 and run('--flag=FALSE')['flag'] is False
+    assert run('--flag', 'word', positional=('name',))['name'] == 'word' and run('--flag', 'false')['flag'] is False
     assert run('--lr=-1')['lr'] == -1.0 and run('--lr', '-1')['lr'] == -1.0
 
 

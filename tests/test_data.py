@@ -97,12 +97,14 @@ def doctored(file):
     yield lambda: model['vocab'].update({'no space': 99999}), 'not spelled in bytes'
     yield lambda: model['merges'].append(['q', 'q']), 'has no token'
     yield lambda: model['merges'].append(model['merges'][0]), 'two merges'
+    yield lambda: (model['vocab'].update({'zq': 99991, 'qz': 99992, 'zqz': 99993}), model['merges'].extend(
+        [['q', 'z'], ['z', 'q'], ['zq', 'z']])), 'not how its token is reached'
     yield lambda: file['added_tokens'][0].update(special=False), 'plain text'
     yield lambda: (model['vocab'].update({'qqq': 99999}), model.update(ignore_merges=True)), 'ignore_merges'
     yield lambda: file.pop('model'), 'not a tokenizer.json'
 
 
-@pytest.mark.parametrize('case', range(15))
+@pytest.mark.parametrize('case', range(16))
 def test_what_cannot_be_converted_is_refused_by_name(bpe, tmp_path, case):
     file = json.loads(bpe.read_text(encoding='utf-8'))
     change, says = list(doctored(file))[case]
@@ -204,6 +206,23 @@ def damage(folder, how):
         manifest.write_text(manifest.read_text()[:-30])
 
 
+def test_nothing_of_the_user_is_overwritten(tmp_path):
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'thesis.tex').write_text('years of work')
+    with pytest.raises(ValueError, match='something else is here'):
+        small_corpus(tmp_path / 'mine', 12)
+    assert (tmp_path / 'mine' / 'thesis.tex').exists() and len(list(tmp_path.iterdir())) == 1
+    small_corpus(tmp_path / 'again', 12)
+    small_corpus(tmp_path / 'again', 24)                            # a data set may be made anew
+    data.open_corpus(tmp_path / 'again')
+
+
+def test_a_wall_of_text_is_cut():
+    pieces = list(data.chunks([('a', 'x' * 50000), ('b', 'word ' * 5000)]))
+    assert max(len(t) for _, t in pieces) <= 8192 and ''.join(t for n, t in pieces if n == 'a') == 'x' * 50000
+    assert all(t.startswith((' word', 'word')) for n, t in pieces if n == 'b')
+
+
 @pytest.mark.parametrize('how, says', [
     ('short', 'the manifest says'), ('odd', 'the manifest says'), ('empty', 'the manifest says'),
     ('gone', 'missing'), ('flip', 'damaged'), ('dtype', 'the manifest says'), ('json', 'not a manifest'),
@@ -233,7 +252,7 @@ def test_a_token_outside_the_vocabulary(corpus_folder, tmp_path):
     ('a.txt', b'', 'no text'), ('a.txt', b'ok\nok\n\xff bad', 'a.txt:3: not UTF-8'),
     ('a.csv', b'x', 'must be .txt or .jsonl'),
     ('a.jsonl', b'{"text": "x"}\n{"text": 3}', 'a.jsonl:2'), ('a.jsonl', b'{"text": "x"}\n{"text"', 'a.jsonl:2'),
-    ('a.jsonl', b'{"words": "x"}', 'a.jsonl:1'), ('a.jsonl', b'{"text": "x"}\n\xfe', 'a.jsonl:2: not UTF-8'),
+    ('a.jsonl', b'{"text": "\\ud800"}', 'a.jsonl:1'), ('a.jsonl', b'{"words": "x"}', 'a.jsonl:1'), ('a.jsonl', b'{"text": "x"}\n\xfe', 'a.jsonl:2: not UTF-8'),
 ])
 def test_bad_input_is_named_and_leaves_nothing(tmp_path, name, content, says, capsys):
     (tmp_path / name).write_bytes(content)

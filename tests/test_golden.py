@@ -1,4 +1,4 @@
-"""The official implementation, run once on tiny random models; its numbers are in golden/ (golden/FORMAT.md)."""
+"""The official implementation, run once on tiny random models; its numbers are in golden/ (golden/README.md)."""
 
 import json
 import math

@@ -11,8 +11,8 @@ from helpers import ROOT, small_corpus
 TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
 COMMANDS = [c for span in re.findall(r'`(python [^`]+)`', TEXT) for c in re.split(r'`, then `', span)]
 COMMANDS += re.findall(r'^python (?!tests/)[^#\n]+', TEXT, re.M)
-TINY = ('--n_layer=1 --n_head=2 --n_kv_head=2 --d_model=32 --d_ff=48 --seq_len=96 --batch_size=2 --max_iters=4 --eval_interval=2 '
-        '--eval_windows=4 --eval_draws=1 --sample_tokens=4 --warmup_iters=1 --dtype=float32 --device=cpu').split()
+TINY = ('--n_layer=1 --n_head=2 --n_kv_head=2 --d_model=32 --d_ff=48 --seq_len=96 --batch_size=2 --max_iters=4 '
+        '--eval_interval=2 --eval_windows=4 --eval_draws=1 --sample_tokens=4 --warmup_iters=1 --device=cpu').split()
 
 
 @pytest.fixture(scope='module')

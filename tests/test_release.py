@@ -79,7 +79,7 @@ def retensor(folder, change):
 
 DOCTORED = {
     'missing shard': (lambda f: (shard(f), os.remove(f / 'model-00002-of-00002.safetensors')), 'missing, but named'),
-    'no weights': (lambda f: os.remove(f / 'model.safetensors'), 'no \\*.safetensors'),
+    'no weights': (lambda f: os.remove(f / 'model.safetensors'), 'no model.safetensors'),
     'wrong shape': (lambda f: retensor(f, lambda t: t.update({'model.transformer.ln_f.weight': torch.ones(7)})),
                     'has shape \\[7\\]'),
     'missing tensor': (lambda f: retensor(f, lambda t: t.pop('model.transformer.ln_f.weight')),
