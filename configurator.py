@@ -11,7 +11,9 @@ name or a wrong type is an error, in a file as on the command line; all errors a
 import ast
 import difflib
 import io
+import math
 import operator
+import os
 import sys
 import tokenize
 from contextlib import contextmanager
@@ -23,15 +25,19 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.FloorDiv: operator.floordiv}
 
 
+def settings_of(namespace):
+    """The settings among a script's globals: lower-case names of a plain type (bool, int, float, str, list)."""
+    return {k: v for k, v in namespace.items() if k.islower() and not k.startswith('_') and type(v) in KINDS}
+
+
 def configure(namespace, argv=None, positional=()):
     """Applies config files and flags to the settings in a script's globals() and returns them: name -> value.
 
-    A setting is a lower-case global of a plain type (bool, int, float, str, list). Arguments ending in .py are config
-    files; other bare words go to the names in `positional`, in turn (a list takes the rest). Exits with code 2 and one
-    line per problem; with code 0 after --help.
+    Arguments ending in .py are config files; other bare words go to the names in `positional`, in turn (a list takes
+    the rest). Exits with code 2 and one line per problem; with code 0 after --help.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    settings = {k: v for k, v in namespace.items() if k.islower() and not k.startswith('_') and type(v) in KINDS}
+    settings = settings_of(namespace)
     if '-h' in argv or '--help' in argv:
         print(_help(namespace, settings, positional))
         sys.exit(0)
@@ -65,11 +71,11 @@ def configure(namespace, argv=None, positional=()):
 def _read_file(path, final, settings, problems):
     """Applies the assignments of one config file; nothing in it runs."""
     try:
-        tree = ast.parse(path.read_text(encoding='utf-8'))
+        tree = ast.parse(path.read_text(encoding='utf-8-sig'))
     except OSError as e:
         return problems.append(f'{path}: {e.strerror or e}')
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        return problems.append(f'{path}:{getattr(e, "lineno", None) or 1}: {getattr(e, "msg", e)}')
+        return problems.append(f'{path}:{getattr(e, "lineno", None) or 1}: {getattr(e, "msg", e) or "nested too deep"}')
     for node in tree.body:
         where = f'{path}:{node.lineno}'
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
@@ -79,7 +85,7 @@ def _read_file(path, final, settings, problems):
             continue
         try:
             value = _evaluate(node.value, final)
-        except (ValueError, ZeroDivisionError, OverflowError) as e:
+        except (ValueError, ArithmeticError, RecursionError) as e:
             problems.append(f'{where}: {e}')
             continue
         _assign(final, settings, node.targets[0].id, value, where, problems)
@@ -103,7 +109,7 @@ def _evaluate(node, names, depth=0):
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         left, right = (_number(_evaluate(side, names, depth + 1)) for side in (node.left, node.right))
         return OPERATORS[type(node.op)](left, right)
-    raise ValueError(f'only literals, known names and + - * / // are allowed, got {ast.unparse(node)[:60]}')
+    raise ValueError(f'only literals, known names and + - * / // are allowed, got {type(node).__name__}')
 
 
 def _number(value):
@@ -124,7 +130,7 @@ def _assign(final, settings, key, value, where, problems):
     try:
         final[key] = _parse(value, kind) if flag else _convert(value, kind)
     except (KeyError, ValueError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
-        problems.append(f'{where}: {key} wants {kind.__name__}, got {value!r}')
+        problems.append(f'{where}: {key} wants {kind.__name__}, got {str(value)[:60]!r}')
 
 
 def _parse(text, kind):
@@ -142,7 +148,7 @@ def _convert(value, kind):
         return float(value)
     if kind is int and type(value) is float and value.is_integer():
         return int(value)
-    if type(value) is not kind:
+    if type(value) is not kind or kind is float and not math.isfinite(value):
         raise ValueError
     return value
 
@@ -166,10 +172,10 @@ def _help(namespace, settings, positional):
     return f'{doc}\n\nsettings (config files *.py, then flags{words}):\n' + '\n'.join(lines)
 
 
-def fail(message):
-    """One clear line on stderr, exit code 2."""
+def fail(message, code=2):
+    """One clear line on stderr, then out."""
     print(message, file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 @contextmanager
@@ -177,5 +183,19 @@ def user_errors():
     """Around the code that reads what the user gave: its ValueError or OSError becomes one line, not a traceback."""
     try:
         yield
-    except (ValueError, OSError) as e:
-        fail(str(e) if not isinstance(e, OSError) or not e.strerror else f'{e.filename}: {e.strerror}')
+    except (ValueError, OSError, OverflowError, MemoryError, RuntimeError) as e:       # the last: torch cannot allocate
+        named = isinstance(e, OSError) and e.strerror and e.filename
+        fail(f'{e.filename}: {e.strerror}' if named else str(e) or type(e).__name__)
+
+
+def command(main, config):
+    """main(config) as a well-behaved command: no traceback for Ctrl-C or a closed pipe, any text on any terminal."""
+    sys.stdout.reconfigure(errors='replace')
+    try:
+        main(config)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        fail('interrupted', 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python complains once more at exit
+        sys.exit(141)

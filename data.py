@@ -156,8 +156,12 @@ def _hugging_face_tokenizer(path):
         file = json.loads(path.read_text(encoding='utf-8'))
         model, added = file['model'], file.get('added_tokens') or []
         vocab, merges = model['vocab'], [m.split(' ') if isinstance(m, str) else m for m in model['merges']]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        return _convert_bpe(path, file, model, added, vocab, merges, demand)
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, OverflowError) as e:
         raise ValueError(f'{path}: not a tokenizer.json with a BPE model ({type(e).__name__}: {e})') from None
+
+
+def _convert_bpe(path, file, model, added, vocab, merges, demand):
     demand(model.get('type', 'BPE') == 'BPE', f"model type {model.get('type')}")
     for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback'):
         demand(not model.get(key), f'{key} is {model.get(key)!r}')
@@ -172,7 +176,7 @@ def _hugging_face_tokenizer(path):
     lacking = [s for s in byte_of if s not in raw]
     demand(not lacking, f'{len(lacking)} of the 256 single bytes have no token')
     ids = [*(vocab[t] for t in raw), *names.values()]
-    demand(all(type(i) is int and i >= 0 for i in ids), 'an id is not a whole number')
+    demand(all(type(i) is int and 0 <= i < 2 ** 31 for i in ids), 'an id is not a whole number below 2^31')
     demand(len(set(ids)) == len(ids), 'two tokens share an id')
     plain = [a['content'] for a in added if not a.get('special')]
     demand(not plain, f'added token {plain[:1]} is matched in plain text')
@@ -218,7 +222,7 @@ def _pre_tokenizer_pattern(pre, demand):
     split = steps[0]
     demand(not steps[1].get('use_regex', True), 'Split and ByteLevel both split')
     demand(split.get('behavior') == 'Isolated' and not split.get('invert'), f"Split is {split.get('behavior')}")
-    demand('Regex' in (split.get('pattern') or {}), 'Split by a plain string')
+    demand((split.get('pattern') or {}).get('Regex'), 'Split without a regex')
     return split['pattern']['Regex']
 
 
@@ -347,7 +351,7 @@ def file_text(path):
                     if not isinstance(text, str):
                         raise TypeError('text is not a string')
                     text.encode()                                   # half a surrogate pair is no text
-                except (ValueError, KeyError, TypeError) as e:
+                except (ValueError, KeyError, TypeError, RecursionError) as e:
                     raise ValueError(f'{path}:{number}: want a JSON object with "text" '
                                      f'({type(e).__name__}: {e})') from None
             if text.strip():
@@ -384,7 +388,7 @@ def prepare(documents, out, tokenizer, *, val_every=10, shard_tokens=100_000_000
     ends each document, and stands wherever a held-out piece was taken from between its neighbours.
     tokenizer: a spec of get_tokenizer, or 'bpe-N' to learn a vocabulary of N entries from the training pieces.
     """
-    out = Path(out)
+    out = Path(out).absolute()
     pieces = list(chunks(documents))
     split_of = ['val' if i % val_every == val_every - 1 else 'train' for i in range(len(pieces))]
     if 'val' not in split_of:
@@ -396,7 +400,7 @@ def prepare(documents, out, tokenizer, *, val_every=10, shard_tokens=100_000_000
     aside = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))             # no other process writes here
     try:
         if tokenizer.startswith('bpe-'):
-            size = int(tokenizer[4:]) if tokenizer[4:].isdigit() else 0
+            size = int(tokenizer[4:]) if tokenizer[4:].isdecimal() else 0
             if not 256 + len(SPECIALS) <= size <= 65536:
                 raise ValueError(f'tokenizer bpe-N: N must lie between {256 + len(SPECIALS)} and 65536, '
                                  f'got {tokenizer[4:]!r}')
@@ -471,15 +475,21 @@ def open_corpus(folder, verify=True):
         raise FileNotFoundError(f'{folder}: no data set here{known}')
     try:
         manifest = json.loads(path.read_text(encoding='utf-8'))
-        dtype, splits = np.dtype(manifest['dtype']), {}
-        for split, entry in manifest['splits'].items():
-            splits[split] = [_open_shard(folder / s['file'], dtype, s, verify) for s in entry['shards']]
-    except (KeyError, TypeError, json.JSONDecodeError) as e:
+        splits, spec, dtype = {}, manifest['tokenizer'], {'uint16': np.uint16, 'uint32': np.uint32}[manifest['dtype']]
+        if not 0 < manifest['vocab_size'] < 2 ** 31 or spec.endswith('.json') and spec != 'tokenizer.json':
+            raise KeyError('vocab_size or tokenizer')
+        for split in ('train', 'val'):
+            entry = manifest['splits'][split]
+            if not (entry['bytes'] > 0 and entry['tokens'] == sum(s['tokens'] for s in entry['shards']) > 0):
+                raise KeyError(f'counts of {split}')
+            splits[split] = [_open_shard(folder / Path(s['file']).name, np.dtype(dtype), s, verify,
+                                         manifest['vocab_size']) for s in entry['shards']]
+    except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ValueError(f'{path}: not a manifest ({type(e).__name__}: {e})') from None
     return Corpus(folder, manifest, splits)
 
 
-def _open_shard(path, dtype, entry, verify):
+def _open_shard(path, dtype, entry, verify, vocab_size):
     size, want = path.stat().st_size if path.exists() else -1, entry['tokens'] * dtype.itemsize
     if size != want:
         raise ValueError(f'{path}: {"missing" if size < 0 else f"{size} bytes"}, the manifest says {want}; '
@@ -487,6 +497,9 @@ def _open_shard(path, dtype, entry, verify):
     shard = np.memmap(path, dtype=dtype, mode='r')
     if verify and sha256_of(path) != entry['sha256']:
         raise ValueError(f'{path}: damaged (its sha256 is not the one in the manifest); prepare the data again')
+    if verify and shard.max() >= vocab_size:
+        at = int(shard.argmax())
+        raise ValueError(f'{path}: token {shard[at]} at {at}, but the vocabulary ends at {vocab_size - 1}')
     return shard
 
 
@@ -574,6 +587,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description='Tokenizes text into data/NAME.', formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='data sets:\n' + '\n'.join(f'  {n:<12} {d[2]}' for n, d in DATASETS.items()))
+    parser.error = lambda message: sys.exit(print(f'data.py: {message}', file=sys.stderr) or 2)
     parser.add_argument('name', nargs='?', help='a data set from the list below')
     parser.add_argument('--input', help='.txt or .jsonl ({"text": ...}) files, separated by commas')
     parser.add_argument('--out', help='folder to write (default data/NAME)')
@@ -581,13 +595,13 @@ def main(argv=None):
                                             '(default bpe-1024)')
     parser.add_argument('--val_every', type=int, default=10, help='hold out every N-th piece of 4 kB (default 10)')
     args = parser.parse_args(argv)
-    if not args.name and not args.input:
+    if not args.name and args.input is None:
         return parser.print_help()
     try:
         if args.name and args.name not in DATASETS:
             raise ValueError(f"no data set {args.name!r}; there are {', '.join(DATASETS)}; "
                              'for your own files: --input=FILE --out=data/my')
-        if args.input:
+        if args.input is not None:
             documents = (d for path in args.input.split(',') for d in file_text(path))
             if not (args.out or args.name):
                 raise ValueError('--input needs --out=FOLDER')
@@ -601,6 +615,9 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         print(f'data.py: {e}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print('data.py: interrupted, nothing was written', file=sys.stderr)
+        sys.exit(130)
     for split, entry in manifest['splits'].items():
         print(f"{out}/{split}: {entry['tokens']:,} tokens, {entry['bytes'] / max(entry['tokens'], 1):.2f} bytes each, "
               f"{len(entry['shards'])} shard(s)")

@@ -445,14 +445,13 @@ def check_sampler(steps, temperature, cfg_scale, remasking, eos_id=None, logits_
     """The settings that two samplers share, refused in one sentence before the first forward pass."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f'steps must be a whole number above 0, got {steps!r}')
-    if not (0 <= temperature < math.inf):
-        raise ValueError(f'temperature must be 0 or more, got {temperature}')
-    if not (0 <= cfg_scale < math.inf):
-        raise ValueError(f'cfg_scale must be 0 or more, got {cfg_scale}')
+    for name, value in (('temperature', temperature), ('cfg_scale', cfg_scale)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f'{name} must be 0 or more, got {value}')
     if remasking not in ('low_confidence', 'random'):
         raise ValueError(f"remasking must be 'low_confidence' or 'random', got {remasking!r}")
-    if threshold is not None and remasking == 'random':
-        raise ValueError('threshold compares probabilities: it needs low_confidence remasking')
+    if threshold is not None and not (0 < threshold <= 1 and remasking == 'low_confidence'):
+        raise ValueError(f'threshold lies in (0, 1] and needs low_confidence remasking, got {threshold}, {remasking}')
     if cache not in (None, 'prefix', 'dual', 'roll'):
         raise ValueError(f"cache must be None, 'prefix', 'dual' or 'roll', got {cache!r}")
     if (logits_eos_inf or confidence_eos_eot_inf) and eos_id is None:

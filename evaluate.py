@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import data
 import diffusion
-from configurator import configure, user_errors
+from configurator import command, configure, user_errors
 from model import load_model, pick_device
 
 task = 'bound'                  # what to measure: 'bound'
@@ -40,9 +40,9 @@ def load_all(cfg, where):
         raise ValueError(f"task must be 'bound', got {cfg.task!r}")
     if not cfg.checkpoints:
         raise ValueError('name at least one checkpoint:  python evaluate.py bound out/docs')
-    for key in ('draws', 'batch_size'):
-        if getattr(cfg, key) < 1:
-            raise ValueError(f'{key} must be 1 or more, got {getattr(cfg, key)}')
+    for key, least in (('draws', 1), ('batch_size', 1), ('windows', 0), ('seq_len', 0), ('seed', 0)):
+        if not least <= getattr(cfg, key) < 2 ** 31:
+            raise ValueError(f'{key} must be {least} or more, and below 2^31, got {getattr(cfg, key)}')
     loaded = [(name, *load_model(name, where)) for name in cfg.checkpoints]
     trained_on = (loaded[0][2]['config'] or {}).get('dataset', '')
     if not (cfg.dataset or trained_on):
@@ -96,4 +96,4 @@ def main(config):
 
 
 if __name__ == '__main__':
-    main(configure(globals(), positional=('task', 'checkpoints')))
+    command(main, configure(globals(), positional=('task', 'checkpoints')))

@@ -11,11 +11,14 @@ can count the masks. `causal=True` turns the same module into the autoregressive
 
 Letters: B batch, W window (the tokens given), T canvas (the keys attended to; T = W without a cache), V vocabulary,
 C channels (d_model), H heads, D head size, M rows that are read out, N packed tokens.
+
+A few lines over the ceiling: behind one door to weights, every way in which a file can be wrong is met here.
 """
 
 import hashlib
 import json
 import math
+import re
 import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -47,8 +50,8 @@ class ModelConfig:
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f'{f.name} must be a whole number above 0, got {value!r}')
+            if f.type is int and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2 ** 31):
+                raise ValueError(f'{f.name} must be a whole number from 1 to 2^31, got {value!r}')
         if self.d_model % self.n_head or self.d_model // self.n_head % 2:
             raise ValueError(f'd_model / n_head must be an even whole number, got {self.d_model} / {self.n_head}')
         if self.n_head % self.n_kv_head:
@@ -356,6 +359,10 @@ def look_nearby(model, seed, size):
 
 def pick_device(device, dtype):
     """-> (device, context manager for the forward pass). bfloat16 only where the hardware multiplies it."""
+    for key, got, allowed in (('device', device, ('auto', 'cuda', 'mps', 'cpu')),
+                              ('dtype', dtype, ('auto', 'bfloat16', 'float32'))):
+        if got not in allowed:
+            raise ValueError(f'{key} must be one of {", ".join(allowed)}, got {got!r}')
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     if ((device == 'cuda' and not torch.cuda.is_available())
@@ -393,9 +400,15 @@ def load_model(path, device='cpu', dtype=None):
                                     '(want a folder of train.py, or config.json with *.safetensors)')
         folder = steps[-1]
     manifest = read_checkpoint(folder)
+    config = ModelConfig(**manifest['model'])
+    try:
+        state = dict(torch.load(folder / 'model.pt', map_location='cpu', weights_only=True, mmap=True))
+    except Exception as e:                                          # torch.load has a dozen ways to be unhappy
+        raise ValueError(f'{folder / "model.pt"}: not a file of tensors ({type(e).__name__})') from None
+    if len(state) != 9 * config.n_layer + 3 - config.tied:          # before a hostile size is built
+        raise ValueError(f'{folder}: {len(state)} tensors are not those of {config.n_layer} layers')
     with torch.device('meta'):
-        model = Transformer(ModelConfig(**manifest['model']))
-    state = torch.load(folder / 'model.pt', map_location='cpu', weights_only=True, mmap=True)
+        model = Transformer(config)
     _fill(model, {name: name for name in model.state_dict()}, state.keys(), lambda n: state[n], device, dtype, folder)
     spec = manifest['tokenizer']
     meta = dict(manifest['ids'], tokenizer=str(folder / spec) if spec.endswith('.json') else spec, folder=str(folder),
@@ -405,7 +418,8 @@ def load_model(path, device='cpu', dtype=None):
 
 def find_checkpoints(run):
     """The complete step folders of a run, oldest first (a folder is complete once it bears its final name)."""
-    return sorted(f for f in Path(run).glob('iter_*') if f.name[5:].isdigit() and (f / 'manifest.json').is_file())
+    named = [f for f in Path(run).glob('iter_' + '[0-9]' * 7) if (f / 'manifest.json').is_file()]
+    return sorted(named, key=lambda f: int(f.name[5:]))
 
 
 def read_checkpoint(folder):
@@ -415,10 +429,16 @@ def read_checkpoint(folder):
         manifest = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
         if manifest['format'] != 'nanollada 1':
             raise ValueError(f"format {manifest['format']!r}, this code reads 'nanollada 1'")
-        files = dict(manifest['files'])
-        for key in ('model', 'ids', 'tokenizer', 'config', 'iteration'):
-            manifest[key]
-    except (ValueError, KeyError, TypeError) as e:
+        files, ids, spec = manifest['files'], manifest['ids'], manifest['tokenizer']
+        config = ModelConfig(**manifest['model'])
+        if not {'model.pt', *([spec] if spec.endswith('.json') else [])} <= set(files) or any('/' in f for f in files):
+            raise ValueError('the list of files is not complete')
+        if not (all(0 <= i < config.vocab_size for i in ids.values()) and len(ids) == 4):
+            raise ValueError('a special token lies outside the vocabulary')
+        if re.fullmatch('iter_[0-9]{7}', folder.name) and manifest['iteration'] != int(folder.name[5:]):
+            raise ValueError('the iteration is not the one in the name of the folder')
+        manifest['config'].keys()
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise ValueError(f'{folder / "manifest.json"}: not a checkpoint manifest ({type(e).__name__}: {e})') from None
     for name, sha256 in files.items():
         file = folder / name

@@ -20,7 +20,7 @@ import torch
 
 import data
 import diffusion
-from configurator import configure, user_errors
+from configurator import command, configure, user_errors
 from model import load_model, pick_device
 
 checkpoint = 'out/docs'         # a run or a step of train.py, or a folder of released weights
@@ -70,6 +70,9 @@ def make_canvas(cfg, model, tok):
     if gaps and not all(GAP in p for p in cfg.prompt):
         raise ValueError(f'either all prompts have a {GAP} or none')
     prompts = [prompt_ids(p, tok, cfg.gap_length) for p in cfg.prompt] or [[]] * cfg.num_samples
+    for key in ('gen_length', 'gap_length'):
+        if getattr(cfg, key) > model.config.seq_len:
+            raise ValueError(f'{key} must fit into the context of {model.config.seq_len}, got {getattr(cfg, key)}')
     room = model.config.seq_len - max(len(p) for p in prompts)
     if gaps and cfg.block_length:
         raise ValueError('block_length goes with a prompt to continue, not with gaps')
@@ -162,4 +165,4 @@ def main(config):
 
 
 if __name__ == '__main__':
-    main(configure(globals(), positional=('checkpoint',)))
+    command(main, configure(globals(), positional=('checkpoint',)))

@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 import data
 import diffusion
-from configurator import configure, user_errors
+from configurator import command, configure, fail, user_errors
 from model import ModelConfig, Transformer, find_checkpoints, init_weights, load_model, pick_device, read_checkpoint
 
 # --- run
@@ -99,10 +100,11 @@ def check(cfg):
     for key in ('mask_eps', 'min_lr_ratio', 'beta1', 'beta2'):
         if not 0 <= getattr(cfg, key) < 1:
             wrong.append(f'{key} must lie in [0, 1), got {getattr(cfg, key)}')
-    for key, allowed in (('optimizer', ('muon', 'adamw')), ('schedule', ('cosine', 'wsd')),
-                         ('device', ('auto', 'cuda', 'mps', 'cpu')), ('dtype', ('auto', 'bfloat16', 'float32'))):
+    for key, allowed in (('optimizer', ('muon', 'adamw')), ('schedule', ('cosine', 'wsd'))):
         if getattr(cfg, key) not in allowed:
             wrong.append(f'{key} must be one of {", ".join(allowed)}, got {getattr(cfg, key)!r}')
+    if cfg.seed >= 2 ** 63 or not cfg.out_dir:
+        wrong.append(f'seed must be below 2^63 and out_dir not empty, got {cfg.seed} and {cfg.out_dir!r}')
     if cfg.tied and cfg.emb_std:
         wrong.append(f'a tied head is as large as the embedding: set emb_std=0, got {cfg.emb_std}')
     if cfg.init_from and cfg.resume:
@@ -259,7 +261,10 @@ def load_checkpoint(run, model, optimizers, device):
         model.load_state_dict(torch.load(folder / 'model.pt', map_location=device, weights_only=True))
         for o, state in zip(optimizers, torch.load(folder / 'optim.pt', map_location=device, weights_only=True)):
             given = [{k: v for k, v in group.items() if k != 'params'} for group in o.param_groups]
-            o.load_state_dict(state)
+            try:
+                o.load_state_dict(state)
+            except ValueError as e:
+                raise ValueError(f'{folder}: made with another optimizer ({e})') from None
             for group, now in zip(o.param_groups, given):
                 group.update(now)                                           # what is set now counts
         return manifest['iteration'], manifest['config']
@@ -280,12 +285,13 @@ class Log:
     def __init__(self, path, iteration):
         self.path, self.lines = path, []
         if iteration is not None and path.is_file():
-            for line in path.read_text(encoding='utf-8').splitlines():
+            for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
                 try:
                     entry = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue                                                # a line cut by a kill
-                if entry.get('iter', 0) <= iteration:
+                at = entry.get('iter', 0) if isinstance(entry, dict) else None
+                if isinstance(at, int) and at <= iteration:
                     self.lines.append(entry)
         aside = path.with_suffix('.tmp')
         aside.write_text(''.join(json.dumps(entry) + '\n' for entry in self.lines), encoding='utf-8')
@@ -300,6 +306,20 @@ class Log:
     def bound_at(self, it):
         """The validation entry of an iteration, if it is already in the log."""
         return next((e for e in self.lines if e.get('iter') == it and 'val_nats' in e), None)
+
+
+@contextmanager
+def alone(run):
+    """Holds a lock on the run folder (where the system has such locks): a second run in it is refused."""
+    with (run / '.lock').open('w') as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass                                                            # Windows
+        except OSError:
+            fail(f'{run}: another process is training here')
+        yield
 
 
 class Stop:
@@ -392,7 +412,7 @@ def main(config):
                   numpy=np.__version__, python=platform.python_version(), machine=platform.platform())
     print(f'{model.num_params():,} parameters ({model.num_params(non_embedding=True):,} outside embedding and head), '
           f'{device}, {log.lines[0].get("dtype")}, {torch.get_num_threads()} threads; writing to {run}/')
-    with Stop() as stop:
+    with alone(run), Stop() as stop:
         try:
             it, entry = loop(it, cfg, model, optimizers, run, corpus, tok, windows, device, autocast, log, stop)
         except FloatingPointError as e:
@@ -441,4 +461,4 @@ def loop(it, cfg, model, optimizers, run, corpus, tok, windows, device, autocast
 
 
 if __name__ == '__main__':
-    main(configure(globals()))
+    command(main, configure(globals()))

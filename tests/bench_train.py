@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import train  # noqa: E402
-from configurator import configure  # noqa: E402
+from configurator import configure, settings_of  # noqa: E402
 from model import ModelConfig, Transformer, init_weights, pick_device  # noqa: E402
 
 n_layer = 4             # blocks
@@ -38,9 +38,8 @@ compiled = True         # also time torch.compile
 
 def our_step(cfg, corpus, **changes):
     """A function that makes one update of ours, and a label."""
-    defaults = {k: v for k, v in vars(train).items() if k.islower() and not k.startswith('_') and type(v) in (bool, int, float, str, list)}
     asked = {k: getattr(cfg, k) for k in ('n_layer', 'n_head', 'd_model', 'd_ff', 'seq_len', 'batch_size')}
-    settings = SimpleNamespace(**{**defaults, **asked, **changes})
+    settings = SimpleNamespace(**{**settings_of(vars(train)), **asked, **changes})
     settings.n_kv_head = settings.n_head
     device, autocast = pick_device(settings.device, settings.dtype)
     shape = {f: getattr(settings, f)

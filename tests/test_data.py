@@ -206,6 +206,19 @@ def damage(folder, how):
         manifest.write_text(manifest.read_text()[:-30])
 
 
+@pytest.mark.parametrize('change', [
+    dict(tokenizer=None), dict(tokenizer='/etc/tokenizer.json'), dict(vocab_size=0), dict(vocab_size=10 ** 30),
+    dict(dtype='int8,int8'), dict(splits={}), dict(splits=None), dict(splits={'train': 5}),
+])
+def test_hostile_manifests(corpus_folder, tmp_path, change):
+    folder = tmp_path / 'copy'
+    shutil.copytree(corpus_folder, folder)
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    (folder / 'manifest.json').write_text(json.dumps({**manifest, **change}))
+    with pytest.raises(ValueError, match='not a manifest'):
+        data.open_corpus(folder)
+
+
 def test_nothing_of_the_user_is_overwritten(tmp_path):
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'thesis.tex').write_text('years of work')
@@ -252,7 +265,8 @@ def test_a_token_outside_the_vocabulary(corpus_folder, tmp_path):
     ('a.txt', b'', 'no text'), ('a.txt', b'ok\nok\n\xff bad', 'a.txt:3: not UTF-8'),
     ('a.csv', b'x', 'must be .txt or .jsonl'),
     ('a.jsonl', b'{"text": "x"}\n{"text": 3}', 'a.jsonl:2'), ('a.jsonl', b'{"text": "x"}\n{"text"', 'a.jsonl:2'),
-    ('a.jsonl', b'{"text": "\\ud800"}', 'a.jsonl:1'), ('a.jsonl', b'{"words": "x"}', 'a.jsonl:1'), ('a.jsonl', b'{"text": "x"}\n\xfe', 'a.jsonl:2: not UTF-8'),
+    ('a.jsonl', b'{"text": "\\ud800"}', 'a.jsonl:1'),
+    ('a.jsonl', b'{"words": "x"}', 'a.jsonl:1'), ('a.jsonl', b'{"text": "x"}\n\xfe', 'a.jsonl:2: not UTF-8'),
 ])
 def test_bad_input_is_named_and_leaves_nothing(tmp_path, name, content, says, capsys):
     (tmp_path / name).write_bytes(content)

@@ -17,6 +17,7 @@ from helpers import ROOT, small_corpus
 import data
 import diffusion
 import train
+from configurator import settings_of
 from model import find_checkpoints, load_model, read_checkpoint
 
 TINY = dict(n_layer=2, n_head=2, n_kv_head=2, d_model=32, d_ff=48, seq_len=32, batch_size=4, grad_accum=2, max_iters=40,
@@ -30,8 +31,7 @@ def corpus_folder(tmp_path_factory):
 
 
 def settings(corpus_folder, out, **changes):
-    defaults = {k: v for k, v in vars(train).items() if k.islower() and not k.startswith('_') and type(v) in (bool, int, float, str, list)}
-    return {**defaults, **TINY, 'dataset': str(corpus_folder), 'out_dir': str(out), **changes}
+    return {**settings_of(vars(train)), **TINY, 'dataset': str(corpus_folder), 'out_dir': str(out), **changes}
 
 
 def flags(config):
@@ -141,6 +141,46 @@ def test_damaged_checkpoints_are_refused(straight, tmp_path, damage):
         (folder / 'manifest.json').write_text(text.replace('nanollada 1', 'nanollada 9'))
     with pytest.raises(ValueError, match=str(folder)):
         load_model(folder)
+
+
+HOSTILE = {
+    'n_layer': lambda m: m['model'].update(n_layer=10 ** 9), 'no model': lambda m: m.update(model=None),
+    'extra key': lambda m: m['model'].update(bias=True), 'theta': lambda m: m['model'].update(rope_theta='x'),
+    'ids': lambda m: m['ids'].update(mask_id=99999), 'no ids': lambda m: m.update(ids={}),
+    'no files': lambda m: m.update(files={}), 'path': lambda m: m['files'].update({'../../x': 'y'}),
+    'tokenizer': lambda m: m.update(tokenizer='/etc/t.json'), 'iteration': lambda m: m.update(iteration=10 ** 9),
+    'config': lambda m: m.update(config=5), 'vocab': lambda m: m['model'].update(vocab_size=10 ** 30),
+}
+
+
+@pytest.mark.parametrize('case', HOSTILE)
+def test_hostile_manifests(straight, tmp_path, case):
+    folder = tmp_path / 'iter_0000040'
+    shutil.copytree(straight / 'iter_0000040', folder)
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    HOSTILE[case](manifest)
+    (folder / 'manifest.json').write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=str(folder)):
+        load_model(folder)
+
+
+def test_a_pickle_with_the_right_checksum_is_refused(straight, tmp_path):
+    folder = tmp_path / 'iter_0000040'
+    shutil.copytree(straight / 'iter_0000040', folder)
+    torch.save({'a': print}, folder / 'model.pt')
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    manifest['files']['model.pt'] = data.sha256_of(folder / 'model.pt')
+    (folder / 'manifest.json').write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match='not a file of tensors'):
+        load_model(folder)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(corpus_folder, tmp_path, capsys):
+    pytest.importorskip('fcntl')
+    (tmp_path / 'run').mkdir()
+    with train.alone(tmp_path / 'run'), pytest.raises(SystemExit) as e:
+        train.main(settings(corpus_folder, tmp_path / 'run'))
+    assert e.value.code == 2 and 'another process is training here' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('count_form', [False, True])
@@ -303,7 +343,8 @@ def test_sampling_from_a_run(straight, capsys):
     (['--gen_length=-1'], 'gen_length must be 0 or more'), (['--temperature=-1'], 'temperature must be 0 or more'),
     (['--remasking=best'], 'remasking must be'), (['--prompt=a ___', '--prompt=b'], 'either all prompts'),
     (['--gen_length=8', '--block_length=4', '--steps=1'], 'at least the 2 blocks'),
-    (['--checkpoint=no/such'], 'no checkpoint here'), (['--gen_lenght=8'], 'did you mean gen_length'), (['--threshold=0.9'], 'needs low_confidence'),
+    (['--checkpoint=no/such'], 'no checkpoint here'), (['--gen_lenght=8'], 'did you mean gen_length'),
+    (['--threshold=0.9'], 'needs low_confidence'),
     (['--prompt=a ___ b', '--block_length=2'], 'not with gaps'),
 ])
 def test_bad_requests(straight, capsys, argv, says):
