@@ -7,8 +7,8 @@
 
 A ___ in a prompt is a gap: gap_length masks, filled in sight of both sides, which no left-to-right model can do.
 The default, random remasking at temperature 1, draws from the model. Low-confidence remasking commits the most
-probable tokens first; over a whole canvas with nothing given those are newlines, and it writes newlines only. So give
-it a prompt and small blocks.
+probable tokens first: it looks for the mode, and over a whole canvas with nothing given the mode of a small model is
+one phrase again and again. So give it a prompt and small blocks.
 """
 
 import shutil

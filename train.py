@@ -433,7 +433,8 @@ def loop(it, cfg, model, optimizers, run, corpus, tok, windows, device, autocast
     tokens = cfg.batch_size * cfg.grad_accum * cfg.seq_len
     per_byte = 1 / math.log(2) / data.bytes_per_token(corpus, 'train')                 # nats per token -> bits per byte
     smooth, since, started = None, it, time.perf_counter()
-    with tqdm(total=cfg.max_iters, initial=it, unit='it', disable=None, dynamic_ncols=True) as bar:
+    with tqdm(total=cfg.max_iters, initial=it, disable=None, dynamic_ncols=True,
+              bar_format='{desc} | eta {remaining}') as bar:
         while True:
             if it % cfg.eval_interval == 0 and it or it == cfg.max_iters:
                 entry = report(it, model, optimizers, run, corpus, cfg, tok, windows, device, autocast, log, bar)
