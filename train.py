@@ -64,7 +64,7 @@ beta2 = 0.95                    # AdamW
 weight_decay = 0.1              # on matrices; with Muon on those of the blocks only
 grad_clip = 1.0                 # largest gradient norm; 0 turns clipping off
 # --- schedule, in iterations
-max_iters = 2000                # optimizer updates
+max_iters = 1500                # optimizer updates
 batch_size = 16                 # windows in one forward pass
 grad_accum = 1                  # forward passes in one update
 schedule = 'cosine'             # 'cosine', or 'wsd': warm up, stay, decay linearly over the last decay_iters
