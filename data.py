@@ -394,7 +394,7 @@ def prepare(documents, out, tokenizer, *, val_every=10, shard_tokens=100_000_000
     if 'val' not in split_of:
         raise ValueError(f'{out.name}: too little text: {len(pieces)} pieces of 4 kB, '
                          f'and every {val_every}th is held out')
-    if out.exists() and not (out.is_dir() and ((out / 'manifest.json').is_file() or not any(out.iterdir()))):
+    if out.exists() and not (out.is_dir() and ((out / 'train_000.bin').is_file() or not any(out.iterdir()))):
         raise ValueError(f'{out}: something else is here; choose another --out')
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))             # no other process writes here

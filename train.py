@@ -209,15 +209,15 @@ def validate(model, windows, cfg, tok, device, autocast):
 
 def sample_text(model, cfg, tok, device, autocast, it):
     """A sample on one line: random remasking at temperature 1 draws from the model, where low-confidence would not."""
-    generator = diffusion.keyed_generator(cfg.seed, it, device=device)
+    generator, n = diffusion.keyed_generator(cfg.seed, it, device=device), min(cfg.sample_tokens, cfg.seq_len)
     model.eval()
     with autocast:
         if cfg.causal:
             start = torch.full((1, 1), tok.eos_id, device=device)
-            x = diffusion.ar_generate(model, start, cfg.sample_tokens, generator=generator).x[:, 1:]
+            x = diffusion.ar_generate(model, start, n, generator=generator).x[:, 1:]
         else:
-            x = torch.full((1, cfg.sample_tokens), tok.mask_id, device=device)
-            x = diffusion.generate(model, x, tok.mask_id, steps=cfg.sample_tokens, temperature=1.0, remasking='random',
+            x = torch.full((1, n), tok.mask_id, device=device)
+            x = diffusion.generate(model, x, tok.mask_id, steps=n, temperature=1.0, remasking='random',
                                    generator=generator).x
     model.train()
     text = tok.decode(x[0].tolist())
@@ -230,8 +230,12 @@ def save_checkpoint(run, it, model, optimizers, cfg, tok, corpus):
     aside = run / f'{final.name}.tmp'
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    torch.save(model.state_dict(), aside / 'model.pt')
-    torch.save([o.state_dict() for o in optimizers], aside / 'optim.pt')
+    try:
+        torch.save(model.state_dict(), aside / 'model.pt')
+        torch.save([o.state_dict() for o in optimizers], aside / 'optim.pt')
+    except (OSError, RuntimeError) as e:                                    # torch has its own words for a full disk
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f'{final}: could not be written ({str(e).splitlines()[0][:100]})') from None
     spec = corpus.manifest['tokenizer']
     if spec.endswith('.json'):
         shutil.copyfile(corpus.folder / spec, aside / 'tokenizer.json')
@@ -396,6 +400,20 @@ def report(it, model, optimizers, run, corpus, cfg, tok, windows, device, autoca
     return entry
 
 
+def start_log(run, it, cfg, model, device, autocast):
+    """Opens log.jsonl, with a first line of settings and versions, and tells the terminal what is about to run."""
+    log = Log(run / 'log.jsonl', it if cfg.resume else None)
+    if log.lines:
+        log.write(resumed=it, config=vars(cfg))
+    else:
+        log.write(config=vars(cfg), model=vars(model.config), parameters=model.num_params(), device=device,
+                  dtype='bfloat16' if isinstance(autocast, torch.autocast) else 'float32', torch=torch.__version__,
+                  numpy=np.__version__, python=platform.python_version(), machine=platform.platform())
+    print(f'{model.num_params():,} parameters ({model.num_params(non_embedding=True):,} outside embedding and head), '
+          f'{device}, {log.lines[0].get("dtype")}, {torch.get_num_threads()} threads; writing to {run}/')
+    return log
+
+
 def main(config):
     cfg = SimpleNamespace(**config)
     with user_errors():
@@ -403,23 +421,14 @@ def main(config):
     if cfg.compile:
         for block in model.blocks:
             block.compile()
-    log = Log(run / 'log.jsonl', it if cfg.resume else None)
-    if log.lines:
-        log.write(resumed=it, config=config)
-    else:
-        log.write(config=config, model=vars(model.config), parameters=model.num_params(), device=device,
-                  dtype='bfloat16' if isinstance(autocast, torch.autocast) else 'float32', torch=torch.__version__,
-                  numpy=np.__version__, python=platform.python_version(), machine=platform.platform())
-    print(f'{model.num_params():,} parameters ({model.num_params(non_embedding=True):,} outside embedding and head), '
-          f'{device}, {log.lines[0].get("dtype")}, {torch.get_num_threads()} threads; writing to {run}/')
     with alone(run), Stop() as stop:
+        log = start_log(run, it, cfg, model, device, autocast)
         try:
             it, entry = loop(it, cfg, model, optimizers, run, corpus, tok, windows, device, autocast, log, stop)
-        except FloatingPointError as e:
+        except (FloatingPointError, OSError) as e:
             kept = find_checkpoints(run)
             last = f'the last good checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet'
-            print(f'stopped: {e}; {last}', file=sys.stderr)
-            sys.exit(1)
+            fail(f'stopped: {e}; {last}', 1)
     if entry is None:
         print(f'saved iteration {it} in {run}/; go on with the same command and --resume' if it
               else 'stopped before the first update')

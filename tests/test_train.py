@@ -175,6 +175,23 @@ def test_a_pickle_with_the_right_checksum_is_refused(straight, tmp_path):
         load_model(folder)
 
 
+def test_a_full_disk_keeps_what_there_was(corpus_folder, tmp_path, monkeypatch, capsys):
+    real, saved = torch.save, []
+
+    def full(what, path):
+        if len(saved) == 3:                                         # in the middle of the second checkpoint
+            raise OSError(28, 'No space left on device')
+        saved.append(path)
+        real(what, path)
+
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(SystemExit) as e:
+        train.main(settings(corpus_folder, tmp_path / 'run'))
+    err = capsys.readouterr().err
+    assert e.value.code == 1 and 'No space left' in err and 'iter_0000010' in err
+    assert load_model(tmp_path / 'run')[1]['iteration'] == 10 and not list((tmp_path / 'run').glob('*.tmp'))
+
+
 def test_a_second_run_in_the_same_folder_is_refused(corpus_folder, tmp_path, capsys):
     pytest.importorskip('fcntl')
     (tmp_path / 'run').mkdir()
