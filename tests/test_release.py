@@ -94,7 +94,7 @@ DOCTORED = {
     'wrong type': (lambda f: edit(f, model_type='gpt2'), "model_type 'gpt2'"),
     'broken config': (lambda f: (f / 'config.json').write_text('{'), 'not a model configuration'),
     'hostile layers': (lambda f: edit(f, n_layers=10 ** 9), 'tensors, 1000000000 layers have'),
-    'hostile width': (lambda f: edit(f, d_model=2 ** 40), 'is not \\['),
+    'hostile width': (lambda f: edit(f, d_model=2 ** 30), 'is not \\['),
     'no theta': (lambda f: edit(f, rope_theta='gone'), 'rope_theta missing'),
     'biases': (lambda f: edit(f, include_bias=True), 'include_bias = True is not supported'),
     'untied head': (lambda f: retensor(f, lambda t: t.update({'model.transformer.ff_out.weight': torch.ones(40, 32)})),
