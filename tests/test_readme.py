@@ -39,8 +39,9 @@ def run(script, argv):
 def test_every_command(desk, monkeypatch, capsys):
     monkeypatch.chdir(desk)
     seen = set()
-    for command in COMMANDS:
-        script, *argv = shlex.split(command)[1:]
+    runs_first = sorted(dict.fromkeys(COMMANDS), key=lambda c: (' train.py' not in c, '--resume' in c))
+    for command in runs_first:
+        script, *argv = shlex.split(re.sub('iter_[0-9]+', 'iter_0000004', command))[1:]
         if script == 'train.py' and '--help' not in argv:
             resume = '--resume' in argv
             out = ['--out_dir=out/docs'] if resume else []
