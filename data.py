@@ -289,7 +289,10 @@ def docs_text():
     The modules are parsed, never imported, and a paragraph that came before is dropped. About a megabyte; it
     changes a little with the Python version.
     """
-    from pydoc_data.topics import topics
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:                                             # a stripped-down Python
+        topics = {}
     skip = {'test', 'tests', 'idlelib', 'lib2to3', 'turtledemo', 'pydoc_data', 'site-packages', 'turtle.py', 'tkinter',
             'encodings'}
     root = Path(sysconfig.get_paths()['stdlib'])
