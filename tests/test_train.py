@@ -289,6 +289,16 @@ def test_what_is_set_on_resume_counts(corpus_folder, straight, tmp_path, capsys)
     assert torch.load(run / 'iter_0000042' / 'optim.pt', weights_only=True)[0]['param_groups'][0]['weight_decay'] == 0.7
 
 
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses(corpus_folder, tmp_path):
+    """Half a minute of compiling; needs a C++ compiler on CPU."""
+    for name, compiled in (('eager', False), ('compiled', True)):
+        train.main(settings(corpus_folder, tmp_path / name, compile=compiled, max_iters=10))
+    eager, compiled = ([e['loss'] for e in log_of(tmp_path / name) if 'loss' in e] for name in ('eager', 'compiled'))
+    assert eager == pytest.approx(compiled, rel=1e-4)
+    load_model(tmp_path / 'compiled')                               # no trace of the compiler in the names
+
+
 def test_learning_rates_at_every_corner():
     cfg = SimpleNamespace(schedule='cosine', warmup_iters=10, max_iters=110, min_lr_ratio=0.1, decay_iters=20)
     at = [train.lr_factor(i, cfg) for i in range(111)]
