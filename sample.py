@@ -125,7 +125,6 @@ def write_text(model, cfg, tok, x, visible, given, new, screen):
             model, x, tok.mask_id, steps=cfg.steps or new, block_length=cfg.block_length or None,
             temperature=cfg.temperature, cfg_scale=cfg.cfg_scale, remasking=cfg.remasking,
             prompt=given, visible=None if visible.all() else visible,
-            gen_start=x.shape[1] - new if not (x == tok.mask_id)[:, :-new].any() and cfg.block_length else None,
             threshold=cfg.threshold or None, on_step=screen, generator=noise)
     rows, forwards = [], 0
     for row, seen, generator in zip(x, visible, noise):
