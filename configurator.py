@@ -47,6 +47,7 @@ def configure(namespace, argv=None, positional=()):
         word = argv.pop(0)
         if word.startswith('--'):
             key, equals, text = word[2:].partition('=')
+            key = key.replace('-', '_')                             # people type --prompt-file
             if not equals:
                 switch = isinstance(settings.get(key), bool)
                 if not argv or argv[0].startswith('--') or switch and argv[0].lower() not in TRUTH:

@@ -18,6 +18,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -39,7 +40,14 @@ Corpus = namedtuple('Corpus', 'folder manifest splits')             # splits: na
 SPECIALS = {'bos': '<|startoftext|>', 'eos': '<|endoftext|>', 'mask': '<|mdm_mask|>',       # LLaDA's names
             'start_header': '<|start_header_id|>', 'end_header': '<|end_header_id|>', 'eot': '<|eot_id|>'}
 ALIASES = {'bos': ('<s>', '<|begin_of_text|>'), 'eos': ('</s>', '<|end_of_text|>'),
-           'mask': ('<[MASK]>', '[MASK]', '<mask>')}
+           'mask': ('<[MASK]>', '[MASK]', '<mask>'), 'start_header': ('<start_id>',), 'end_header': ('<end_id>',),
+           'eot': ('<eot_id>',)}                        # the last three: names in LLaDA's guideline for the same ids
+ROLES = ('mask', 'eos', 'pad', 'bos', 'eot')
+# The two chat formats known here, as the texts that a chat template may put around a message: that of the released
+# LLaDA, and the one drawn in its guideline. What stands between header and message is the difference.
+CHAT_FORMATS = {'\n\n': {'<|start_header_id|>', '<|end_header_id|>\n\n', '<|eot_id|>',
+                         '<|start_header_id|>assistant<|end_header_id|>\n\n'},
+                '\n': {'<start_id>', '<end_id>\n', '<eot_id>', '<start_id>assistant<end_id>\n'}}
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"    # GPT-2's, but digits stand alone
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LONGEST_PIECE = 400_000                                 # tiktoken gives up on about a million spaces in a row
@@ -49,15 +57,18 @@ class Tokenizer:
     """Text to ids and back. `mask_id`, `eos_id`, `pad_id`, `bos_id` are ids; `spec` is what a checkpoint stores.
 
     encoding: a tiktoken.Encoding; id_of_rank: its rank -> our id; specials: role -> id; spare: other ids -> bytes.
+    `named`: the roles whose id is in the vocabulary; the others stand for the next free ids. `chat`: what its template
+    puts between header and message, None if there is no template that encode_chat knows.
     """
 
-    def __init__(self, encoding, id_of_rank, specials, spec, spare=None):
+    def __init__(self, encoding, id_of_rank, specials, spec, spare=None, named=(), chat='\n\n'):
         self.encoding, self.spec, self.specials = encoding, str(spec), dict(specials)
+        self.named, self.chat = set(named), chat
         self._id_of_rank = np.asarray(id_of_rank, dtype=np.int64)
         self._bytes = {int(self._id_of_rank[r]): encoding.decode_single_token_bytes(r) for r in range(len(id_of_rank))}
         self._bytes.update(spare or {})
         self.vocab_size = max([*self._bytes, *specials.values()]) + 1
-        self.mask_id, self.eos_id, self.bos_id = specials['mask'], specials['eos'], specials['bos']
+        self.mask_id, self.eos_id, self.bos_id, self.eot_id = (specials[r] for r in ('mask', 'eos', 'bos', 'eot'))
         self.pad_id = specials.get('pad', self.eos_id)
         self._names = {i: SPECIALS.get(role, f'<|{role}|>') for role, i in specials.items()}
 
@@ -79,13 +90,23 @@ class Tokenizer:
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
     def encode_chat(self, messages):
-        """Ids of a conversation, ready for the assistant's turn: [{'role', 'content'}, ...] (LLaDA's template)."""
+        """Ids of a conversation, ready for the assistant's turn: [{'role', 'content'}, ...] (LLaDA's template).
+
+        ValueError if the vocabulary came with another template, or with none and without the tokens for this one.
+        """
+        if self.chat is None:
+            raise ValueError(f'{self.spec}: its chat template is not one of the two known here (LLaDA as released, and '
+                             'as in its guideline); make the ids elsewhere and give them in a prompt file as {"ids"}')
         s, ids = self.specials, [self.bos_id]
         for message in [*messages, {'role': 'assistant', 'content': None}]:
-            ids += [s['start_header'], *self.encode(message['role']), s['end_header'], *self.encode('\n\n')]
+            ids += [s['start_header'], *self.encode(message['role']), s['end_header'], *self.encode(self.chat)]
             if message['content'] is not None:
                 ids += [*self.encode(message['content'].strip()), s['eot']]
         return ids
+
+    def unused(self, vocab_size):
+        """The ids below vocab_size that stand for no token: rows of a head that nothing was trained to write."""
+        return [i for i in range(vocab_size) if i not in self._bytes and i not in self._names]
 
 
 def _split_long(text):
@@ -108,7 +129,7 @@ def get_tokenizer(spec):
     if spec == 'bytes':
         ranks = {bytes([b]): b for b in range(256)}
         encoding = tiktoken.Encoding('bytes', pat_str=r'[\s\S]', special_tokens={}, mergeable_ranks=ranks)
-        return Tokenizer(encoding, range(256), _specials({}, 256), spec)
+        return Tokenizer(encoding, range(256), _specials({}, 256)[0], spec)
     if spec.endswith('.json'):
         return _hugging_face_tokenizer(Path(spec))
     if spec not in tiktoken.list_encoding_names():
@@ -119,18 +140,45 @@ def get_tokenizer(spec):
     plain = tiktoken.Encoding(spec, pat_str=full._pat_str, special_tokens={},
                               mergeable_ranks={token: i for i, token in enumerate(ordered)})
     ids = [full._mergeable_ranks[token] for token in ordered]
-    return Tokenizer(plain, ids, _specials(full._special_tokens, full.n_vocab), spec,
-                     {i: name.encode() for name, i in full._special_tokens.items()})
+    specials, named = _specials(full._special_tokens, full.n_vocab)
+    return Tokenizer(plain, ids, specials, spec, {i: name.encode() for name, i in full._special_tokens.items()}, named)
 
 
-def _specials(named, next_id):
-    """role -> id for every role of SPECIALS: by name where the vocabulary has it, else the next free id."""
-    ids = {}
-    for role, name in SPECIALS.items():
-        found = [named[n] for n in (name, *ALIASES.get(role, ())) if n in named]
-        ids[role] = found[0] if found else next_id
-        next_id += not found
-    return ids
+def _specials(names, next_id, told=None):
+    """role -> id for every role of SPECIALS: by name where the vocabulary has it, else the next free id; and who has.
+
+    told: role -> the name that a tokenizer_config.json gives it; it wins over the usual names.
+    """
+    ids, named, told = {}, set(), told or {}
+    for role in dict.fromkeys((*SPECIALS, *told)):
+        usual = (told.get(role), SPECIALS.get(role), *ALIASES.get(role, ()))
+        found = [names[n] for n in usual if n in names]
+        if found or role in SPECIALS:
+            ids[role] = found[0] if found else next_id
+            next_id += not found
+            named |= {role} if found else set()
+    return ids, named
+
+
+def tokenizer_for(meta, mask_id=None):
+    """The tokenizer that belongs to loaded weights (meta of model.load_model), with the special ids that they name.
+
+    mask_id: say it where neither the weights nor their tokenizer do. Raises ValueError where the two disagree.
+    """
+    where = meta['folder']
+    if meta['tokenizer'] is None:
+        raise ValueError(f'{where}: no tokenizer.json beside the weights')
+    tok, released = get_tokenizer(meta['tokenizer']), meta['config'] is None
+    for role in ROLES:
+        told = mask_id if role == 'mask' and mask_id is not None else meta.get(f'{role}_id')
+        ours = tok.specials.get(role) if role in tok.named or not released else None
+        if told is not None and ours is not None and told != ours and not (role == 'mask' and mask_id is not None):
+            raise ValueError(f'{where}: the weights say {role} is {told}, the tokenizer says {ours}')
+        if told is None and ours is None and role in ('mask', 'eos'):
+            raise ValueError(f'{where}: neither config.json nor the tokenizer say which id is {role}')
+        setattr(tok, f'{role}_id', ours if told is None else told)
+    tok.pad_id = tok.eos_id if tok.pad_id is None else tok.pad_id
+    return tok
 
 
 def byte_symbols():
@@ -161,6 +209,29 @@ def _hugging_face_tokenizer(path):
         raise ValueError(f'{path}: not a tokenizer.json with a BPE model ({type(e).__name__}: {e})') from None
 
 
+def _tokenizer_config(path):
+    """What the tokenizer_config.json beside a tokenizer.json says: (role -> token name, name -> id, chat template)."""
+    path = path.with_name('tokenizer_config.json')
+    if not path.is_file():
+        return {}, {}, None
+    try:
+        file = json.loads(path.read_text(encoding='utf-8'))
+        told = {role: file.get(f'{role}_token') for role in ROLES}
+        told = {role: name['content'] if isinstance(name, dict) else name for role, name in told.items() if name}
+        names = {token['content']: int(i) for i, token in (file.get('added_tokens_decoder') or {}).items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f'{path}: not a tokenizer configuration ({type(e).__name__}: {e})') from None
+    return told, names, str(file.get('chat_template') or '')
+
+
+def _chat_format(template, named):
+    """What stands between header and message in a template; None if it is not one of CHAT_FORMATS."""
+    if not template:                        # our own file, or a release without a template whose tokens are all there
+        return '\n\n' if template is None or {'start_header', 'end_header', 'eot'} <= named else None
+    texts = {(a or b).replace('\\n', '\n') for a, b in re.findall(r"'([^']*)'|\"([^\"]*)\"", template)}
+    return next((gap for gap, parts in CHAT_FORMATS.items() if parts <= texts <= parts | {'role', 'content', ''}), None)
+
+
 def _convert_bpe(path, file, model, added, vocab, merges, demand):
     demand(model.get('type', 'BPE') == 'BPE', f"model type {model.get('type')}")
     for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback'):
@@ -169,7 +240,8 @@ def _convert_bpe(path, file, model, added, vocab, merges, demand):
     pattern = _pre_tokenizer_pattern(file.get('pre_tokenizer'), demand)
 
     byte_of = {symbol: b for b, symbol in enumerate(byte_symbols())}
-    names = {a['content']: a['id'] for a in added}
+    told, names, template = _tokenizer_config(path)
+    names = {**names, **{a['content']: a['id'] for a in added}}
     raw = {t: bytes(byte_of[c] for c in t) for t in vocab if t not in names and all(c in byte_of for c in t)}
     odd = [t for t in vocab if t not in raw and t not in names]
     demand(not odd, f'token {odd[:1]} is not spelled in bytes')
@@ -197,7 +269,8 @@ def _convert_bpe(path, file, model, added, vocab, merges, demand):
     demand(not (loose and model.get('ignore_merges')), f'ignore_merges with {len(loose)} tokens that no merge makes')
     encoding = tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     loose.update({i: name.encode() for name, i in names.items()})
-    return Tokenizer(encoding, id_of_rank, _specials(names, max(ids) + 1), path, loose)
+    specials, named = _specials(names, max(ids) + 1, told)
+    return Tokenizer(encoding, id_of_rank, specials, path, loose, named, _chat_format(template, named))
 
 
 def _last_pair(token, ranks):
@@ -498,17 +571,12 @@ def _open_shard(path, dtype, entry, verify, vocab_size):
         raise ValueError(f'{path}: {"missing" if size < 0 else f"{size} bytes"}, the manifest says {want}; '
                          'prepare the data again')
     shard = np.memmap(path, dtype=dtype, mode='r')
-    if verify and sha256_of(path) != entry['sha256']:
+    if verify and hashlib.sha256(shard).hexdigest() != entry['sha256']:
         raise ValueError(f'{path}: damaged (its sha256 is not the one in the manifest); prepare the data again')
     if verify and shard.max() >= vocab_size:
         at = int(shard.argmax())
         raise ValueError(f'{path}: token {shard[at]} at {at}, but the vocabulary ends at {vocab_size - 1}')
     return shard
-
-
-def sha256_of(path):
-    """Checksum of a file of any size, without reading it into memory."""
-    return hashlib.sha256(np.memmap(path, np.uint8, 'r')).hexdigest()
 
 
 def corpus_tokenizer(corpus):

@@ -13,6 +13,8 @@ will do, which is how tests/ checks every formula to machine precision. A model 
                    temperature=1.0)
 
 Letters: B batch, T canvas length, V vocabulary, M rows read out, L number of maskable tokens of a row.
+
+Longer than other files, at some 660 lines, because a formula and the sampler that relies on it belong on one desk.
 """
 
 import inspect
@@ -198,37 +200,78 @@ def bound_per_row(model, x0, maskable, mask_id, *, draws=16, batch_size=32, seed
     return out / draws
 
 
+def eq6_masks(maskable, mc_num, generator=None):
+    """Masks (n, T) and weights (n,): the weighted sum of log p(masked | rest) over them is Eq. 6 for one sequence.
+
+    Where all 2^L - 1 masks of the L maskable tokens are no more than mc_num, they are all taken and the sum is exact;
+    else mc_num draws of l, stratified and exactly uniform on 1..L (the official rounding is not), each with l tokens
+    drawn without replacement.
+    """
+    L, T, device = int(maskable.sum()), len(maskable), maskable.device
+    if L == 0:
+        raise ValueError('log_likelihood: no position is maskable')
+    if L < 31 and 2 ** L - 1 <= mc_num:
+        masks = torch.zeros(2 ** L - 1, T, dtype=torch.bool, device=device)
+        subset = torch.arange(1, 2 ** L, device=device)[:, None] >> torch.arange(L, device=device) & 1
+        masks[:, maskable] = subset.bool()
+        share = [1 / (n * math.comb(L, n)) for n in masks.sum(1).tolist()]              # Eq. 6: (1/L) (L/l) / C(L, l)
+        return masks, torch.tensor(share, dtype=torch.float64)
+    u = (torch.arange(mc_num, device=device) + torch.rand(mc_num, generator=generator, device=device)) / mc_num
+    noise = torch.rand(mc_num, T, generator=generator, device=device)
+    rows = maskable.expand(mc_num, -1)
+    _, masks = forward_process(rows.long(), 1 - u, -1, rows, exact=True, u=noise)
+    return masks, L / masks.sum(1).cpu().double() / mc_num                                      # Eq. 6: L/l
+
+
+def score_rows(model, entries, mask_id, batch_size, cfg_scale=0.):
+    """Runs many short questions in full batches. entries: (tag, x0 (T,), masked (T,), prompt (T,)), of any lengths.
+
+    Yields (tag, log p of the masked tokens given the rest (n,)). Shorter rows are padded on the left, out of sight; a
+    model that cannot hide padding gets rows of one length at a time.
+    """
+    pads, waiting = takes(model, 'visible'), []
+
+    def ask(rows):
+        longest = max(len(x0) for _, x0, _, _ in rows)
+        x0, masked, prompt, visible = (
+            torch.stack([F.pad(z, (longest - len(z), 0)) for z in column])
+            for column in zip(*((x0, m, p, torch.ones_like(m)) for _, x0, m, p in rows)))
+        logits = guided_logits(model, torch.where(masked, mask_id, x0), prompt, cfg_scale, mask_id, rows=masked,
+                               visible=None if visible.all() else visible)
+        yield from zip((row[0] for row in rows), log_prob(logits, x0[masked]).split(masked.sum(1).tolist()))
+
+    for entry in entries:
+        if len(waiting) == batch_size or waiting and not pads and len(entry[1]) != len(waiting[0][1]):
+            yield from ask(waiting)
+            waiting = []
+        waiting.append(entry)
+    if waiting:
+        yield from ask(waiting)
+
+
 @torch.no_grad()
+def log_likelihoods(model, x0s, maskables, mask_id, *, mc_num=128, batch_size=16, cfg_scale=0., generator=None):
+    """Eq. 6 for many sequences, batched over sequences and draws: lists of (T,) tensors -> list of float."""
+    out = [0.0] * len(x0s)
+    shortest_first = sorted(range(len(x0s)), key=lambda i: len(x0s[i]))                 # little padding in a batch
+
+    def entries():
+        for i in shortest_first:
+            for masked, weight in zip(*eq6_masks(maskables[i], mc_num, generator)):
+                yield (i, float(weight)), x0s[i], masked, ~maskables[i]
+
+    for (i, weight), logp in score_rows(model, entries(), mask_id, batch_size, cfg_scale):
+        out[i] += weight * float(logp.sum())                                            # Eq. 6
+    return out
+
+
 def log_likelihood(model, x0, maskable, mask_id, *, mc_num=128, batch_size=16, cfg_scale=0., generator=None):
     """Eq. 6 for one sequence: x0 (T,) int64, maskable (T,) bool -> float, a lower bound on log p(maskable | rest).
 
-    mc_num draws of l, stratified and exactly uniform on 1..L (the official rounding is not), then of l tokens
-    without replacement. Where the answer is so short that all 2^L - 1 masks are no more than mc_num, they are summed
-    instead and the value is exact; so a single token costs one evaluation. cfg_scale: see guided_logits.
+    mc_num evaluations, or fewer and then exact: see eq6_masks; a single token costs one. cfg_scale: see guided_logits.
     """
-    L = int(maskable.sum())
-    if L == 0:
-        raise ValueError('log_likelihood: no position is maskable')
-    options = {'prompt': (~maskable)[None], 'cfg_scale': cfg_scale}
-    device = x0.device
-    if 2 ** L - 1 <= mc_num:
-        subset = torch.arange(1, 2 ** L, device=device)[:, None] >> torch.arange(L, device=device) & 1      # (2^L-1, L)
-        masks = torch.zeros(len(subset), len(x0), dtype=torch.bool, device=device)
-        masks[:, maskable] = subset.bool()
-        total = 0.0
-        for masked in masks.split(batch_size):
-            size = masked.sum(1).tolist()
-            share = torch.tensor([1 / (size_i * math.comb(L, size_i)) for size_i in size], dtype=torch.float64)
-            logp = masked_log_prob(model, x0.expand(len(masked), -1), masked, mask_id, **options)
-            total += float((share * logp.cpu()).sum())                                  # Eq. 6: (1/L) (L/l) / C(L, l)
-        return total
-    u = (torch.arange(mc_num, device=device) + torch.rand(mc_num, generator=generator, device=device)) / mc_num
-    total = 0.0
-    for part in u.split(batch_size):
-        rows = x0.expand(len(part), -1)
-        noise = torch.rand(rows.shape, generator=generator, device=device)
-        total += float(eq6_terms(model, rows, maskable.expand_as(rows), mask_id, part, noise, **options).sum())
-    return total / mc_num
+    return log_likelihoods(model, [x0], [maskable], mask_id, mc_num=mc_num, batch_size=batch_size,
+                           cfg_scale=cfg_scale, generator=generator)[0]
 
 
 @torch.no_grad()
@@ -270,6 +313,23 @@ def log_likelihood_ordered(model, x0, maskable, mask_id, order=None, *, batch_si
 
 
 @torch.no_grad()
+def confidence_scores(model, x0s, maskables, mask_id, *, eos_id=None, cfg_scale=0., batch_size=16):
+    """confidence_score of many candidates, batched: lists of (T,) tensors -> list of float."""
+    if eos_id is not None:
+        x0s = [F.pad(x0, (0, 1), value=eos_id) for x0 in x0s]
+        maskables = [F.pad(maskable, (0, 1)) for maskable in maskables]
+    hidden, out = [maskable.clone() for maskable in maskables], [0.0] * len(x0s)
+    alive = sorted((i for i in range(len(x0s)) if hidden[i].any()), key=lambda i: len(x0s[i]))
+    while alive:
+        entries = [(i, x0s[i], hidden[i], ~maskables[i]) for i in alive]
+        for i, own in list(score_rows(model, entries, mask_id, batch_size, cfg_scale)):
+            best = own.argmax()
+            out[i] += float(own[best])
+            hidden[i][hidden[i].nonzero()[best]] = False
+        alive = [i for i in alive if hidden[i].any()]
+    return out
+
+
 def confidence_score(model, x0, maskable, mask_id, *, eos_id=None, cfg_scale=0.):
     """iLLaDA's multiple-choice score of a candidate: x0 (T,), maskable (T,) -> float.
 
@@ -277,18 +337,7 @@ def confidence_score(model, x0, maskable, mask_id, *, eos_id=None, cfg_scale=0.)
     token and reveals it. Deterministic; a chain rule along an order that the candidate chooses for itself, hence
     neither a bound nor normalised over candidates. eos_id: a visible, unscored EOS stands after the sequence.
     """
-    if eos_id is not None:
-        x0 = torch.cat((x0, x0.new_tensor([eos_id])))
-        maskable = torch.cat((maskable, maskable.new_zeros(1)))
-    masked, total = maskable.clone()[None], 0.0
-    while masked.any():
-        xt = torch.where(masked, mask_id, x0)
-        logits = guided_logits(model, xt, (~maskable)[None], cfg_scale, mask_id, rows=masked)
-        own = log_prob(logits, x0[masked[0]])                                           # (M,)
-        best = own.argmax()
-        total += float(own[best])
-        masked[0, masked[0].nonzero()[best]] = False
-    return total
+    return confidence_scores(model, [x0], [maskable], mask_id, eos_id=eos_id, cfg_scale=cfg_scale)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,16 +435,16 @@ def select(confidence, masked, n, threshold=None):
 
 
 def propose(logits, rows, mask_id, *, temperature, remasking, eos_id, eot_id, logits_eos_inf, confidence_eos_eot_inf,
-            generator):
+            generator, suppress=()):
     """Proposals and their confidence, (M,) each, for the True positions of rows (B, T) from their logits (M, V).
 
-    [MASK] is never proposed. logits_eos_inf: neither is EOS. confidence_eos_eot_inf: EOS and EoT may be proposed but
-    have confidence 0, so they are written down last, at every temperature (App. B.4); random remasking, which asks for
-    no confidence, is left as it is.
+    [MASK] is never proposed, nor is an id in `suppress`. logits_eos_inf: neither is EOS. confidence_eos_eot_inf: EOS
+    and EoT may be proposed but have confidence 0, so they are written down last, at every temperature (App. B.4);
+    random remasking, which asks for no confidence, is left as it is.
     """
     if logits_eos_inf:
         logits = logits.index_fill(-1, torch.tensor([eos_id], device=logits.device), -math.inf)
-    allowed = logits.index_fill(-1, torch.tensor([mask_id], device=logits.device), -math.inf)
+    allowed = logits.index_fill(-1, torch.tensor([mask_id, *suppress], device=logits.device), -math.inf)
     u = uniform(rows, logits.shape[-1], generator) if temperature > 0 else None
     x0_hat = gumbel_argmax(allowed, temperature, u=u)
     if confidence_eos_eot_inf:
@@ -461,7 +510,8 @@ def check_sampler(steps, temperature, cfg_scale, remasking, eos_id=None, logits_
 @torch.no_grad()
 def generate(model, x, mask_id, *, steps, block_length=None, temperature=0., cfg_scale=0., remasking='low_confidence',
              prompt=None, visible=None, gen_start=None, eos_id=None, eot_id=None, logits_eos_inf=False,
-             confidence_eos_eot_inf=False, threshold=None, cache=None, on_step=None, generator=None):
+             confidence_eos_eot_inf=False, threshold=None, cache=None, on_step=None, generator=None, suppress=(),
+             adjust=None):
     """Fills every [MASK] of the canvas x (B, T) int64, wherever it stands -> Generated(x, n_forward).
 
     steps: denoising steps for the whole canvas, shared out over its blocks; a step commits an equal part of a block.
@@ -475,6 +525,9 @@ def generate(model, x, mask_id, *, steps, block_length=None, temperature=0., cfg
     threshold: approximate parallel decoding: commit every proposal this probable, as many steps as that takes.
     cache: None is exact; 'prefix', 'dual', 'roll' are approximate, see cached_rows; the model needs new_kv, pos and kv.
     on_step(x, committed): called after every step. generator: a torch.Generator, or a list of one for each row.
+    suppress: ids never written, such as vocabulary rows that stand for no token.
+    adjust(logits (M, V), x, masked (B, T), begin) -> logits: a hook, called before the end rules; begin is the first
+        generated column. See end_think.
     """
     check_sampler(steps, temperature, cfg_scale, remasking, eos_id, logits_eos_inf, confidence_eos_eot_inf, cache,
                   threshold)
@@ -482,7 +535,8 @@ def generate(model, x, mask_id, *, steps, block_length=None, temperature=0., cfg
     prompt = x != mask_id if prompt is None else prompt
     kv = None if cache is None else [model.new_kv(*x.shape) for _ in range(2 if cfg_scale else 1)]
     n_forward = turn = 0
-    for start, end, block_steps in block_plan(x, mask_id, gen_start, block_length, steps):
+    plan = block_plan(x, mask_id, gen_start, block_length, steps)
+    for start, end, block_steps in plan:
         masked = x == mask_id
         masked[:, :start], masked[:, end:] = False, False
         schedule = num_transfer_tokens(masked.sum(1), block_steps).T.tolist()           # steps x B
@@ -495,9 +549,12 @@ def generate(model, x, mask_id, *, steps, block_length=None, temperature=0., cfg
             logits = guided_logits(model, x[:, pos], prompt[:, pos], cfg_scale, mask_id, rows=masked[:, pos],
                                    visible=visible, **where)
             n_forward, turn = n_forward + (2 if cfg_scale else 1), turn + 1
+            if adjust is not None:
+                logits = adjust(logits, x, masked, plan[0][0] if gen_start is None else gen_start)
             guess, trust = propose(logits, masked, mask_id, temperature=temperature, remasking=remasking, eos_id=eos_id,
                                    eot_id=eot_id, logits_eos_inf=logits_eos_inf,
-                                   confidence_eos_eot_inf=confidence_eos_eot_inf, generator=generator)
+                                   confidence_eos_eot_inf=confidence_eos_eot_inf, generator=generator,
+                                   suppress=suppress)
             x0_hat = x.masked_scatter(masked, guess)
             committed = select(torch.zeros(x.shape, dtype=trust.dtype, device=x.device).masked_scatter(masked, trust),
                                masked, n, threshold)
@@ -510,7 +567,7 @@ def generate(model, x, mask_id, *, steps, block_length=None, temperature=0., cfg
 
 @torch.no_grad()
 def generate_variable_length(model, prompts, mask_id, eos_id, *, block_length, steps_per_block, max_length, pad_id=None,
-                             stop=None, generator=None, **settings):
+                             stop=None, generator=None, adjust=None, **settings):
     """Block diffusion on a growing canvas (iLLaDA; App. B.4): nothing after the current block exists yet.
 
     prompts: lists of ids -> (prompt + generated ids of each, kept to the end of the block that stopped it; n_forward).
@@ -522,7 +579,8 @@ def generate_variable_length(model, prompts, mask_id, eos_id, *, block_length, s
         raise ValueError(f'max_length must hold a block of {block_length}, got {max_length}')
     ids, alive, n_forward = [list(p) for p in prompts], list(range(len(prompts))), 0
     pad_id = int(mask_id == 0) if pad_id is None else pad_id        # hidden, so any other id will do
-    for _ in range(max_length // block_length):
+    for n in range(1, max_length // block_length + 1):
+        hook = adjust and (lambda *a, n=n: adjust(*a[:3], a[1].shape[1] - n * block_length))    # n blocks in all rows
         x, visible, _ = canvas([ids[i] for i in alive], block_length, mask_id, pad_id)
         if hasattr(model, 'parameters'):
             device = next(model.parameters()).device
@@ -530,7 +588,7 @@ def generate_variable_length(model, prompts, mask_id, eos_id, *, block_length, s
         noise = [generator[i] for i in alive] if isinstance(generator, (list, tuple)) else generator
         out = generate(model, x, mask_id, steps=steps_per_block, gen_start=x.shape[1] - block_length,
                        block_length=block_length, visible=None if visible.all() else visible, eos_id=eos_id,
-                       generator=noise, prompt=torch.ones_like(visible).index_fill_(
+                       adjust=hook, generator=noise, prompt=torch.ones_like(visible).index_fill_(
                            1, torch.arange(x.shape[1] - block_length, x.shape[1], device=x.device), False), **settings)
         n_forward += out.n_forward
         for i, row, seen in zip(alive, out.x.tolist(), visible.tolist()):
@@ -540,6 +598,28 @@ def generate_variable_length(model, prompts, mask_id, eos_id, *, block_length, s
         if not alive:
             break
     return ids, n_forward
+
+
+def end_think(ids, gen_length, boost=100.0, power=3.0):
+    """A hook for `adjust`: makes the tokens `ids` of "</think>" ever more likely (iLLaDA's evaluation).
+
+    Until they stand in the generated text, the one of them that would come next gains boost * progress^power at the
+    first mask of the block; progress is how far that position lies in gen_length.
+    """
+    ids = list(ids)
+
+    def adjust(logits, x, masked, begin):
+        logits, first = logits.clone(), 0                           # first: number of a row's first mask among the M
+        for row, hidden in zip(x[:, begin:].tolist(), masked[:, begin:].tolist()):
+            said = any(row[k:k + len(ids)] == ids for k in range(len(row)))
+            if any(hidden) and not said:
+                p = hidden.index(True)
+                done = max(k for k in range(len(ids)) if row[max(p - k, 0):p] == ids[:k])
+                logits[first, ids[done]] += boost * min(1.0, (p + 1) / gen_length) ** power
+            first += sum(hidden)
+        return logits
+
+    return adjust
 
 
 # ---------------------------------------------------------------------------------------------------------------------

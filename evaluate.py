@@ -19,7 +19,7 @@ from tqdm import tqdm
 import data
 import diffusion
 from configurator import command, configure, user_errors
-from model import load_model, pick_device
+from model import open_model
 
 task = 'bound'                  # what to measure: 'bound'
 checkpoints = []                # runs or steps of train.py, or folders of released weights
@@ -34,8 +34,8 @@ device = 'auto'                 # 'cuda', 'mps' or 'cpu'
 dtype = 'auto'                  # 'bfloat16' or 'float32'
 
 
-def load_all(cfg, where):
-    """The checkpoints and the one corpus they are measured on: -> ([(name, model, meta)], corpus, tokenizer)."""
+def load_all(cfg):
+    """The checkpoints and the one corpus they are measured on: -> ([(name, model, meta, autocast)], corpus, tok)."""
     if cfg.task != 'bound':
         raise ValueError(f"task must be 'bound', got {cfg.task!r}")
     if not cfg.checkpoints:
@@ -43,7 +43,10 @@ def load_all(cfg, where):
     for key, least in (('draws', 1), ('batch_size', 1), ('windows', 0), ('seq_len', 0), ('seed', 0)):
         if not least <= getattr(cfg, key) < 2 ** 31:
             raise ValueError(f'{key} must be {least} or more, and below 2^31, got {getattr(cfg, key)}')
-    loaded = [(name, *load_model(name, where)) for name in cfg.checkpoints]
+    loaded = []
+    for name in cfg.checkpoints:
+        model, meta, _, autocast = open_model(name, cfg.device, cfg.dtype)
+        loaded.append((name, model, meta, autocast))
     trained_on = (loaded[0][2]['config'] or {}).get('dataset', '')
     if not (cfg.dataset or trained_on):
         raise ValueError('these weights do not say what they were trained on: give --dataset')
@@ -52,9 +55,9 @@ def load_all(cfg, where):
         raise ValueError(f"split must be one of {', '.join(corpus.splits)}, got {cfg.split!r}")
     tok = data.corpus_tokenizer(corpus)
     probe = 'The quick brown fox: 1234\n\n    def f(x) ...'
-    for name, _, meta in loaded:
-        theirs = data.get_tokenizer(meta['tokenizer']) if meta['tokenizer'] else None
-        if theirs is None or theirs.encode(probe) != tok.encode(probe) or theirs.mask_id != tok.mask_id:
+    for name, _, meta, _ in loaded:
+        theirs = data.tokenizer_for(meta)
+        if theirs.encode(probe) != tok.encode(probe) or theirs.mask_id != tok.mask_id:
             raise ValueError(f'{name}: its tokenizer is not the one of {corpus.folder}')
     return loaded, corpus, tok
 
@@ -76,17 +79,16 @@ def bound(model, x0, tok, cfg, autocast, name):
 def main(config):
     cfg = SimpleNamespace(**config)
     with user_errors():
-        where, autocast = pick_device(cfg.device, cfg.dtype)
-        loaded, corpus, tok = load_all(cfg, where)
-        T = cfg.seq_len or min(model.config.seq_len for _, model, _ in loaded)
-        x0 = data.all_windows(corpus, cfg.split, T, cfg.windows or None).to(where)
+        loaded, corpus, tok = load_all(cfg)
+        T = cfg.seq_len or min(model.config.seq_len for _, model, _, _ in loaded)
+        x0 = data.all_windows(corpus, cfg.split, T, cfg.windows or None).to(loaded[0][1].embed.weight.device)
     per_byte = 1 / math.log(2) / data.bytes_per_token(corpus, cfg.split)
     print(f'{corpus.folder}, split {cfg.split}: {len(x0)} windows of {T} tokens, {cfg.draws} masks each',
           file=sys.stderr)
     width = max(len(name) for name in cfg.checkpoints)
     print(f'{"checkpoint":<{width}}  {"iteration":>9}  {"objective":<14}  {"nats/token":>18}  {"bits/byte":>18}  '
           f'{"seconds":>7}')
-    for name, model, meta in loaded:
+    for name, model, meta, autocast in loaded:
         start = time.perf_counter()
         nats = -bound(model, x0, tok, cfg, autocast, name) / T
         mean, stderr = nats.mean().item(), nats.std().item() / len(nats) ** 0.5 if len(nats) > 1 else math.nan

@@ -376,22 +376,34 @@ def pick_device(device, dtype):
     return device, torch.autocast(device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
 
 
+def open_model(path, device='auto', dtype='auto'):
+    """load_model for a script's settings: -> (model, meta, device, context manager for the forward pass).
+
+    Weights of train.py are float32 masters, narrowed for each pass. Released weights are computed with in the dtype
+    they are stored in (LLaDA's confidences are bfloat16 numbers), unless `dtype` asks for another.
+    """
+    device, autocast = pick_device(device, dtype)
+    released = (Path(path) / 'config.json').is_file()
+    model, meta = load_model(path, device, getattr(torch, dtype) if released and dtype != 'auto' else None)
+    return model, meta, device, nullcontext() if released else autocast
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights on disk: checkpoints of train.py, and folders of released weights
 
 
-def load_model(path, device='cpu', dtype=None):
+def load_model(path, device='cpu', dtype=None, verify=True):
     """One door to all weights: -> (model in eval mode, meta).
 
     path: a step folder or a run folder of train.py (its newest step), or a Hugging Face style folder (config.json and
-    *.safetensors) of LLaDA or iLLaDA. dtype None keeps the stored one. meta: mask_id, eos_id, pad_id, bos_id (None
-    where the folder does not tell), tokenizer (a spec for data.get_tokenizer, or None), config, iteration, folder.
+    *.safetensors) of LLaDA or iLLaDA. dtype None keeps the stored one. meta: mask_id, eos_id, pad_id, bos_id, eot_id
+    (None where the folder does not tell), tokenizer (a spec for data.get_tokenizer, or None), config (None for released
+    weights), iteration, folder. verify: check the shards' sha256 where their index lists them.
     Nothing is unpickled but tensors, no remote code is run, every shape is checked. Raises ValueError or OSError.
     """
     path = Path(path)
     if (path / 'config.json').is_file():
-        return _load_release(path, device, dtype)
+        return _load_release(path, device, dtype, verify)
     folder = path
     if not (path / 'manifest.json').is_file():
         steps = find_checkpoints(path)
@@ -422,6 +434,11 @@ def find_checkpoints(run):
     return sorted(named, key=lambda f: int(f.name[5:]))
 
 
+def file_sha256(path):
+    """Checksum of a file of any size, without reading it into memory."""
+    return hashlib.sha256(np.memmap(path, np.uint8, 'r')).hexdigest()
+
+
 def read_checkpoint(folder):
     """The manifest of a step folder, after checking every file against its sha256."""
     folder = Path(folder)
@@ -444,7 +461,7 @@ def read_checkpoint(folder):
         file = folder / name
         if not file.is_file() or file.stat().st_size == 0:
             raise ValueError(f'{file}: missing or empty')
-        if hashlib.sha256(np.memmap(file, np.uint8, 'r')).hexdigest() != sha256:
+        if file_sha256(file) != sha256:
             raise ValueError(f'{file}: damaged (its sha256 is not the one in the manifest)')
     return manifest
 
@@ -540,25 +557,61 @@ def _safetensors():
     return safetensors
 
 
-def _load_release(folder, device, dtype):
-    """A LLaDA or iLLaDA folder, tensor by tensor: peak memory is the model and one tensor."""
-    kind, config, raw = release_config(folder)
-    safetensors = _safetensors()
-    index = folder / 'model.safetensors.index.json'
-    if index.is_file():
+def release_ids(folder, raw):
+    """Special ids of a released folder, as far as its files tell: {'mask_id', 'eos_id', 'pad_id', 'bos_id', 'eot_id'}.
+
+    By id in config.json (raw) or generation_config.json, else by name in the files of the tokenizer. iLLaDA's mask has
+    only a name.
+    """
+    def read(name):
+        path = folder / name
         try:
-            shard_of = dict(json.loads(index.read_text(encoding='utf-8'))['weight_map'])
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f'{index}: not a safetensors index ({type(e).__name__}: {e})') from None
-        shards = sorted(set(shard_of.values()))
-    else:
-        shards = ['model.safetensors']
-        if not (folder / shards[0]).is_file():
+            return dict(json.loads(path.read_text(encoding='utf-8'))) if path.is_file() else {}
+        except (ValueError, TypeError, RecursionError) as e:
+            raise ValueError(f'{path}: not a JSON object ({type(e).__name__}: {e})') from None
+
+    names, config, generation = {}, read('tokenizer_config.json'), read('generation_config.json')
+    try:
+        names = {t['content']: int(i) for i, t in (config.get('added_tokens_decoder') or {}).items()}
+        names.update((a['content'], a['id']) for a in read('tokenizer.json').get('added_tokens') or [])
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ValueError(f'{folder}: a list of added tokens is broken ({type(e).__name__}: {e})') from None
+    ids = {}
+    for role, usual in (('mask', ('<|mdm_mask|>', '<[MASK]>')), ('eos', ()), ('pad', ()), ('bos', ()),
+                        ('eot', ('<|eot_id|>', '<eot_id>'))):
+        told = config.get(f'{role}_token')
+        told = told.get('content') if isinstance(told, dict) else told
+        found = [raw.get(f'{role}_token_id'), generation.get(f'{role}_token_id'), *map(names.get, (told, *usual))]
+        ids[f'{role}_id'] = next((i for i in found if type(i) is int), None)
+    return ids
+
+
+def release_shards(folder, verify):
+    """The names of the safetensors files of a released folder, by its index if it has one."""
+    index = folder / 'model.safetensors.index.json'
+    if not index.is_file():
+        if not (folder / 'model.safetensors').is_file():
             raise FileNotFoundError(f'{folder}: no model.safetensors here')
-    where = {}
+        return ['model.safetensors']
+    try:
+        raw = json.loads(index.read_text(encoding='utf-8'))
+        shards, sums = sorted(set(raw['weight_map'].values())), dict((raw.get('metadata') or {}).get('sha256') or {})
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f'{index}: not a safetensors index ({type(e).__name__}: {e})') from None
     for shard in shards:
         if Path(shard).name != shard or not (folder / shard).is_file():
             raise FileNotFoundError(f'{folder / shard}: missing, but named in {index.name}')
+        if verify and shard in sums and file_sha256(folder / shard) != sums[shard]:
+            raise ValueError(f'{folder / shard}: damaged (its sha256 is not the one in {index.name})')
+    return shards
+
+
+def _load_release(folder, device, dtype, verify):
+    """A LLaDA or iLLaDA folder, tensor by tensor: peak memory is the model and one tensor."""
+    kind, config, raw = release_config(folder)
+    safetensors = _safetensors()
+    where = {}
+    for shard in release_shards(folder, verify):
         try:
             with safetensors.safe_open(folder / shard, 'pt') as f:
                 where.update({name: (shard, f.get_slice(name).get_shape()) for name in f.keys()})
@@ -582,16 +635,16 @@ def _load_release(folder, device, dtype):
     with torch.device('meta'):
         model = Transformer(config)
     _fill(model, release_names(kind, config), where, read, device, dtype, folder)
-    meta = {'mask_id': raw.get('mask_token_id'), 'eos_id': raw.get('eos_token_id'), 'pad_id': raw.get('pad_token_id'),
-            'bos_id': raw.get('bos_token_id'), 'tokenizer': None, 'config': None, 'iteration': None,
-            'folder': str(folder)}
-    if (folder / 'tokenizer.json').is_file():
-        meta['tokenizer'] = str(folder / 'tokenizer.json')
-    return model.eval(), meta
+    tokenizer = str(folder / 'tokenizer.json') if (folder / 'tokenizer.json').is_file() else None
+    return model.eval(), {**release_ids(folder, raw), 'tokenizer': tokenizer, 'config': None, 'iteration': None,
+                          'folder': str(folder)}
 
 
-def save_release(model, meta, path):
-    """Writes a model in LLaDA's release layout (iLLaDA's if it rotates in its own dtype): load_model reads it."""
+def save_release(model, meta, path, shard_bytes=5_000_000_000):
+    """Writes a model in LLaDA's release layout (iLLaDA's if it rotates in its own dtype): load_model reads it.
+
+    More than shard_bytes make several files and an index, which also lists their sha256.
+    """
     config = model.config
     if config.causal:
         raise ValueError('the released layouts are bidirectional: an autoregressive model cannot be saved in them')
@@ -602,12 +655,25 @@ def save_release(model, meta, path):
     path.mkdir(parents=True, exist_ok=True)
     raw = {'model_type': kind, 'architectures': [{'llada': 'LLaDAModelLM', 'illada': 'ILLaDAForCausalLM'}[kind]],
            **PLAIN[kind], **{theirs: getattr(config, ours) for ours, theirs in CONFIG_KEYS[kind].items()},
-           'vocab_size': config.vocab_size,
-           'mask_token_id': meta.get('mask_id'), 'eos_token_id': meta.get('eos_id'), 'pad_token_id': meta.get('pad_id'),
-           'bos_token_id': meta.get('bos_id'), 'torch_dtype': str(model.embed.weight.dtype).removeprefix('torch.')}
-    state = model.state_dict()
-    tensors = {theirs: state[ours].contiguous() for ours, theirs in release_names(kind, config).items()}
-    safetensors.torch.save_file(tensors, path / 'model.safetensors', metadata={'format': 'pt'})
-    if str(meta.get('tokenizer') or '').endswith('.json'):
-        (path / 'tokenizer.json').write_bytes(Path(meta['tokenizer']).read_bytes())
+           'vocab_size': config.vocab_size, 'torch_dtype': str(model.embed.weight.dtype).removeprefix('torch.'),
+           **{f'{role}_token_id': meta.get(f'{role}_id') for role in ('mask', 'eos', 'pad', 'bos', 'eot')}}
+    state, shards, size = model.state_dict(), [{}], 0
+    for ours, theirs in release_names(kind, config).items():
+        size += state[ours].nbytes
+        if shards[-1] and size > shard_bytes:
+            shards, size = [*shards, {}], state[ours].nbytes
+        shards[-1][theirs] = state[ours].contiguous()
+    names = [f'model-{i:05d}-of-{len(shards):05d}.safetensors' for i in range(1, len(shards) + 1)]
+    names = ['model.safetensors'] if len(shards) == 1 else names
+    for name, tensors in zip(names, shards):
+        safetensors.torch.save_file(tensors, path / name, metadata={'format': 'pt'})
+    if len(shards) > 1:
+        index = {'metadata': {'sha256': {name: file_sha256(path / name) for name in names}},
+                 'weight_map': {tensor: name for name, tensors in zip(names, shards) for tensor in tensors}}
+        (path / 'model.safetensors.index.json').write_text(json.dumps(index, indent=1), encoding='utf-8')
+    tokenizer = Path(meta.get('tokenizer') or '')
+    for file in ('tokenizer.json', 'tokenizer_config.json') if tokenizer.name.endswith('.json') else ():
+        source = tokenizer if file == 'tokenizer.json' else tokenizer.with_name(file)
+        if source.is_file():
+            (path / file).write_bytes(source.read_bytes())
     (path / 'config.json').write_text(json.dumps(raw, indent=1), encoding='utf-8')       # last: it completes the folder

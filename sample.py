@@ -1,43 +1,64 @@
-"""Writes text with a trained or released model, and shows how the canvas fills in.
+"""Writes text with a trained or released model: continues, fills gaps, answers, chats; shows how the canvas fills in.
 
     python sample.py out/docs                                       # three samples out of nothing
     python sample.py out/docs --prompt="The function returns"       # continues a prompt (repeat --prompt for a batch)
     python sample.py out/docs --prompt="If the file ___ exist" --show
-    python sample.py out/docs --remasking=low_confidence --block_length=8 --temperature=0.7 --prompt="Return the"
+    python sample.py out/docs --prompt_file=- --out=out/answers.jsonl < prompts.txt
+    python sample.py LLaDA-8B-Instruct config/sample_llada.py --chat
 
 A ___ in a prompt is a gap: gap_length masks, filled in sight of both sides, which no left-to-right model can do.
 The default, random remasking at temperature 1, draws from the model. Low-confidence remasking commits the most
 probable tokens first: it looks for the mode, and over a whole canvas with nothing given the mode of a small model is
-one phrase again and again. So give it a prompt and small blocks.
+one phrase again and again. So give it a prompt and small blocks. What LLaDA and iLLaDA use: README.md, "Settings".
 """
 
+import json
 import shutil
 import sys
 import time
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from tqdm import tqdm
 
 import data
 import diffusion
 from configurator import command, configure, user_errors
-from model import load_model, pick_device
+from model import open_model
 
+# --- what to write
 checkpoint = 'out/docs'         # a run or a step of train.py, or a folder of released weights
 prompt = []                     # text to continue, or with ___ to fill in; none: unconditional samples
+prompt_file = ''                # more prompts: .txt (one a line), .jsonl ("prompt", "messages" or "ids"), - is stdin
+instruct = False                # put each prompt into the chat template as a user's message
+chat = False                    # talk: /reset forgets, /quit or Ctrl-D leaves, Ctrl-C breaks off an answer
 num_samples = 3                 # samples when there is no prompt
 gen_length = 0                  # tokens to generate; 0: as many as fit into the context, at most 64
 gap_length = 3                  # tokens in each ___
-steps = 0                       # denoising steps; 0: one token a step
+stop = []                       # text is cut before this string (repeat for more)
+# --- sampler
+steps = 0                       # denoising steps, with variable_length those of one block; 0: one token a step
 block_length = 0                # finish blocks of this many tokens from left to right; 0: the whole canvas at once
+variable_length = False         # blocks come into being one by one, until the end is written (iLLaDA)
 remasking = 'random'            # which proposals survive a step: 'random' or 'low_confidence'
 temperature = 1.0               # 0 takes the most probable token
 cfg_scale = 0.0                 # classifier-free guidance away from the canvas without the prompt
+logits_eos_inf = False          # EOS is never written
+confidence_eos_eot_inf = False  # EOS and EoT are written last
 threshold = 0.0                 # above 0, with low_confidence: commit every proposal this probable (approximate, fast)
+cache = ''                      # 'prefix', 'dual' or 'roll': keep keys and values between steps (approximate, fast)
+think_boost = 0.0               # above 0: make "</think>" likelier as the text grows (iLLaDA's evaluation: 100)
+think_power = 3.0               # how late that sets in
 seed = 1337                     # of the noise
+# --- machine and output
+batch_size = 8                  # prompts in one forward pass
+out = ''                        # also write one JSON object per prompt to this new file: text, ids, settings
 show = False                    # draw the canvas after every step
 device = 'auto'                 # 'cuda', 'mps' or 'cpu'
-dtype = 'auto'                  # 'bfloat16' or 'float32'
+dtype = 'auto'                  # 'bfloat16' or 'float32'; auto: released weights as they are stored
+mask_id = -1                    # id of [MASK] where neither the weights nor their tokenizer tell
 
 GAP = '___'
 HIDDEN = '\N{LIGHT SHADE}'      # how a mask looks
@@ -59,36 +80,81 @@ def prompt_ids(text, tok, gap):
     return ids
 
 
-def make_canvas(cfg, model, tok):
-    """-> x, visible, given (B, T) and how many tokens are to be written; refuses what cannot be generated."""
-    gaps = any(GAP in p for p in cfg.prompt)
-    for key, least in (('num_samples', 1), ('gap_length', 1), ('gen_length', 0), ('steps', 0), ('block_length', 0)):
+def read_prompts(name):
+    """The prompts of a file or of stdin: text lines, or JSON objects with "prompt", "messages" or "ids" -> list."""
+    path, found = Path(name), []
+    raw = sys.stdin.buffer.read() if name == '-' else path.read_bytes()
+    for number, line in enumerate(raw.split(b'\n'), 1):
+        where = f'{"stdin" if name == "-" else path}:{number}'
+        try:
+            line = line.decode('utf-8-sig').strip('\r')
+            if not line.strip():
+                continue
+            entry = json.loads(line) if path.suffix == '.jsonl' or name == '-' and line.startswith('{') else line
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f'{where}: not UTF-8 text or JSON ({e})') from None
+        if isinstance(entry, dict):
+            entry = next((entry[key] for key in ('prompt', 'messages', 'ids') if key in entry), None)
+        kind = ('text' if isinstance(entry, str) else 'list' if isinstance(entry, list) and entry else None)
+        if kind == 'list' and not (all(type(i) is int for i in entry) or all(
+                isinstance(m, dict) and isinstance(m.get('role'), str) and isinstance(m.get('content'), str)
+                for m in entry)):
+            kind = None
+        if kind is None:
+            raise ValueError(f'{where}: want "prompt" (text), "messages" (role and content) or "ids" (whole numbers)')
+        found.append(entry)
+    if not found:
+        raise ValueError(f'{name}: no prompt in it')
+    return found
+
+
+def to_ids(entry, cfg, tok, vocab_size):
+    """One prompt (text, messages or ids) -> ids, with masks for its gaps."""
+    if isinstance(entry, list) and isinstance(entry[0], int):
+        if not all(0 <= i < vocab_size for i in entry):
+            raise ValueError(f'ids of a prompt must lie between 0 and {vocab_size - 1}')
+        return entry
+    if isinstance(entry, list) or cfg.instruct:
+        ids = tok.encode_chat(entry if isinstance(entry, list) else [{'role': 'user', 'content': entry}])
+        if max(ids) >= vocab_size:
+            raise ValueError('the chat template needs tokens that this model does not have')
+        return ids
+    return prompt_ids(entry, tok, cfg.gap_length)
+
+
+def check(cfg, seq_len, prompts, mask, causal):
+    """Refuses what cannot be generated, before the first forward pass -> how many tokens are to be written."""
+    gaps = any(mask in p for p in prompts)
+    for key, least in (('num_samples', 1), ('gap_length', 1), ('gen_length', 0), ('steps', 0), ('block_length', 0),
+                       ('batch_size', 1)):
         if getattr(cfg, key) < least:
             raise ValueError(f'{key} must be {least} or more, got {getattr(cfg, key)}')
-    if model.config.causal and gaps:
-        raise ValueError(f'an autoregressive model cannot fill a {GAP}: it only sees what stands before')
-    if gaps and not all(GAP in p for p in cfg.prompt):
+    if causal and (gaps or cfg.variable_length):
+        raise ValueError(f'an autoregressive model cannot fill a {GAP}: it only sees what stands before' if gaps else
+                         'variable_length is a way of sampling diffusion models')
+    if gaps and not all(mask in p for p in prompts):
         raise ValueError(f'either all prompts have a {GAP} or none')
-    prompts = [prompt_ids(p, tok, cfg.gap_length) for p in cfg.prompt] or [[]] * cfg.num_samples
+    if gaps and (cfg.block_length or cfg.variable_length):
+        raise ValueError('block_length and variable_length go with a prompt to continue, not with gaps')
     for key in ('gen_length', 'gap_length'):
-        if getattr(cfg, key) > model.config.seq_len:
-            raise ValueError(f'{key} must fit into the context of {model.config.seq_len}, got {getattr(cfg, key)}')
-    room = model.config.seq_len - max(len(p) for p in prompts)
-    if gaps and cfg.block_length:
-        raise ValueError('block_length goes with a prompt to continue, not with gaps')
-    new = max(p.count(tok.mask_id) for p in prompts) if gaps else cfg.gen_length or max(1, min(64, room))
-    x, visible, given = diffusion.canvas(prompts, 0 if gaps else new, tok.mask_id, tok.pad_id)
-    if x.shape[1] > model.config.seq_len:
-        raise ValueError(f'prompt and gen_length take {x.shape[1]} tokens, the context holds {model.config.seq_len}')
-    if cfg.steps > new:
-        raise ValueError(f'steps must not exceed the {new} tokens to generate, got {cfg.steps}')
-    if cfg.block_length and new % cfg.block_length:
+        if getattr(cfg, key) > seq_len:
+            raise ValueError(f'{key} must fit into the context of {seq_len}, got {getattr(cfg, key)}')
+    longest = max(map(len, prompts))
+    new = max(p.count(mask) for p in prompts) if gaps else cfg.gen_length or max(1, min(64, seq_len - longest))
+    if cfg.variable_length and not cfg.gen_length:
+        new -= new % (cfg.block_length or 1)
+    if longest + (0 if gaps else new) > seq_len:
+        raise ValueError(f'prompt and gen_length take {longest + new} tokens, the context holds {seq_len}')
+    if cfg.block_length and (not new or new % cfg.block_length):
         raise ValueError(f'block_length must divide the {new} tokens to generate, got {cfg.block_length}')
-    diffusion.check_sampler(cfg.steps or new, cfg.temperature, cfg.cfg_scale, cfg.remasking,
-                            threshold=cfg.threshold or None)
-    if cfg.block_length and (cfg.steps or new) < new // cfg.block_length:
-        raise ValueError(f'steps must be at least the {new // cfg.block_length} blocks, got {cfg.steps}')
-    return x, visible, given, new
+    if cfg.variable_length and not cfg.block_length:
+        raise ValueError('variable_length needs a block_length')
+    least, most = (1, cfg.block_length) if cfg.variable_length else (new // (cfg.block_length or new), new)
+    if cfg.steps > most:
+        raise ValueError(f'steps must not exceed the {most} tokens to generate, got {cfg.steps}')
+    if cfg.steps and cfg.steps < least:
+        raise ValueError(f'steps must be at least the {least} blocks, got {cfg.steps}')
+    return new
 
 
 class Screen:
@@ -117,50 +183,149 @@ class Screen:
             time.sleep(0.05)
 
 
-def write_text(model, cfg, tok, x, visible, given, new, screen):
-    """The filled canvas (B, T) and the number of forward passes, diffusion or autoregressive."""
-    noise = [diffusion.keyed_generator(cfg.seed, i, device=x.device) for i in range(len(x))]     # a row stands alone
+def sampler_settings(cfg, tok, vocab_size, new, seq_len):
+    """The arguments that generate and generate_variable_length share, checked."""
+    adjust = None
+    if cfg.think_boost:
+        ids = [] if cfg.think_power <= 0 else tok.encode('</think>')
+        if not ids:
+            raise ValueError(f'think_power must be above 0, got {cfg.think_power}')
+        adjust = diffusion.end_think(ids, new, cfg.think_boost, cfg.think_power)
+    shared = dict(temperature=cfg.temperature, cfg_scale=cfg.cfg_scale, remasking=cfg.remasking,
+                  cache=cfg.cache or None, logits_eos_inf=cfg.logits_eos_inf,
+                  confidence_eos_eot_inf=cfg.confidence_eos_eot_inf, threshold=cfg.threshold or None)
+    diffusion.check_sampler(cfg.steps or new or 1, eos_id=tok.eos_id, **shared)
+    return dict(shared, eot_id=tok.eot_id, adjust=adjust, suppress=tok.unused(vocab_size))
+
+
+def write(model, cfg, tok, prompts, new, noise, screen=None):
+    """Continues (or fills) a batch of prompts, lists of ids -> (list of ids with the prompt, forward passes)."""
+    where, vocab_size = model.embed.weight.device, model.config.vocab_size
+    if model.config.causal:
+        rows, forwards = [], 0
+        for p, generator in zip(prompts, noise):
+            start = torch.tensor([[tok.eos_id, *p]], device=where)
+            made = diffusion.ar_generate(model, start, new, temperature=cfg.temperature, eos_id=tok.eos_id,
+                                         generator=generator)
+            rows.append(made.x[0, 1:].tolist())
+            forwards += made.n_forward
+        return rows, forwards
+    settings = sampler_settings(cfg, tok, vocab_size, new, model.config.seq_len)
+    if cfg.variable_length:
+        def stop(ids):
+            return tok.eot_id in ids or any(s in tok.decode(ids) for s in cfg.stop)
+        return diffusion.generate_variable_length(
+            model, prompts, tok.mask_id, tok.eos_id, block_length=cfg.block_length, max_length=new, stop=stop,
+            steps_per_block=cfg.steps or cfg.block_length, pad_id=tok.pad_id, on_step=screen, generator=noise,
+            **settings)
+    gaps = any(tok.mask_id in p for p in prompts)
+    x, visible, given = (z.to(where) for z in diffusion.canvas(prompts, 0 if gaps else new, tok.mask_id, tok.pad_id))
+    made = diffusion.generate(model, x, tok.mask_id, steps=cfg.steps or new, block_length=cfg.block_length or None,
+                              prompt=given, visible=None if visible.all() else visible, eos_id=tok.eos_id,
+                              on_step=screen, generator=noise, **settings)
+    return [row[seen].tolist() for row, seen in zip(made.x, visible)], made.n_forward
+
+
+def finished(ids, start, tok, stop):
+    """(the prompt's text and what was written, what was written alone): up to its end token or stop string."""
+    ends = [i for i in range(start, len(ids)) if ids[i] in (tok.eos_id, tok.eot_id)]
+    ids = ids[:ends[0]] if ends else ids                                                # nothing counts after the end
+    new = tok.decode(ids[start:])
+    cuts = [at for at in (new.find(s) for s in stop if s) if at >= 0]
+    if cuts:
+        return tok.decode(ids[:start]) + new[:min(cuts)], new[:min(cuts)]
+    return tok.decode(ids), new
+
+
+def talk(model, cfg, tok, autocast):
+    """Multi-turn conversation on the terminal. The oldest turns go when the context is full."""
+    messages, turn, seq_len = [], 0, model.config.seq_len
+    length = cfg.gen_length or min(128, seq_len // 2)
+    print(f'/reset forgets the conversation, /quit leaves; answers of at most {length} tokens', file=sys.stderr)
+    while True:
+        try:
+            text = input('> ').strip()
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        if text in ('/quit', '/exit'):
+            return
+        if text in ('', '/reset'):
+            messages = messages if text == '' else []
+            continue
+        messages.append({'role': 'user', 'content': text})
+        ids, dropped = to_ids(messages, cfg, tok, model.config.vocab_size), 0
+        while len(ids) + length > seq_len and len(messages) > 1:
+            messages, dropped = messages[2:], dropped + 1
+            ids = to_ids(messages, cfg, tok, model.config.vocab_size)
+        if dropped:
+            print(f'(the context of {seq_len} tokens is full: {dropped} oldest turn(s) forgotten)', file=sys.stderr)
+        start, where = time.perf_counter(), model.embed.weight.device
+        noise = [diffusion.keyed_generator(cfg.seed, turn, device=where)]
+        try:
+            cfg.gen_length = length
+            new = check(cfg, seq_len, [ids], tok.mask_id, model.config.causal)
+            screen = Screen(tok, new) if cfg.show else None
+            with autocast:
+                rows, forwards = write(model, cfg, tok, [ids], new, noise, screen)
+        except KeyboardInterrupt:
+            messages.pop()
+            print('\n(broken off)', file=sys.stderr)
+            continue
+        except ValueError as e:
+            messages.pop()
+            print(e, file=sys.stderr)
+            continue
+        answer, turn = finished(rows[0], len(ids), tok, cfg.stop)[1].strip(), turn + 1
+        messages.append({'role': 'assistant', 'content': answer})
+        print(clean(answer))
+        seconds, made = time.perf_counter() - start, len(rows[0]) - len(ids)
+        print(f'({made} tokens, {made / seconds:.1f} tokens/s, {forwards} forward passes)', file=sys.stderr)
+
+
+def prepare_prompts(cfg, model, tok):
+    """All prompts as ids, with what they were given as; refuses the settings that do not go with them."""
+    given = list(cfg.prompt) + (read_prompts(cfg.prompt_file) if cfg.prompt_file else [])
+    ids = [to_ids(p, cfg, tok, model.config.vocab_size) for p in given] or [[]] * cfg.num_samples
+    new = check(cfg, model.config.seq_len, ids, tok.mask_id, model.config.causal)
     if not model.config.causal:
-        return diffusion.generate(
-            model, x, tok.mask_id, steps=cfg.steps or new, block_length=cfg.block_length or None,
-            temperature=cfg.temperature, cfg_scale=cfg.cfg_scale, remasking=cfg.remasking,
-            prompt=given, visible=None if visible.all() else visible,
-            threshold=cfg.threshold or None, on_step=screen, generator=noise)
-    rows, forwards = [], 0
-    for row, seen, generator in zip(x, visible, noise):
-        start = torch.cat((row.new_tensor([tok.eos_id]), row[seen][:-new]))[None]
-        out = diffusion.ar_generate(model, start, new, temperature=cfg.temperature, eos_id=tok.eos_id,
-                                    generator=generator)
-        rows.append(torch.cat((row[~seen], out.x[0, 1:])))
-        forwards += out.n_forward
-    return diffusion.Generated(torch.stack(rows), forwards)
+        sampler_settings(cfg, tok, model.config.vocab_size, new, model.config.seq_len)
+    return given or [None] * cfg.num_samples, ids, new
 
 
 def main(config):
     cfg = SimpleNamespace(**config)
     with user_errors():
-        where, autocast = pick_device(cfg.device, cfg.dtype)
-        model, meta = load_model(cfg.checkpoint, where)
-        if meta['tokenizer'] is None:
-            raise ValueError(f'{cfg.checkpoint}: no tokenizer.json beside the weights')
-        tok = data.get_tokenizer(meta['tokenizer'])
-        if tok.mask_id >= model.config.vocab_size or meta['mask_id'] not in (None, tok.mask_id):
-            raise ValueError(f'{cfg.checkpoint}: the tokenizer has [MASK] {tok.mask_id}, the weights {meta["mask_id"]}')
-        x, visible, given, new = make_canvas(cfg, model, tok)
+        model, meta, where, autocast = open_model(cfg.checkpoint, cfg.device, cfg.dtype)
+        tok = data.tokenizer_for(meta, None if cfg.mask_id < 0 else cfg.mask_id)
+        if tok.mask_id >= model.config.vocab_size:
+            raise ValueError(f'{cfg.checkpoint}: [MASK] is {tok.mask_id}, the vocabulary has {model.config.vocab_size}')
+        if cfg.chat:
+            to_ids([{'role': 'user', 'content': 'x'}], cfg, tok, model.config.vocab_size)
+            return talk(model, cfg, tok, autocast)
+        given, prompts, new = prepare_prompts(cfg, model, tok)
+        if cfg.out:
+            Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+        file = open(cfg.out, 'x', encoding='utf-8') if cfg.out else nullcontext()       # never over an existing file
     screen = Screen(tok, cfg.steps or new) if cfg.show and not model.config.causal else None
-    x, visible, given = x.to(where), visible.to(where), given.to(where)
-    start = time.perf_counter()
-    with autocast:
-        out = write_text(model, cfg, tok, x, visible, given, new, screen)
+    start, made, forwards = time.perf_counter(), 0, 0
+    with file as f:
+        for i in tqdm(range(0, len(prompts), cfg.batch_size), disable=None if len(prompts) > cfg.batch_size else True):
+            part = prompts[i:i + cfg.batch_size]
+            noise = [diffusion.keyed_generator(cfg.seed, i + k, device=where) for k in range(len(part))]    # row by row
+            with autocast:
+                rows, n_forward = write(model, cfg, tok, part, new, noise, screen)
+            forwards += n_forward
+            for entry, ids, row in zip(given[i:], part, rows):
+                made += ids.count(tok.mask_id) or len(row) - len(ids)
+                text, answer = finished(row, 0 if tok.mask_id in ids else len(ids), tok, cfg.stop)
+                print('-' * 80 + '\n' + clean(answer if cfg.instruct or isinstance(entry, list) else text), flush=True)
+                if f is not None:
+                    print(json.dumps({'prompt': entry, 'text': answer, 'ids': row, 'settings': config},
+                                     ensure_ascii=False), file=f, flush=True)
     seconds = time.perf_counter() - start
-    for row, seen in zip(out.x.tolist(), visible.tolist()):
-        ids = [t for t, shown in zip(row, seen) if shown]
-        if tok.eos_id in ids:
-            ids = ids[:ids.index(tok.eos_id)]                                           # nothing counts after the end
-        print('-' * 80 + '\n' + clean(tok.decode(ids)))
     print('-' * 80)
-    print(f'{len(x) * new} tokens in {seconds:.2f} s, {out.n_forward} forward passes '
-          f'({cfg.checkpoint}, iteration {meta["iteration"]})', file=sys.stderr)
+    print(f'{made} tokens in {seconds:.2f} s, {made / seconds:.1f} tokens/s, {forwards} forward passes '
+          f'({cfg.checkpoint}, iteration {meta["iteration"]}, {model.embed.weight.dtype}, {where})', file=sys.stderr)
 
 
 if __name__ == '__main__':

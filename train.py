@@ -28,7 +28,16 @@ from tqdm import tqdm
 import data
 import diffusion
 from configurator import command, configure, fail, user_errors
-from model import ModelConfig, Transformer, find_checkpoints, init_weights, load_model, pick_device, read_checkpoint
+from model import (
+    ModelConfig,
+    Transformer,
+    file_sha256,
+    find_checkpoints,
+    init_weights,
+    load_model,
+    pick_device,
+    read_checkpoint,
+)
 
 # --- run
 out_dir = 'out/docs'            # checkpoints (iter_*/) and log.jsonl
@@ -239,7 +248,7 @@ def save_checkpoint(run, it, model, optimizers, cfg, tok, corpus):
     spec = corpus.manifest['tokenizer']
     if spec.endswith('.json'):
         shutil.copyfile(corpus.folder / spec, aside / 'tokenizer.json')
-    files = {f.name: data.sha256_of(f) for f in sorted(aside.iterdir())}
+    files = {f.name: file_sha256(f) for f in sorted(aside.iterdir())}
     manifest = {'format': 'nanollada 1', 'iteration': it, 'tokens': it * cfg.batch_size * cfg.grad_accum * cfg.seq_len,
                 'model': vars(model.config), 'config': vars(cfg), 'tokenizer': spec, 'files': files,
                 'ids': {f'{k}_id': getattr(tok, f'{k}_id') for k in ('mask', 'eos', 'pad', 'bos')}}

@@ -1,6 +1,8 @@
 """What several tests share: the table model, the golden vectors, small models and small data."""
 
 import json
+import runpy
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -82,3 +84,13 @@ def small_corpus(folder, n_documents=40, tokenizer='bytes'):
     documents = [(f'd{i}', ' '.join(rng.choice(words, 120)) + '\n') for i in range(n_documents)]
     data.prepare(documents, folder, tokenizer)
     return folder
+
+
+def script(name, *argv):
+    """Runs a script as the command line would, in this process."""
+    before = sys.argv
+    sys.argv = [f'{name}.py', *map(str, argv)]
+    try:
+        runpy.run_path(str(ROOT / f'{name}.py'), run_name='__main__')
+    finally:
+        sys.argv = before

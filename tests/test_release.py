@@ -38,6 +38,36 @@ def test_round_trip(tmp_path, tied, rope_fp32, dtype):
     assert wide.embed.weight.dtype == torch.float32
 
 
+def test_large_models_are_sharded_and_checked(tmp_path):
+    model = tiny_model(tied=False)
+    M.save_release(model, {'mask_id': 39}, tmp_path / 'r', shard_bytes=20_000)
+    shards = sorted((tmp_path / 'r').glob('model-*.safetensors'))
+    assert len(shards) > 2 and shards[0].name.endswith(f'of-{len(shards):05d}.safetensors')
+    again, _ = M.load_model(tmp_path / 'r')
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
+    raw = bytearray(shards[1].read_bytes())
+    raw[-1] ^= 1                                                    # safetensors itself would not notice
+    shards[1].write_bytes(raw)
+    with pytest.raises(ValueError, match='damaged'):
+        M.load_model(tmp_path / 'r')
+    M.load_model(tmp_path / 'r', verify=False)
+
+
+def test_special_ids_by_number_and_by_name(tmp_path):
+    """LLaDA says its ids in config.json; iLLaDA's mask has only a name; generation_config.json knows a bos."""
+    M.save_release(tiny_model(rope_fp32=False), {}, tmp_path / 'r')
+    assert M.load_model(tmp_path / 'r')[1]['mask_id'] is None
+    added = {'5': {'content': '<[MASK]>'}, '1': {'content': '<pad>'}}
+    files = {'tokenizer_config.json': {'eos_token': '<eos>', 'pad_token': {'content': '<pad>'},
+                                       'added_tokens_decoder': added},
+             'tokenizer.json': {'added_tokens': [{'content': '<eos>', 'id': 2}]},
+             'generation_config.json': {'bos_token_id': 0}}
+    for name, content in files.items():
+        (tmp_path / 'r' / name).write_text(json.dumps(content))
+    meta = M.load_model(tmp_path / 'r')[1]
+    assert [meta[f'{role}_id'] for role in ('mask', 'eos', 'pad', 'bos', 'eot')] == [5, 2, 1, 0, None]
+
+
 def shard(folder):
     """Splits model.safetensors in two, with an index, as the released 8B models are."""
     tensors = safetensors.load_file(folder / 'model.safetensors')
@@ -99,6 +129,9 @@ DOCTORED = {
     'biases': (lambda f: edit(f, include_bias=True), 'include_bias = True is not supported'),
     'untied head': (lambda f: retensor(f, lambda t: t.update({'model.transformer.ff_out.weight': torch.ones(40, 32)})),
                     'but they differ'),
+    'broken generation': (lambda f: (f / 'generation_config.json').write_text('[1'), 'not a JSON object'),
+    'broken tokens': (lambda f: (f / 'tokenizer.json').write_text('{"added_tokens": [1]}'), 'added tokens is broken'),
+    'index without a map': (lambda f: (f / 'model.safetensors.index.json').write_text('{}'), 'not a safetensors index'),
     'path in the index': (lambda f: (shard(f), (f / 'model.safetensors.index.json').write_text(
         '{"weight_map": {"x": "../../etc/passwd"}}')), 'missing, but named'),
 }

@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -12,13 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, small_corpus
+from helpers import ROOT, script, small_corpus
 
 import data
 import diffusion
 import train
 from configurator import settings_of
-from model import find_checkpoints, load_model, read_checkpoint
+from model import file_sha256, find_checkpoints, load_model, read_checkpoint
 
 TINY = dict(n_layer=2, n_head=2, n_kv_head=2, d_model=32, d_ff=48, seq_len=32, batch_size=4, grad_accum=2, max_iters=40,
             warmup_iters=4, eval_interval=10, eval_windows=8, eval_draws=2, sample_tokens=8, log_interval=1,
@@ -169,7 +168,7 @@ def test_a_pickle_with_the_right_checksum_is_refused(straight, tmp_path):
     shutil.copytree(straight / 'iter_0000040', folder)
     torch.save({'a': print}, folder / 'model.pt')
     manifest = json.loads((folder / 'manifest.json').read_text())
-    manifest['files']['model.pt'] = data.sha256_of(folder / 'model.pt')
+    manifest['files']['model.pt'] = file_sha256(folder / 'model.pt')
     (folder / 'manifest.json').write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match='not a file of tensors'):
         load_model(folder)
@@ -336,54 +335,6 @@ def test_a_run_is_not_overwritten_and_another_architecture_is_refused(corpus_fol
 
 
 # ------------------------------------------------------------------------------------------ sample.py and evaluate.py
-
-
-def script(name, *argv):
-    """Runs a script as the command line would, in this process."""
-    before = sys.argv
-    sys.argv = [f'{name}.py', *map(str, argv)]
-    try:
-        runpy.run_path(str(ROOT / f'{name}.py'), run_name='__main__')
-    finally:
-        sys.argv = before
-
-
-def test_sampling_from_a_run(straight, capsys):
-    script('sample', straight, '--gen_length=16', '--num_samples=2', '--show')
-    captured = capsys.readouterr()
-    assert captured.out.count('-' * 80) == 3 and '32 tokens' in captured.err and '   1 | ' in captured.out
-    script('sample', straight, '--prompt=the model ___ text', '--prompt=a ___ b', '--gap_length=4')
-    out = capsys.readouterr().out
-    assert 'the model' in out and ' text' in out
-    script('sample', straight, '--prompt=the', '--gen_length=8', '--block_length=4', '--steps=4',
-           '--remasking=low_confidence', '--temperature=0.5', '--cfg_scale=0.5')
-    a = capsys.readouterr().out
-    script('sample', straight, '--prompt=the', '--gen_length=8', '--block_length=4', '--steps=4',
-           '--remasking=low_confidence', '--temperature=0.5', '--cfg_scale=0.5')
-    assert a == capsys.readouterr().out                             # the seed decides
-
-
-@pytest.mark.parametrize('argv, says', [
-    (['--prompt='], 'the prompt is empty'), (['--prompt=' + 'x' * 40], 'the context holds 32'),
-    (['--gen_length=8', '--steps=9'], 'steps must not exceed the 8'),
-    (['--gen_length=8', '--block_length=3'], 'block_length must divide the 8'),
-    (['--gen_length=-1'], 'gen_length must be 0 or more'), (['--temperature=-1'], 'temperature must be 0 or more'),
-    (['--remasking=best'], 'remasking must be'), (['--prompt=a ___', '--prompt=b'], 'either all prompts'),
-    (['--gen_length=8', '--block_length=4', '--steps=1'], 'at least the 2 blocks'),
-    (['--checkpoint=no/such'], 'no checkpoint here'), (['--gen_lenght=8'], 'did you mean gen_length'),
-    (['--threshold=0.9'], 'needs low_confidence'),
-    (['--prompt=a ___ b', '--block_length=2'], 'not with gaps'),
-])
-def test_bad_requests(straight, capsys, argv, says):
-    with pytest.raises(SystemExit) as e:
-        script('sample', straight, *argv)
-    captured = capsys.readouterr()
-    assert e.value.code == 2 and says in captured.err and len(captured.err.splitlines()) == 1 and captured.out == ''
-
-
-def test_control_characters_are_not_printed():
-    import sample
-    assert sample.clean('a\x1b[31mb\x07\n\tc') == 'a[31mb\n\tc'
 
 
 def test_bounds_side_by_side(corpus_folder, straight, tmp_path, capsys):
