@@ -4,13 +4,19 @@ import re
 import runpy
 import shlex
 import sys
+from importlib.util import find_spec
 
 import pytest
-from helpers import ROOT, small_corpus
+from helpers import ROOT, small_corpus, tiny_model
+
+import data
+import model as M
 
 TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
 COMMANDS = [c for span in re.findall(r'`(python [^`]+)`', TEXT) for c in re.split(r'`, then `', span)]
 COMMANDS += re.findall(r'^python (?!tests/)[^#\n]+', TEXT, re.M)
+COMMANDS = [c for c in COMMANDS if 'FOLDER' not in c]
+RELEASED = ('LLaDA-8B-Instruct', 'iLLaDA-8B-Instruct')
 TINY = ('--n_layer=1 --n_head=2 --n_kv_head=2 --d_model=32 --d_ff=48 --seq_len=96 --batch_size=2 --max_iters=4 '
         '--eval_interval=2 --eval_windows=4 --eval_draws=1 --sample_tokens=4 --warmup_iters=1 --device=cpu').split()
 
@@ -22,7 +28,16 @@ def desk(tmp_path_factory):
     small_corpus(folder / 'small', 60)
     (folder / 'a.txt').write_text('the words of a file of mine\n' * 4000, encoding='utf-8')
     (folder / 'b.jsonl').write_text('{"text": "a line of mine"}\n' * 40, encoding='utf-8')
+    (folder / 'prompts.txt').write_text('the\na word\n', encoding='utf-8')
+    (folder / 'questions.jsonl').write_text('{"prompt": "why?"}\n', encoding='utf-8')
     (folder / 'config').symlink_to(ROOT / 'config')
+    if find_spec('safetensors'):                                    # stand-ins for the released models
+        data.save_bpe(folder / 'tokenizer.json', [])
+        tok = data.get_tokenizer(folder / 'tokenizer.json')
+        ids = {f'{role}_id': getattr(tok, f'{role}_id') for role in data.ROLES}
+        for name in RELEASED:
+            model = tiny_model(vocab_size=tok.vocab_size, seq_len=4096, rope_fp32=name == 'LLaDA-8B-Instruct')
+            M.save_release(model, {**ids, 'tokenizer': str(folder / 'tokenizer.json')}, folder / name)
     return folder
 
 
@@ -37,7 +52,11 @@ def run(script, argv):
 
 
 def test_every_command(desk, monkeypatch, capsys):
+    def nobody(_=''):
+        raise EOFError
+
     monkeypatch.chdir(desk)
+    monkeypatch.setattr('builtins.input', nobody)
     seen = set()
     runs_first = sorted(dict.fromkeys(COMMANDS), key=lambda c: (' train.py' not in c, '--resume' in c))
     for command in runs_first:
@@ -51,6 +70,9 @@ def test_every_command(desk, monkeypatch, capsys):
             run(script, [*argv, *(offline if '--input' not in command else offline[1:])])
         elif script == 'evaluate.py':
             run(script, [*argv, '--draws=1', '--windows=4', '--dataset=./small'])
+        elif argv and argv[0] in RELEASED:
+            if find_spec('safetensors'):
+                run(script, [*argv, '--gen_length=64', *(['--steps=64'] if 'sample_llada' in command else [])])
         elif script in ('sample.py', 'train.py', 'data.py'):
             run(script, argv)
         else:
