@@ -15,6 +15,7 @@ import math
 import operator
 import os
 import sys
+import time
 import tokenize
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,8 +175,11 @@ def _help(namespace, settings, positional):
 
 
 def fail(message, code=2):
-    """One clear line on stderr, then out."""
-    print(message, file=sys.stderr)
+    """One clear line on stderr, then out. Of many processes the first speaks; another if it is alone in its trouble."""
+    if os.environ.get('RANK', '0') != '0':
+        time.sleep(3)                                               # by then torchrun has ended this process
+        message = f"process {os.environ['RANK']}: {message}"
+    print(message, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -184,6 +188,8 @@ def user_errors():
     """Around the code that reads what the user gave: its ValueError or OSError becomes one line, not a traceback."""
     try:
         yield
+    except BrokenPipeError:
+        raise                                                       # nobody is left to read it: see command
     except (ValueError, OSError, OverflowError, MemoryError, RuntimeError) as e:       # the last: torch cannot allocate
         named = isinstance(e, OSError) and e.strerror and e.filename
         fail(f'{e.filename}: {e.strerror}' if named else str(e) or type(e).__name__)

@@ -15,11 +15,16 @@ A few lines over the ceiling: a tokenizer is part of what a data set is, and nei
 
 import argparse
 import ast
+import glob
+import gzip
 import hashlib
 import json
+import math
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import sysconfig
 import tempfile
@@ -32,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 Batch = namedtuple('Batch', 'x0 maskable cu_seqlens')               # (B, T) int64, (B, T) bool, (n+1,) int32 or None
-Corpus = namedtuple('Corpus', 'folder manifest splits')             # splits: name -> list of memory-mapped shards
+Corpus = namedtuple('Corpus', 'folder manifest splits parts turns', defaults=((), None))       # splits: name -> shards
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers: one kind, a tiktoken.Encoding and a table from its ranks to ids; three sources
@@ -98,6 +103,8 @@ class Tokenizer:
             raise ValueError(f'{self.spec}: its chat template is not one of the two known here (LLaDA as released, and '
                              'as in its guideline); make the ids elsewhere and give them in a prompt file as {"ids"}')
         s, ids = self.specials, [self.bos_id]
+        if self.bos_id is None:
+            raise ValueError(f'{self.spec}: a conversation begins with BOS, and no file tells its id')
         for message in [*messages, {'role': 'assistant', 'content': None}]:
             ids += [s['start_header'], *self.encode(message['role']), s['end_header'], *self.encode(self.chat)]
             if message['content'] is not None:
@@ -172,12 +179,21 @@ def tokenizer_for(meta, mask_id=None):
     for role in ROLES:
         told = mask_id if role == 'mask' and mask_id is not None else meta.get(f'{role}_id')
         ours = tok.specials.get(role) if role in tok.named or not released else None
+        if role == 'mask' and mask_id is not None and meta['mask_id'] not in (None, mask_id):
+            raise ValueError(f"{where}: the weights say mask is {meta['mask_id']}, you say {mask_id}")
         if told is not None and ours is not None and told != ours and not (role == 'mask' and mask_id is not None):
             raise ValueError(f'{where}: the weights say {role} is {told}, the tokenizer says {ours}')
         if told is None and ours is None and role in ('mask', 'eos'):
             raise ValueError(f'{where}: neither config.json nor the tokenizer say which id is {role}')
-        setattr(tok, f'{role}_id', ours if told is None else told)
+        told = ours if told is None else told
+        setattr(tok, f'{role}_id', told)
+        if told is not None:
+            tok.specials[role] = told
     tok.pad_id = tok.eos_id if tok.pad_id is None else tok.pad_id
+    tok._names = {i: SPECIALS.get(role, f'<|{role}|>') for role, i in tok.specials.items()
+                  if not released or role in tok.named or i == getattr(tok, f'{role}_id', None)}
+    if released and not {'start_header', 'end_header', 'eot'} <= tok.named:
+        tok.chat = None                                             # never ids that merely come next
     return tok
 
 
@@ -228,6 +244,8 @@ def _chat_format(template, named):
     """What stands between header and message in a template; None if it is not one of CHAT_FORMATS."""
     if not template:                        # our own file, or a release without a template whose tokens are all there
         return '\n\n' if template is None or {'start_header', 'end_header', 'eot'} <= named else None
+    if 'bos_token' not in template:
+        return None
     texts = {(a or b).replace('\\n', '\n') for a, b in re.findall(r"'([^']*)'|\"([^\"]*)\"", template)}
     return next((gap for gap, parts in CHAT_FORMATS.items() if parts <= texts <= parts | {'role', 'content', ''}), None)
 
@@ -405,36 +423,54 @@ def shakespeare_text():
 
 
 def file_text(path):
-    """The documents of a .txt file (one) or a .jsonl file (one a line, in "text"); errors name the file and line."""
+    """The documents of a file: .txt is one, in pieces; .jsonl(.gz) has one a line and .parquet one a row, in "text".
+
+    Reads as it goes; errors name the file and the line.
+    """
     path = Path(path)
-    if path.suffix not in ('.txt', '.jsonl'):
-        raise ValueError(f'{path}: input must be .txt or .jsonl')
+    kind = ''.join(path.suffixes[-2:] if path.suffix == '.gz' else path.suffixes[-1:])
+    if kind not in ('.txt', '.jsonl', '.jsonl.gz', '.parquet'):
+        raise ValueError(f'{path}: input must be .txt, .jsonl, .jsonl.gz or .parquet')
     if not path.is_file():
         raise FileNotFoundError(f'{path}: no such file')
-    found = False
-    with path.open('rb') as f:
-        lines = f if path.suffix == '.jsonl' else [f.read()]
-        for number, raw in enumerate(lines, 1):
-            try:
-                text = raw.decode('utf-8-sig')
-            except UnicodeDecodeError as e:
-                number += raw[:e.start].count(b'\n')
-                unit = 'line' if path.suffix == '.jsonl' else 'file'
-                raise ValueError(f'{path}:{number}: not UTF-8 (byte {e.start} of the {unit})') from None
-            if path.suffix == '.jsonl' and text.strip():
-                try:
-                    text = json.loads(text)['text']
-                    if not isinstance(text, str):
-                        raise TypeError('text is not a string')
-                    text.encode()                                   # half a surrogate pair is no text
-                except (ValueError, KeyError, TypeError, RecursionError) as e:
-                    raise ValueError(f'{path}:{number}: want a JSON object with "text" '
-                                     f'({type(e).__name__}: {e})') from None
-            if text.strip():
-                found = True
-                yield f'{path.name}:{number}', text
+    found, held, size = False, [], 0
+    for number, raw in enumerate(_parquet_rows(path) if kind == '.parquet' else
+                                 gzip.open(path) if kind.endswith('.gz') else path.open('rb'), 1):
+        try:
+            text = raw if kind == '.parquet' else raw.decode('utf-8-sig' if number == 1 or kind != '.txt' else 'utf-8')
+            if kind.startswith('.jsonl') and text.strip():
+                text = json.loads(text)['text']
+            if not isinstance(text, str):
+                raise TypeError('text is not a string')
+            text.encode()                                           # half a surrogate pair is no text
+        except UnicodeDecodeError as e:
+            raise ValueError(f'{path}:{number}: not UTF-8 (byte {e.start} of the line)') from None
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise ValueError(f'{path}:{number}: want a JSON object with "text" ({type(e).__name__}: {e})') from None
+        found = found or bool(text.strip())
+        if kind != '.txt' and text.strip():
+            yield f'{path.name}:{number}', text
+        elif kind == '.txt':
+            held, size = [*held, text], size + len(text)
+            if size > 1 << 16:
+                yield path.name, ''.join(held)
+                held, size = [], 0
+    if held:
+        yield path.name, ''.join(held)
     if not found:
         raise ValueError(f'{path}: no text in it')
+
+
+def _parquet_rows(path):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f'{path}: .parquet needs one more package: pip install pyarrow') from None
+    try:
+        for part in pyarrow.parquet.ParquetFile(path).iter_batches(columns=['text']):
+            yield from part.column(0).to_pylist()
+    except pyarrow.ArrowException as e:
+        raise ValueError(f'{path}: not a parquet file with a column "text" ({str(e).splitlines()[0][:100]})') from None
 
 
 DATASETS = {                # name -> (documents, default tokenizer, what it is)
@@ -457,69 +493,136 @@ def chunks(documents, size=4096):
             start = end
 
 
-def prepare(documents, out, tokenizer, *, val_every=10, shard_tokens=100_000_000):
-    """Tokenizes (name, text) documents into the folder `out`, whole or not at all -> manifest.
+def prepare(documents, out, tokenizer, *, val_every=10, workers=1):
+    """Tokenizes (name, text) documents, or a list of paths of files, into the folder `out`, whole or not at all.
 
     Every val_every-th piece of about 4 kB is held out: a tail split would share long passages with the rest. An EOS
     ends each document, and stands wherever a held-out piece was taken from between its neighbours.
     tokenizer: a spec of get_tokenizer, or 'bpe-N' to learn a vocabulary of N entries from the training pieces.
+    Files are done side by side by `workers` processes; interrupted, the same call takes up what is finished.
+    Returns the manifest.
     """
-    out = Path(out).absolute()
-    pieces = list(chunks(documents))
-    split_of = ['val' if i % val_every == val_every - 1 else 'train' for i in range(len(pieces))]
-    if 'val' not in split_of:
-        raise ValueError(f'{out.name}: too little text: {len(pieces)} pieces of 4 kB, '
-                         f'and every {val_every}th is held out')
-    if out.exists() and not (out.is_dir() and ((out / 'train_000.bin').is_file() or not any(out.iterdir()))):
+    out, documents = Path(out).absolute(), list(documents)
+    files = bool(documents) and isinstance(documents[0], (str, Path))
+    sources = [Path(f) for f in documents] if files else [documents]
+    if out.exists() and not (out.is_dir() and ((out / 'manifest.json').is_file() or not any(out.iterdir()))):
         raise ValueError(f'{out}: something else is here; choose another --out')
+    for source in sources if files else ():
+        next(file_text(source))                                     # missing, wrong kind, broken at once: said now
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))             # no other process writes here
+    aside = out.with_name(f'.{out.name}.unfinished')
+    if not files:                                                   # nothing to take up: a place of its own
+        aside = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))
+    aside.mkdir(exist_ok=True)
     try:
-        if tokenizer.startswith('bpe-'):
-            size = int(tokenizer[4:]) if tokenizer[4:].isdecimal() else 0
-            if not 256 + len(SPECIALS) <= size <= 65536:
-                raise ValueError(f'tokenizer bpe-N: N must lie between {256 + len(SPECIALS)} and 65536, '
-                                 f'got {tokenizer[4:]!r}')
-            text = '\n'.join(t for (_, t), s in zip(pieces, split_of) if s == 'train')
-            save_bpe(aside / 'tokenizer.json', train_bpe(text, size - 256 - len(SPECIALS)))
-            tokenizer = 'tokenizer.json'
-        elif tokenizer.endswith('.json'):
-            get_tokenizer(tokenizer)                                # refuse before copying
-            shutil.copyfile(tokenizer, aside / 'tokenizer.json')
-            tokenizer = 'tokenizer.json'
-        manifest = _write_shards(pieces, split_of, aside, tokenizer, shard_tokens)
-        aside.chmod(0o755)
-        old = aside.with_name(aside.name + '.old')
-        if out.exists():
-            os.replace(out, old)                                    # replaced, never missing for long
-        os.replace(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(aside.with_name(aside.name + '.old'), ignore_errors=True)
-    return manifest
+        spec = _place_tokenizer(tokenizer, aside, sources, val_every)
+        jobs = [(source, aside, i, spec, val_every) for i, source in enumerate(sources)]
+        return _finish(_run_jobs(jobs, workers), aside, out, spec, val_every)
+    except BaseException as e:
+        if not (files and isinstance(e, KeyboardInterrupt)):
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
-def _write_shards(pieces, split_of, folder, spec, shard_tokens):
+def _place_tokenizer(tokenizer, folder, sources, val_every):
+    """Learns or copies the tokenizer into the folder, if it has a file -> what the manifest calls it."""
+    if tokenizer.startswith('bpe-'):
+        n = int(tokenizer[4:]) if tokenizer[4:].isdecimal() else 0
+        if not 256 + len(SPECIALS) <= n <= 65536:
+            raise ValueError(f'tokenizer bpe-N: N must lie between {256 + len(SPECIALS)} and 65536, '
+                             f'got {tokenizer[4:]!r}')
+        sample, size = [], 0
+        for i, (_, text) in enumerate(chunks(d for s in sources for d in _documents(s))):
+            if i % val_every != val_every - 1:
+                sample.append(text)
+                size += len(text)
+            if size > 50_000_000:                                   # enough to learn words from
+                break
+        save_bpe(folder / 'tokenizer.json', train_bpe('\n'.join(sample), n - 256 - len(SPECIALS)))
+        return 'tokenizer.json'
+    get_tokenizer(tokenizer)                                        # refuse before copying
+    if tokenizer.endswith('.json'):
+        shutil.copyfile(tokenizer, folder / 'tokenizer.json')
+        return 'tokenizer.json'
+    return tokenizer
+
+
+def _documents(source):
+    return file_text(source) if isinstance(source, Path) else source
+
+
+def _run_jobs(jobs, workers):
+    """_write_part for all jobs, in this process or several -> entries of the manifest, in order."""
+    bar = dict(desc='tokenizing', total=len(jobs), unit='file', disable=None if len(jobs) > 1 else True, leave=False)
+    if min(workers, len(jobs)) < 2:
+        return list(tqdm(map(_write_part, jobs), **bar))
+    ignore = (signal.SIGINT, signal.SIG_IGN)                        # Ctrl-C is for this process, which ends the others
+    with multiprocessing.get_context('spawn').Pool(min(workers, len(jobs)), signal.signal, ignore) as pool:
+        return list(tqdm(pool.imap(_write_part, jobs), **bar))
+
+
+def _write_part(job):
+    """Tokenizes one source to a shard for each split -> {split: {'file', 'tokens', 'bytes', 'sha256'}}."""
+    source, folder, number, spec, val_every = job
     tok = get_tokenizer(folder / spec if spec.endswith('.json') else spec)
-    dtype = 'uint16' if tok.vocab_size <= 2 ** 16 else 'uint32'     # uint16 would wrap 126336 to 60800 without a word
-    manifest = {'version': 1, 'dtype': dtype, 'vocab_size': tok.vocab_size, 'tokenizer': spec, 'splits': {}}
-    tokens = {'train': [], 'val': []}
-    n_bytes = Counter()
-    for i, (name, text) in enumerate(tqdm(pieces, desc='tokenizing', unit='piece', disable=None, leave=False)):
-        split = split_of[i]
-        tokens[split].append(np.array(tok.encode(text), dtype=dtype))       # 2 or 4 bytes a token, not Python's 36
-        n_bytes[split] += len(text.encode())
-        if i + 1 == len(pieces) or pieces[i + 1][0] != name or split_of[i + 1] != split:
-            tokens[split].append(np.array([tok.eos_id], dtype=dtype))
-    for split, parts in tokens.items():
-        ids, shards = np.concatenate(parts), []
-        for k in range(0, len(ids), shard_tokens):
-            path = folder / f'{split}_{k // shard_tokens:03d}.bin'
-            part = ids[k:k + shard_tokens]
-            part.tofile(path)
-            shards.append({'file': path.name, 'tokens': len(part), 'sha256': hashlib.sha256(part).hexdigest()})
-        manifest['splits'][split] = {'shards': shards, 'tokens': len(ids), 'bytes': n_bytes[split]}
-    (folder / 'manifest.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
+    made_from = [str(source), source.stat().st_size, source.stat().st_mtime_ns, val_every,
+                 sorted(tok.specials.items())] if isinstance(source, Path) else None
+    done = folder / f'part_{number:05d}.json'
+    if made_from and done.is_file():
+        before = json.loads(done.read_text(encoding='utf-8'))
+        if before['made_from'] == json.loads(json.dumps(made_from)):
+            return before
+    entry = {split: {'file': f'{split}_{number:05d}.bin', 'tokens': 0, 'bytes': 0} for split in ('train', 'val')}
+    last = None
+    with (folder / entry['train']['file']).open('wb') as train, (folder / entry['val']['file']).open('wb') as val:
+        def put(split, ids, n_bytes=0):
+            (train if split == 'train' else val).write(np.array(ids, dtype=_dtype(tok)).tobytes())
+            entry[split]['tokens'] += len(ids)
+            entry[split]['bytes'] += n_bytes
+
+        for i, (name, text) in enumerate(tqdm(chunks(_documents(source)), desc='tokenizing', leave=False,
+                                              disable=None if number == 0 else True)):
+            split = 'val' if (i + number) % val_every == val_every - 1 else 'train'
+            if last not in (None, (name, split)):
+                put(last[1], [tok.eos_id])
+            put(split, tok.encode(text), len(text.encode()))
+            last = name, split
+        if last:
+            put(last[1], [tok.eos_id])
+    for e in entry.values():
+        e['sha256'] = _sha256(folder / e['file'])
+    done.write_text(json.dumps({**entry, 'made_from': made_from}), encoding='utf-8')
+    return entry
+
+
+def _dtype(tok):
+    return 'uint16' if tok.vocab_size <= 2 ** 16 else 'uint32'      # uint16 would wrap 126336 to 60800 without a word
+
+
+def _sha256(path):
+    return hashlib.sha256(np.memmap(path, np.uint8, 'r') if path.stat().st_size else b'').hexdigest()
+
+
+def _finish(parts, aside, out, spec, val_every):
+    """Writes the manifest, which ends the work, and moves the folder to its place -> the manifest."""
+    tok = get_tokenizer(aside / spec if spec.endswith('.json') else spec)
+    manifest = {'version': 1, 'dtype': _dtype(tok), 'vocab_size': tok.vocab_size, 'tokenizer': spec, 'splits': {}}
+    for split in ('train', 'val'):
+        shards = [part[split] for part in parts if part[split]['tokens']]
+        total = {key: sum(shard[key] for shard in shards) for key in ('tokens', 'bytes')}
+        if not shards:
+            raise ValueError(f'{out.name}: too little text: of its pieces of 4 kB every {val_every}th is held out, '
+                             f'and none is left for {split}')
+        manifest['splits'][split] = {'shards': shards, **total}
+    (aside / 'manifest.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
+    for part in aside.glob('part_*.json'):
+        part.unlink()
+    aside.chmod(0o755)
+    old = aside.with_name(aside.name + '.old')
+    if out.exists():
+        os.replace(out, old)                                        # replaced, never missing for long
+    os.replace(aside, out)
+    shutil.rmtree(old, ignore_errors=True)
     return manifest
 
 
@@ -528,7 +631,12 @@ def _write_shards(pieces, split_of, folder, spec, shard_tokens):
 
 
 def open_dataset(name, verify=True):
-    """The corpus of a name or folder; `docs`, which needs no network, is prepared on first use."""
+    """The corpus of a name, folder or mixture 'a:0.7,b:0.3'; `docs`, which needs no network, is made on first use.
+
+    A mixture is a Corpus with parts: of every 1000 windows each gives its share, in an order that is always the same.
+    """
+    if ',' in name or ':' in name:
+        return _mixture(name, verify)
     folder = Path(name) if (Path(name) / 'manifest.json').is_file() or '/' in name else Path('data') / name
     if name == 'docs' and not (folder / 'manifest.json').is_file():
         print('preparing data/docs (once): the documentation that this Python carries')
@@ -539,6 +647,30 @@ def open_dataset(name, verify=True):
             if not (folder / 'manifest.json').is_file():            # unless another process was faster
                 raise
     return open_corpus(folder, verify)
+
+
+def _mixture(text, verify):
+    try:
+        names, weights = zip(*((part.rpartition(':')[0].strip(), float(part.rpartition(':')[2]))
+                               for part in text.split(',')))
+        if not all(names) or not all(0 < w < math.inf for w in weights):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f'dataset: a mixture is written name:weight,name:weight, with weights above 0; got {text!r}'
+                         ) from None
+    parts = [open_dataset(name, verify) for name in names]
+    first, weights = parts[0].manifest, np.array(weights) / sum(weights)
+    made = [(c.folder / c.manifest['tokenizer']).read_bytes() if c.manifest['tokenizer'].endswith('.json') else
+            c.manifest['tokenizer'] for c in parts]
+    for c, tokenizer in zip(parts, made):
+        if tokenizer != made[0]:
+            raise ValueError(f'dataset: {c.folder} and {parts[0].folder} were made with different tokenizers')
+    share = np.floor(weights * 1000).astype(int)
+    share[np.argsort(share - weights * 1000)[:1000 - share.sum()]] += 1             # the largest remainders round up
+    turns = np.random.Generator(np.random.Philox(key=[0, 0])).permutation(np.repeat(np.arange(len(parts)), share))
+    splits = {split: {'tokens': 1, 'bytes': float(sum(w * bytes_per_token(c, split) for w, c in zip(weights, parts)))}
+              for split in ('train', 'val')}
+    return Corpus(parts[0].folder, {**first, 'splits': splits}, {}, parts, turns)
 
 
 def open_corpus(folder, verify=True):
@@ -571,7 +703,7 @@ def _open_shard(path, dtype, entry, verify, vocab_size):
         raise ValueError(f'{path}: {"missing" if size < 0 else f"{size} bytes"}, the manifest says {want}; '
                          'prepare the data again')
     shard = np.memmap(path, dtype=dtype, mode='r')
-    if verify and hashlib.sha256(shard).hexdigest() != entry['sha256']:
+    if verify and _sha256(path) != entry['sha256']:
         raise ValueError(f'{path}: damaged (its sha256 is not the one in the manifest); prepare the data again')
     if verify and shard.max() >= vocab_size:
         at = int(shard.argmax())
@@ -622,28 +754,55 @@ def shuffled(index, n, key):
             return index
 
 
-def batch(corpus, split, rows, seq_len, seed=0):
-    """Windows for global sample numbers `rows` (iteration * global batch + row of the batch) -> Batch, all maskable.
+def draw_cuts(seed, iteration, n, seq_len, random_length=0.0, random_split=0.0):
+    """Where the n windows of an iteration are cut, (n,) int64; a function of (seed, iteration) like all noise.
 
-    Every window of the split is drawn once per epoch, in an order and with a starting offset that are the epoch's own.
+    0: nowhere. Negative (with chance random_length; LLaDA: 1 %): only that many tokens are kept, uniform on 1..seq_len.
+    Positive (with chance random_split; iLLaDA: 30 %): the window is two segments with a border there.
     """
+    u = np.random.Generator(np.random.Philox(key=[seed, 2 ** 62 + iteration])).random((n, 2))
+    keep, border = 1 + (u[:, 1] * seq_len).astype(np.int64), 1 + (u[:, 1] * (seq_len - 1)).astype(np.int64)
+    return np.where(u[:, 0] < random_length, -keep, np.where(u[:, 0] < random_length + random_split, border, 0))
+
+
+def _window(corpus, split, sample, seq_len, seed):
+    """Window number `sample` of an endless, shuffled stream: (seq_len,) int64."""
+    if corpus.parts:
+        turn, slot = divmod(sample, len(corpus.turns))
+        which = corpus.turns[slot]
+        number = turn * int((corpus.turns == which).sum()) + int((corpus.turns[:slot] == which).sum())
+        return _window(corpus.parts[which], split, number, seq_len, seed)
     total = sum(len(s) for s in corpus.splits[split])
-    n = max(1, (total - seq_len + 1) // seq_len)                    # windows that fit behind any offset
     if total < seq_len:
         raise ValueError(f'{corpus.folder}: split {split} has {total} tokens, too few for a window of {seq_len}')
-    windows = []
-    for row in rows:
-        epoch, index = divmod(int(row), n)
-        rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-        offset = int(rng.integers(min(seq_len, total - n * seq_len + 1)))
-        key = [int(k) for k in rng.integers(2 ** 63, size=4)]
-        windows.append(read_window(corpus, split, offset + shuffled(index, n, key) * seq_len, seq_len))
-    x0 = torch.from_numpy(np.stack(windows))
-    return Batch(x0, torch.ones_like(x0, dtype=torch.bool), None)
+    n = max(1, (total - seq_len + 1) // seq_len)                    # windows that fit behind any offset
+    epoch, index = divmod(sample, n)
+    rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    offset = int(rng.integers(min(seq_len, total - n * seq_len + 1)))
+    key = [int(k) for k in rng.integers(2 ** 63, size=4)]
+    return read_window(corpus, split, offset + shuffled(index, n, key) * seq_len, seq_len)
+
+
+def batch(corpus, split, rows, seq_len, seed=0, cuts=None):
+    """Windows for global sample numbers `rows` (iteration * global batch + row of the batch) -> Batch.
+
+    Every window of the split is drawn once per epoch, in an order and with a starting offset that are the epoch's own.
+    cuts: one number for each row, see draw_cuts; what is cut off is not maskable, and out of sight of the rest.
+    """
+    x0 = torch.from_numpy(np.stack([_window(corpus, split, int(row), seq_len, seed) for row in rows]))
+    maskable, cu_seqlens = torch.ones_like(x0, dtype=torch.bool), None
+    if cuts is not None and any(cuts):
+        borders = {*range(0, x0.numel() + 1, seq_len), *(i * seq_len + abs(int(c)) for i, c in enumerate(cuts))}
+        cu_seqlens = torch.tensor(sorted(borders), dtype=torch.int32)
+        maskable = torch.arange(seq_len) < torch.tensor([-int(c) if c < 0 else seq_len for c in cuts])[:, None]
+    return Batch(x0, maskable, cu_seqlens)
 
 
 def all_windows(corpus, split, seq_len, limit=None):
     """The split as consecutive windows, in order, less a last partial one: x0 (n, T) int64; `limit` of them, evenly."""
+    if corpus.parts:
+        share = [max(1, round((limit or 1000) * (corpus.turns == i).mean())) for i in range(len(corpus.parts))]
+        return torch.cat([all_windows(c, split, seq_len, k) for c, k in zip(corpus.parts, share)])
     n = sum(len(s) for s in corpus.splits[split]) // seq_len
     if n < 1:
         raise ValueError(f'{corpus.folder}: split {split} is too short for a window of {seq_len} tokens')
@@ -660,10 +819,11 @@ def main(argv=None):
         epilog='data sets:\n' + '\n'.join(f'  {n:<12} {d[2]}' for n, d in DATASETS.items()))
     parser.error = lambda message: sys.exit(print(f'data.py: {message}', file=sys.stderr) or 2)
     parser.add_argument('name', nargs='?', help='a data set from the list below')
-    parser.add_argument('--input', help='.txt or .jsonl ({"text": ...}) files, separated by commas')
+    parser.add_argument('--input', help='.txt, .jsonl(.gz) or .parquet files or patterns, separated by commas')
     parser.add_argument('--out', help='folder to write (default data/NAME)')
     parser.add_argument('--tokenizer', help="'bytes', bpe-N (learned here), a tiktoken name, or a tokenizer.json "
                                             '(default bpe-1024)')
+    parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='processes, for several files')
     parser.add_argument('--val_every', type=int, default=10, help='hold out every N-th piece of 4 kB (default 10)')
     args = parser.parse_args(argv)
     if not args.name and args.input is None:
@@ -673,21 +833,23 @@ def main(argv=None):
             raise ValueError(f"no data set {args.name!r}; there are {', '.join(DATASETS)}; "
                              'for your own files: --input=FILE --out=data/my')
         if args.input is not None:
-            documents = (d for path in args.input.split(',') for d in file_text(path))
+            documents = [f for name in args.input.split(',') for f in sorted(glob.glob(name)) or [name]]
             if not (args.out or args.name):
                 raise ValueError('--input needs --out=FOLDER')
         else:
             documents = DATASETS[args.name][0]()
-        if args.val_every < 2:
-            raise ValueError(f'--val_every must be 2 or more, got {args.val_every}')
+        if args.val_every < 2 or args.workers < 1:
+            raise ValueError('--val_every must be 2 or more and --workers 1 or more, '
+                             f'got {args.val_every} and {args.workers}')
         out = args.out or f'data/{args.name}'
         default = DATASETS[args.name][1] if args.name else 'bpe-1024'
-        manifest = prepare(documents, out, args.tokenizer or default, val_every=args.val_every)
+        manifest = prepare(documents, out, args.tokenizer or default, val_every=args.val_every,
+                           workers=args.workers)
     except (ValueError, OSError) as e:
         print(f'data.py: {e}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print('data.py: interrupted, nothing was written', file=sys.stderr)
+        print('data.py: interrupted; the same command goes on with the files that are left', file=sys.stderr)
         sys.exit(130)
     for split, entry in manifest['splits'].items():
         print(f"{out}/{split}: {entry['tokens']:,} tokens, {entry['bytes'] / max(entry['tokens'], 1):.2f} bytes each, "

@@ -118,13 +118,31 @@ def forward_process(x0, t, mask_id, maskable=None, generator=None, *, exact=Fals
 # Training losses
 
 
-def weighted_loss(model, ids, targets, rows, weights, **options):
-    """Sum of weights (M,) * cross-entropy of targets (B, T) at the True positions of rows (B, T) -> ()."""
+def weighted_loss(model, ids, rows, targets, weights, **options):
+    """Sum of weights * cross-entropy of targets at `rows`, flat indices into ids (B, T); all three (M,) -> ()."""
     if takes(model, 'targets'):                                             # head and loss fused: M x V need not exist
-        return model(ids, rows=rows, targets=targets[rows], weights=weights, **options)
-    logits = logits_of(model, ids, rows, **options)
+        return model(ids, rows=rows, targets=targets, weights=weights, **options)
+    read = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device).index_fill_(0, rows, True).view(ids.shape)
+    logits = logits_of(model, ids, read, **options)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))    # a weight of 1/t magnifies rounding
-    return (F.cross_entropy(logits, targets[rows], reduction='none') * weights).sum()
+    return (F.cross_entropy(logits, targets, reduction='none') * weights).sum()
+
+
+def loss_terms(x0, maskable, mask_id, t, masked, *, per='token', exact=False, total=None):
+    """What diffusion_loss sums, as tensors: xt (B, T), and (M,) each: rows (flat indices), targets, weights.
+
+    Made on the host by the training loop: choosing rows by a mask on the GPU would make the host wait for it.
+    """
+    if per not in ('token', 'sequence'):
+        raise ValueError(f"per must be 'token' or 'sequence', got {per!r}")
+    n = maskable.sum(1)                                                                 # (B,)
+    weight = n / masked.sum(1).clamp(min=1) if exact else 1 / t                         # Eq. 14: L/l;  Eq. 3: 1/t
+    if per == 'token':
+        weight = weight / (total or n.sum())                                            # Eq. 3
+    else:
+        weight = weight / n.clamp(min=1) / (total or x0.shape[0])                       # Eq. 5
+    rows = masked.flatten().nonzero()[:, 0]
+    return torch.where(masked, mask_id, x0), rows, x0.flatten()[rows], weight[rows // x0.shape[1]]
 
 
 def diffusion_loss(model, x0, maskable, mask_id, *, t=None, masked=None, per='token', cu_seqlens=None, generator=None,
@@ -137,24 +155,14 @@ def diffusion_loss(model, x0, maskable, mask_id, *, t=None, masked=None, per='to
     t (B,) and masked (B, T): use this noise; else it is drawn. exact: the count form, weight L/l instead of 1/t.
     total: divide by this instead (tokens or rows of the global batch when this is one micro-batch of it).
     """
-    if per not in ('token', 'sequence'):
-        raise ValueError(f"per must be 'token' or 'sequence', got {per!r}")
     if t is None and masked is not None and not exact:
         raise ValueError('masked needs the t that it was drawn with, or exact=True')
     if t is None and masked is None:
         t = sample_t(x0.shape[0], eps=0 if exact else 1e-3, generator=generator, device=x0.device)
     if masked is None:
-        xt, masked = forward_process(x0, t, mask_id, maskable, generator, exact=exact)
-    else:
-        xt = torch.where(masked, mask_id, x0)
-    n = maskable.sum(1)                                                                 # (B,)
-    weight = n / masked.sum(1).clamp(min=1) if exact else 1 / t                         # Eq. 14: L/l;  Eq. 3: 1/t
-    if per == 'token':
-        weight = weight / (total or n.sum())                                            # Eq. 3
-    else:
-        weight = weight / n.clamp(min=1) / (total or x0.shape[0])                       # Eq. 5
-    weights = weight[:, None].expand_as(x0)[masked]                                     # (M,)
-    return weighted_loss(model, xt, x0, masked, weights, cu_seqlens=cu_seqlens)
+        _, masked = forward_process(x0, t, mask_id, maskable, generator, exact=exact)
+    terms = loss_terms(x0, maskable, mask_id, t, masked, per=per, exact=exact, total=total)     # Eq. 3, Eq. 5
+    return weighted_loss(model, *terms, cu_seqlens=cu_seqlens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -633,13 +641,17 @@ def shifted(x0, maskable, bos_id):
     return torch.cat((torch.full_like(x0[:, :1], bos_id), x0[:, :-1]), dim=1), x0, maskable
 
 
+def ar_terms(x0, maskable, bos_id=None, *, per='token', total=None):
+    """What ar_loss sums, in the form of loss_terms."""
+    ids, targets, counted = shifted(x0, maskable, bos_id)
+    n, rows = counted.sum(1), counted.flatten().nonzero()[:, 0]                         # (B,), (M,)
+    weight = torch.ones_like(n) / (total or n.sum()) if per == 'token' else 1 / n.clamp(min=1) / (total or len(n))
+    return ids, rows, targets.flatten()[rows], weight[rows // ids.shape[1]]
+
+
 def ar_loss(model, x0, maskable, *, per='token', bos_id=None, total=None):
     """Mean cross-entropy of the next token over the maskable ones: x0 (B, T), maskable (B, T) -> ()."""
-    ids, targets, counted = shifted(x0, maskable, bos_id)
-    n = counted.sum(1)                                                                  # (B,)
-    weight = torch.ones_like(n) / (total or n.sum()) if per == 'token' else 1 / n.clamp(min=1) / (total or len(n))
-    weights = weight[:, None].expand_as(targets)[counted]
-    return weighted_loss(model, ids, targets, counted, weights)
+    return weighted_loss(model, *ar_terms(x0, maskable, bos_id, per=per, total=total))
 
 
 @torch.no_grad()

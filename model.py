@@ -18,9 +18,11 @@ A few lines over the ceiling: behind one door to weights, every way in which a f
 import hashlib
 import json
 import math
+import pickle
 import re
+import warnings
 import zlib
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -52,12 +55,13 @@ class ModelConfig:
             value = getattr(self, f.name)
             if f.type is int and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2 ** 31):
                 raise ValueError(f'{f.name} must be a whole number from 1 to 2^31, got {value!r}')
+            if f.type is bool and not isinstance(value, bool) or f.type is float and (
+                    type(value) not in (int, float) or not 0 < value < math.inf):
+                raise ValueError(f'{f.name} must be {"true or false" if f.type is bool else "above 0"}, got {value!r}')
         if self.d_model % self.n_head or self.d_model // self.n_head % 2:
             raise ValueError(f'd_model / n_head must be an even whole number, got {self.d_model} / {self.n_head}')
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_kv_head must divide n_head, got {self.n_kv_head} and {self.n_head}')
-        if not (self.rope_theta > 0 and self.norm_eps > 0):
-            raise ValueError(f'rope_theta and norm_eps must be above 0, got {self.rope_theta} and {self.norm_eps}')
 
     @property
     def head_dim(self):
@@ -186,7 +190,7 @@ class FusedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, weights, chunk):
+    def forward(ctx, h, weight, targets, weights, chunk, ce):
         w = weight.to(h.dtype)
         wide = torch.promote_types(h.dtype, torch.float32)
         loss, dh, dw = h.new_zeros((), dtype=wide), torch.empty_like(h), torch.zeros_like(w, dtype=wide)
@@ -194,7 +198,10 @@ class FusedCrossEntropy(torch.autograd.Function):
             rows, y, scale = h[i:i + chunk], targets[i:i + chunk, None], weights[i:i + chunk, None].to(wide)
             z = (rows @ w.t()).to(wide)                                                 # (chunk, V)
             lse = z.logsumexp(-1, keepdim=True)
-            loss += (scale * (lse - z.gather(1, y))).sum()
+            each = lse - z.gather(1, y)
+            loss += (scale * each).sum()
+            if ce is not None:
+                ce[i:i + chunk] = each[:, 0]
             g = z.sub_(lse).exp_().scatter_add_(1, y, torch.full_like(lse, -1)).mul_(scale).to(h.dtype)
             dh[i:i + chunk] = g @ w
             dw += g.t() @ rows
@@ -205,42 +212,48 @@ class FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dh, dw = ctx.saved_tensors
-        return dh * grad.to(dh.dtype), (dw * grad).to(ctx.weight_dtype), None, None, None
+        return dh * grad.to(dh.dtype), (dw * grad).to(ctx.weight_dtype), None, None, None, None
 
 
-def weighted_cross_entropy(h, weight, targets, weights, chunk=2048, small=64e6):
+def weighted_cross_entropy(h, weight, targets, weights, chunk=2048, small=64e6, ce=None):
     """sum_i weights_i * CE(h_i W^T, targets_i): h (M, C), weight (V, C), targets (M,), weights (M,) -> ().
 
     Cross-entropy in float32 at least: a weight of 1/t multiplies its rounding by up to 1000. Chunked as soon as the
-    logits would take more than `small` bytes; below that one product is faster.
+    logits would take more than `small` bytes; below that one product is faster. ce (M,): is filled with the terms.
     """
     if targets.shape[0] * weight.shape[0] * 4 > small:
         with torch.autocast(h.device.type, enabled=False):
-            return FusedCrossEntropy.apply(h, weight, targets, weights, chunk)
+            return FusedCrossEntropy.apply(h, weight, targets, weights, chunk, ce)
     logits = F.linear(h, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (F.cross_entropy(logits, targets, reduction='none') * weights.to(logits.dtype)).sum()
+    each = F.cross_entropy(logits, targets, reduction='none')
+    if ce is not None:
+        ce.copy_(each.detach())
+    return (each * weights.to(logits.dtype)).sum()
 
 
 class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, False     # recompute: keep only each block's input for the backward pass
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def forward(self, ids, *, pos=None, kv=None, visible=None, cu_seqlens=None, rows=None, targets=None, weights=None):
+    def forward(self, ids, *, pos=None, kv=None, visible=None, cu_seqlens=None, rows=None, targets=None, weights=None,
+                ce=None):
         """ids (B, W) int64 -> logits (B, W, V).
 
         pos (W,) int64: where the ids stand on the canvas (default 0 .. W-1; with cu_seqlens counted anew per segment).
         kv (n_layer, 2, B, n_kv_head, T, D): cached keys (rotated) and values; rows `pos` are overwritten, all T seen.
         visible (B, T) bool: keys that may be looked at; False hides left padding.
         cu_seqlens (n+1,) int32: borders of packed segments, counted over the batch read row by row.
-        rows (B, W) bool: return only these M positions, (M, V) in row-major order: the head is the widest matrix.
+        rows (B, W) bool, or (M,) int64 flat indices: return only these M positions, (M, V) in row-major order: the head
+            is the widest matrix.
         targets (M,) int64 and weights (M,): return the scalar sum of weights * cross-entropy over those rows
-            instead of logits. (The head must be read inside this forward: FSDP has it gathered only here.)
+            instead of logits; ce (M,) is filled with the cross-entropies. (The head must be read inside this forward:
+            FSDP has it gathered only here.)
         """
         config = self.config
         if cu_seqlens is not None and (visible is not None or kv is not None):
@@ -261,13 +274,17 @@ class Transformer(nn.Module):
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         hidden = self._hidden(ids.shape[1], pos, kv, visible)
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, pos, None if kv is None else kv[i], hidden, cu_seqlens)
+            context = (cos, sin, pos, None if kv is None else kv[i], hidden, cu_seqlens)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, *context, use_reentrant=False)
+            else:
+                x = block(x, *context)
         if rows is not None:
-            x = x[rows]                                                                 # (M, C)
+            x = x[rows] if rows.dtype == torch.bool else x.flatten(0, 1)[rows]          # (M, C)
         x = self.norm(x)
         head = self.embed.weight if self.head is None else self.head.weight
         if targets is not None:
-            return weighted_cross_entropy(x, head, targets, weights)
+            return weighted_cross_entropy(x, head, targets, weights, ce=ce)
         return F.linear(x, head)
 
     def _hidden(self, W, pos, kv, visible):
@@ -293,42 +310,55 @@ class Transformer(nn.Module):
         n = sum(p.numel() for p in self.parameters())
         return n - (1 if self.config.tied else 2) * self.embed.weight.numel() if non_embedding else n
 
-    def flops_per_token(self, masked_fraction=1.0):
+    def flops_per_token(self, masked_fraction=1.0, length=None):
         """FLOPs per token of one forward and backward pass; the head is credited only for the rows it computes.
 
-        The attention term is the full square, exact without a causal mask (a causal kernel may do half of it).
+        The attention term is the full square, exact without a causal mask (a causal kernel may do half of it). length:
+        of the segments that attend to each other, default seq_len; of a mixture sum(length^2) / sum(length).
         """
         c = self.config
         blocks = self.num_params(non_embedding=True) - (2 * c.n_layer + 1) * c.d_model
-        return 6 * blocks + 6 * c.d_model * c.vocab_size * masked_fraction + 12 * c.n_layer * c.d_model * c.seq_len
+        attention = 12 * c.n_layer * c.d_model * (c.seq_len if length is None else length)
+        return 6 * blocks + 6 * c.d_model * c.vocab_size * masked_fraction + attention
 
 
 @torch.no_grad()
-def init_weights(model, seed=0, emb_std=None, locality=0.0):
+def init_weights(model, seed=0, emb_std=None, locality=0.0, device=None):
     """Fills a fresh model; each matrix from its own generator, keyed by seed and name, whatever is sharded where.
 
     The scheme is the one named in the released LLaDA config ("mitchell"; that pre-training used it is unconfirmed):
     a normal cut at three sigma with std 1/sqrt(fan_in), divided by sqrt(2 * layer) for the two matrices of a block
     that write to the residual stream; the embedding has std 1/sqrt(C) unless `emb_std` says otherwise.
     locality above 0 lets attention begin with the near neighbours (see look_nearby): not in the papers.
+    device: where each matrix is drawn (default: where it lives); a shard (DTensor) takes its part of the whole.
     """
+    nearby = look_nearby(model.config, seed, locality * (emb_std or model.config.d_model ** -0.5)) if locality else {}
     for name, p in model.named_parameters():
-        if p.dim() < 2:
-            p.fill_(1.0)
-            continue
-        std = p.shape[1] ** -0.5
-        if name.endswith(('attn.out.weight', 'ff.down.weight')):
-            std *= (2 * (int(name.split('.')[1]) + 1)) ** -0.5
-        if name == 'embed.weight' and emb_std is not None:
-            std = emb_std
-        generator = torch.Generator(p.device).manual_seed(zlib.crc32(f'{seed} {name}'.encode()))  # it uses 32 bits only
-        nn.init.trunc_normal_(p, 0.0, std, -3 * std, 3 * std, generator=generator)
-    if locality:
-        look_nearby(model, seed, locality * (emb_std or model.config.d_model ** -0.5))
+        full = torch.ones(p.shape, dtype=p.dtype, device=device or p.device)
+        if p.dim() == 2:
+            std = emb_std if name == 'embed.weight' and emb_std is not None else p.shape[1] ** -0.5
+            if name.endswith(('attn.out.weight', 'ff.down.weight')):
+                std *= (2 * (int(name.split('.')[1]) + 1)) ** -0.5
+            key = zlib.crc32(f'{seed} {name}'.encode())             # torch's CPU generator uses 32 bits only
+            generator = torch.Generator(full.device).manual_seed(key)
+            nn.init.trunc_normal_(full, 0.0, std, -3 * std, 3 * std, generator=generator)
+            if name in nearby:
+                nearby[name](full)
+        put(p, full)
     return model
 
 
-def look_nearby(model, seed, size):
+@torch.no_grad()
+def put(parameter, full):
+    """Copies a whole matrix, which every rank has, into a parameter; a shard (DTensor) takes its part, in silence."""
+    if hasattr(parameter, 'placements'):
+        from torch.distributed.tensor import distribute_tensor
+        full = distribute_tensor(full.to(parameter.device), parameter.device_mesh, parameter.placements,
+                                 src_data_rank=None)
+    parameter.copy_(full)
+
+
+def look_nearby(config, seed, size):
     """Turns fresh weights so that every attention head begins by looking at one near position, whatever stands there.
 
     All embeddings share one direction of the given size per channel. On that direction q and k answer with a fixed
@@ -336,15 +366,15 @@ def look_nearby(model, seed, size):
     whatever the tokens; only fast rotary frequencies (period below about 40 tokens) take part. Offsets go round
     -1, 1, -2, 2, ... over the heads of all layers, and look only back in a causal model. Why it is worth 20 lines: a
     masked position carries no content to search by, and from random weights a small masked model spends its first
-    thousand updates at the unigram plateau until it has found its neighbours.
+    thousand updates at the unigram plateau until it has found its neighbours. Returns name -> function on the matrix.
     """
-    c = model.config
+    c, changes = config, {}
     generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} nearby'.encode()))
     shared = torch.randn(c.d_model, generator=generator)
     shared *= c.d_model ** 0.5 / shared.norm()                                          # root mean square 1
-    model.embed.weight += size * shared.to(model.embed.weight)
+    changes['embed.weight'] = lambda w: w.add_(size * shared.to(w))
     frequency = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2) / c.head_dim)
-    for i, block in enumerate(model.blocks):
+    for i in range(c.n_layer):
         q0 = torch.randn(c.n_kv_head, 2, c.head_dim // 2, generator=generator) * (frequency > 0.15)
         q0 = (q0.flatten(1) * c.head_dim ** 0.5 / q0.flatten(1).norm(dim=1, keepdim=True))     # (Hkv, D)
         number = torch.arange(c.n_kv_head) + i * c.n_kv_head
@@ -352,9 +382,10 @@ def look_nearby(model, seed, size):
         angle = -offset[:, None] * frequency
         k0 = apply_rope(q0, angle.cos(), angle.sin())
         q0 = q0.repeat_interleave(c.n_head // c.n_kv_head, 0)                        # one offset for a group of queries
-        for matrix, answer in ((block.attn.q.weight, q0), (block.attn.k.weight, k0)):
-            direction = shared.to(matrix)
-            matrix += torch.outer(answer.flatten().to(matrix) - matrix @ direction, direction) / c.d_model
+        for part, answer in (('q', q0.flatten()), ('k', k0.flatten())):
+            changes[f'blocks.{i}.attn.{part}.weight'] = lambda w, answer=answer: w.add_(
+                torch.outer(answer.to(w) - w @ shared.to(w), shared.to(w)) / c.d_model)
+    return changes
 
 
 def pick_device(device, dtype):
@@ -413,15 +444,14 @@ def load_model(path, device='cpu', dtype=None, verify=True):
         folder = steps[-1]
     manifest = read_checkpoint(folder)
     config = ModelConfig(**manifest['model'])
-    try:
-        state = dict(torch.load(folder / 'model.pt', map_location='cpu', weights_only=True, mmap=True))
-    except Exception as e:                                          # torch.load has a dozen ways to be unhappy
-        raise ValueError(f'{folder / "model.pt"}: not a file of tensors ({type(e).__name__})') from None
-    if len(state) != 9 * config.n_layer + 3 - config.tied:          # before a hostile size is built
-        raise ValueError(f'{folder}: {len(state)} tensors are not those of {config.n_layer} layers')
+    if 9 * config.n_layer > len(stored_tensors(folder, manifest)):  # before a hostile size is built
+        raise ValueError(f'{folder}: too few tensors for {config.n_layer} layers')
     with torch.device('meta'):
         model = Transformer(config)
-    _fill(model, {name: name for name in model.state_dict()}, state.keys(), lambda n: state[n], device, dtype, folder)
+    read_tensors(folder, manifest, {f'model.{name}': p for name, p in model.named_parameters()})    # sizes, on meta
+    model.to_empty(device='cpu')
+    read_tensors(folder, manifest, {f'model.{name}': p.data for name, p in model.named_parameters()})
+    model.to(device=device, dtype=dtype)
     spec = manifest['tokenizer']
     meta = dict(manifest['ids'], tokenizer=str(folder / spec) if spec.endswith('.json') else spec, folder=str(folder),
                 config=manifest['config'], iteration=manifest['iteration'])
@@ -444,11 +474,11 @@ def read_checkpoint(folder):
     folder = Path(folder)
     try:
         manifest = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
-        if manifest['format'] != 'nanollada 1':
-            raise ValueError(f"format {manifest['format']!r}, this code reads 'nanollada 1'")
+        if manifest['format'] != 'nanollada 2':
+            raise ValueError(f"format {manifest['format']!r}, this code reads 'nanollada 2'")
         files, ids, spec = manifest['files'], manifest['ids'], manifest['tokenizer']
         config = ModelConfig(**manifest['model'])
-        if not {'model.pt', *([spec] if spec.endswith('.json') else [])} <= set(files) or any('/' in f for f in files):
+        if not {'.metadata', *([spec] if spec.endswith('.json') else [])} <= set(files) or any('/' in f for f in files):
             raise ValueError('the list of files is not complete')
         if not (all(0 <= i < config.vocab_size for i in ids.values()) and len(ids) == 4):
             raise ValueError('a special token lies outside the vocabulary')
@@ -466,17 +496,81 @@ def read_checkpoint(folder):
     return manifest
 
 
+class _OnlyTensors(pickle.Unpickler):
+    """torch.distributed.checkpoint keeps its table of contents as a pickle: this reads it and builds nothing else."""
+
+    allowed = {'torch.distributed.checkpoint.metadata': {
+                   'Metadata', 'TensorStorageMetadata', 'TensorProperties', '_MEM_FORMAT_ENCODING',
+                   'ChunkStorageMetadata', 'MetadataIndex', 'StorageMeta'},
+               'torch.distributed.checkpoint.filesystem': {'_StorageInfo'}, 'torch.serialization': {'_get_layout'},
+               'torch': {'Size', 'float32', 'bfloat16', 'float16', 'float64', 'int64'},
+               'pathlib': {'PosixPath', 'WindowsPath'}, 'pathlib._local': {'PosixPath', 'WindowsPath'}}
+
+    def find_class(self, module, name):
+        if name not in self.allowed.get(module, ()):
+            raise ValueError(f'it asks for {module}.{name}')
+        return super().find_class(module, name)
+
+
+def stored_tensors(folder, manifest):
+    """What a step folder holds: name -> torch.Size. Anything but tensors in files of the manifest is refused."""
+    path = Path(folder) / '.metadata'
+    try:
+        with path.open('rb') as f:
+            table = _OnlyTensors(f).load()
+        sizes = {name: entry.size for name, entry in table.state_dict_metadata.items()}
+        if not {info.relative_path for info in table.storage_data.values()} <= set(manifest['files']):
+            raise ValueError('it points outside the folder')
+    except OSError:
+        raise
+    except Exception as e:                                          # a pickle has a dozen ways to be broken
+        raise ValueError(f'{path}: not a table of tensors ({type(e).__name__}: {e})') from None
+    return sizes
+
+
+def read_tensors(folder, manifest, state):
+    """Fills the tensors of `state` (name -> tensor or DTensor) in place, whoever saved them on however many ranks."""
+    sizes = stored_tensors(folder, manifest)
+    for name, tensor in state.items():
+        if sizes.get(name) != tensor.shape:
+            raise ValueError(f'{folder}: {name} is {list(sizes[name]) if name in sizes else "missing"}, '
+                             f'the configuration says {list(tensor.shape)}')
+    if all(t.is_meta for t in state.values()):
+        return
+    import torch.distributed.checkpoint as dcp
+    with quiet(f'{folder}: cannot be read'):
+        dcp.load(state, checkpoint_id=folder, no_dist=not torch.distributed.is_initialized())
+
+
+@contextmanager
+def quiet(what):
+    """Around torch.distributed.checkpoint: no warnings, and what goes wrong becomes an OSError of one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:                                      # its CheckpointException is no Exception
+        cause = e.__cause__ or e
+        raise OSError(f'{what} ({type(cause).__name__}: {(str(cause).splitlines() or [""])[-1][:150]})') from None
+
+
 def _fill(model, names, stored, read, device, dtype, where):
     """Puts tensors into a model built on the meta device, one at a time. names: ours -> stored name."""
     missing, extra = set(names.values()) - set(stored), set(stored) - set(names.values())
     if missing or extra:
         what = f'lacks {sorted(missing)[0]}' if missing else f'has {sorted(extra)[0]}, which this architecture does not'
         raise ValueError(f'{where}: {what} ({len(missing)} tensors missing, {len(extra)} unknown)')
+    first = None
     for ours, theirs in names.items():
         module, leaf = model.get_submodule(ours.rpartition('.')[0]), ours.rpartition('.')[2]
         want, tensor = getattr(module, leaf).shape, read(theirs)
         if tensor.shape != want:
             raise ValueError(f'{where}: {theirs} has shape {list(tensor.shape)}, the configuration says {list(want)}')
+        first = first or tensor.dtype
+        if not tensor.is_floating_point() or tensor.dtype != first and dtype is None:
+            raise ValueError(f'{where}: {theirs} is {tensor.dtype}, want one floating dtype for all ({first})')
         setattr(module, leaf, nn.Parameter(tensor.to(device=device, dtype=dtype or tensor.dtype)))
 
 
@@ -528,9 +622,9 @@ def release_config(folder):
     try:
         raw = json.loads(path.read_text(encoding='utf-8'))
         kind = raw['model_type']
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(f'{path}: not a model configuration ({type(e).__name__}: {e})') from None
-    if kind not in RELEASES:
+    if str(kind) not in RELEASES:
         raise ValueError(f"{path}: model_type {kind!r}; known are {', '.join(RELEASES)}")
     for key, plain in PLAIN[kind].items():
         if raw.get(key, plain) != plain and raw[key] is not None:
@@ -538,7 +632,7 @@ def release_config(folder):
     fields_ = {ours: raw[theirs] for ours, theirs in CONFIG_KEYS[kind].items() if raw.get(theirs) is not None}
     if kind == 'illada':
         fields_['rope_fp32'] = False
-    elif 'd_ff' not in fields_ and 'mlp_ratio' in raw:
+    elif 'd_ff' not in fields_ and type(raw.get('mlp_ratio')) is int and type(raw.get('d_model')) is int:
         fields_['d_ff'] = raw['mlp_ratio'] * raw['d_model']
     fields_.setdefault('n_kv_head', fields_.get('n_head'))
     if kind == 'llada':
@@ -580,7 +674,7 @@ def release_ids(folder, raw):
     for role, usual in (('mask', ('<|mdm_mask|>', '<[MASK]>')), ('eos', ()), ('pad', ()), ('bos', ()),
                         ('eot', ('<|eot_id|>', '<eot_id>'))):
         told = config.get(f'{role}_token')
-        told = told.get('content') if isinstance(told, dict) else told
+        told = str(told.get('content') if isinstance(told, dict) else told)
         found = [raw.get(f'{role}_token_id'), generation.get(f'{role}_token_id'), *map(names.get, (told, *usual))]
         ids[f'{role}_id'] = next((i for i in found if type(i) is int), None)
     return ids
@@ -595,7 +689,8 @@ def release_shards(folder, verify):
         return ['model.safetensors']
     try:
         raw = json.loads(index.read_text(encoding='utf-8'))
-        shards, sums = sorted(set(raw['weight_map'].values())), dict((raw.get('metadata') or {}).get('sha256') or {})
+        shards = sorted({str(shard) for shard in raw['weight_map'].values()})
+        sums = dict((raw.get('metadata') or {}).get('sha256') or {})
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f'{index}: not a safetensors index ({type(e).__name__}: {e})') from None
     for shard in shards:

@@ -16,7 +16,8 @@ import json
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+import unicodedata
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,13 +67,15 @@ HIDDEN = '\N{LIGHT SHADE}'      # how a mask looks
 
 def clean(text):
     """Text that cannot move the cursor or change colours: control characters but newline and tab are dropped."""
-    return ''.join(c for c in text if c.isprintable() or c in '\n\t')
+    steer = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}                            # those that turn the direction
+    return ''.join(c for c in text
+                   if c in '\n\t' or unicodedata.category(c) not in ('Cc', 'Cs') and ord(c) not in steer)
 
 
 def prompt_ids(text, tok, gap):
     """Ids of a prompt in which each ___ stands for `gap` masks; the space before a gap belongs to what fills it."""
     if not text.strip():
-        raise ValueError('the prompt is empty; leave --prompt out for samples out of nothing')
+        raise ValueError('the prompt is empty (without any prompt, samples come out of nothing)')
     ids, parts = [], text.split(GAP)
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
@@ -81,7 +84,7 @@ def prompt_ids(text, tok, gap):
 
 
 def read_prompts(name):
-    """The prompts of a file or of stdin: text lines, or JSON objects with "prompt", "messages" or "ids" -> list."""
+    """The prompts of a file or of stdin, text lines or JSON with "prompt", "messages" or "ids": [(where, it)]."""
     path, found = Path(name), []
     raw = sys.stdin.buffer.read() if name == '-' else path.read_bytes()
     for number, line in enumerate(raw.split(b'\n'), 1):
@@ -102,7 +105,7 @@ def read_prompts(name):
             kind = None
         if kind is None:
             raise ValueError(f'{where}: want "prompt" (text), "messages" (role and content) or "ids" (whole numbers)')
-        found.append(entry)
+        found.append((where, entry))
     if not found:
         raise ValueError(f'{name}: no prompt in it')
     return found
@@ -112,7 +115,8 @@ def to_ids(entry, cfg, tok, vocab_size):
     """One prompt (text, messages or ids) -> ids, with masks for its gaps."""
     if isinstance(entry, list) and isinstance(entry[0], int):
         if not all(0 <= i < vocab_size for i in entry):
-            raise ValueError(f'ids of a prompt must lie between 0 and {vocab_size - 1}')
+            raise ValueError(f'ids of a prompt must lie between 0 and {vocab_size - 1}, '
+                             f'got {min(entry)} .. {max(entry)}')
         return entry
     if isinstance(entry, list) or cfg.instruct:
         ids = tok.encode_chat(entry if isinstance(entry, list) else [{'role': 'user', 'content': entry}])
@@ -125,17 +129,19 @@ def to_ids(entry, cfg, tok, vocab_size):
 def check(cfg, seq_len, prompts, mask, causal):
     """Refuses what cannot be generated, before the first forward pass -> how many tokens are to be written."""
     gaps = any(mask in p for p in prompts)
-    for key, least in (('num_samples', 1), ('gap_length', 1), ('gen_length', 0), ('steps', 0), ('block_length', 0),
-                       ('batch_size', 1)):
+    for key, least in (('gap_length', 1), ('gen_length', 0), ('steps', 0), ('block_length', 0), ('batch_size', 1),
+                       ('think_boost', 0)):
         if getattr(cfg, key) < least:
             raise ValueError(f'{key} must be {least} or more, got {getattr(cfg, key)}')
+    if not all(isinstance(text, str) and text for text in cfg.stop):
+        raise ValueError(f'stop must hold texts that are not empty, got {cfg.stop}')
     if causal and (gaps or cfg.variable_length):
         raise ValueError(f'an autoregressive model cannot fill a {GAP}: it only sees what stands before' if gaps else
                          'variable_length is a way of sampling diffusion models')
     if gaps and not all(mask in p for p in prompts):
         raise ValueError(f'either all prompts have a {GAP} or none')
-    if gaps and (cfg.block_length or cfg.variable_length):
-        raise ValueError('block_length and variable_length go with a prompt to continue, not with gaps')
+    if gaps and (cfg.block_length or cfg.variable_length or cfg.gen_length or cfg.stop):
+        raise ValueError('block_length, variable_length, gen_length and stop are for prompts to continue, not gaps')
     for key in ('gen_length', 'gap_length'):
         if getattr(cfg, key) > seq_len:
             raise ValueError(f'{key} must fit into the context of {seq_len}, got {getattr(cfg, key)}')
@@ -183,7 +189,7 @@ class Screen:
             time.sleep(0.05)
 
 
-def sampler_settings(cfg, tok, vocab_size, new, seq_len):
+def sampler_settings(cfg, tok, vocab_size, new):
     """The arguments that generate and generate_variable_length share, checked."""
     adjust = None
     if cfg.think_boost:
@@ -210,7 +216,7 @@ def write(model, cfg, tok, prompts, new, noise, screen=None):
             rows.append(made.x[0, 1:].tolist())
             forwards += made.n_forward
         return rows, forwards
-    settings = sampler_settings(cfg, tok, vocab_size, new, model.config.seq_len)
+    settings = sampler_settings(cfg, tok, vocab_size, new)
     if cfg.variable_length:
         def stop(ids):
             return tok.eot_id in ids or any(s in tok.decode(ids) for s in cfg.stop)
@@ -226,22 +232,23 @@ def write(model, cfg, tok, prompts, new, noise, screen=None):
     return [row[seen].tolist() for row, seen in zip(made.x, visible)], made.n_forward
 
 
-def finished(ids, start, tok, stop):
+def finished(ids, prompt, tok, stop):
     """(the prompt's text and what was written, what was written alone): up to its end token or stop string."""
-    ends = [i for i in range(start, len(ids)) if ids[i] in (tok.eos_id, tok.eot_id)]
-    ids = ids[:ends[0]] if ends else ids                                                # nothing counts after the end
-    new = tok.decode(ids[start:])
-    cuts = [at for at in (new.find(s) for s in stop if s) if at >= 0]
-    if cuts:
-        return tok.decode(ids[:start]) + new[:min(cuts)], new[:min(cuts)]
-    return tok.decode(ids), new
+    ends = {tok.eos_id, tok.eot_id} - {None}
+    if tok.mask_id in prompt:                                       # in a gap an end means nothing: what follows stands
+        text = tok.decode([i for i, before in zip(ids, prompt) if before != tok.mask_id or i not in ends])
+        return text, text
+    start = len(prompt)
+    end = next((i for i in range(start, len(ids)) if ids[i] in ends), len(ids))         # nothing counts after the end
+    new = tok.decode(ids[start:end])
+    cut = min((at for at in map(new.find, stop) if at >= 0), default=None)
+    return (tok.decode(ids[:end]) if cut is None else tok.decode(ids[:start]) + new[:cut]), new[:cut]
 
 
 def talk(model, cfg, tok, autocast):
     """Multi-turn conversation on the terminal. The oldest turns go when the context is full."""
-    messages, turn, seq_len = [], 0, model.config.seq_len
-    length = cfg.gen_length or min(128, seq_len // 2)
-    print(f'/reset forgets the conversation, /quit leaves; answers of at most {length} tokens', file=sys.stderr)
+    messages, turn, seq_len, vocab_size = [], 0, model.config.seq_len, model.config.vocab_size
+    print(f'/reset forgets the conversation, /quit leaves; answers of at most {cfg.gen_length} tokens', file=sys.stderr)
     while True:
         try:
             text = input('> ').strip()
@@ -252,78 +259,98 @@ def talk(model, cfg, tok, autocast):
         if text in ('', '/reset'):
             messages = messages if text == '' else []
             continue
-        messages.append({'role': 'user', 'content': text})
-        ids, dropped = to_ids(messages, cfg, tok, model.config.vocab_size), 0
-        while len(ids) + length > seq_len and len(messages) > 1:
-            messages, dropped = messages[2:], dropped + 1
-            ids = to_ids(messages, cfg, tok, model.config.vocab_size)
-        if dropped:
-            print(f'(the context of {seq_len} tokens is full: {dropped} oldest turn(s) forgotten)', file=sys.stderr)
-        start, where = time.perf_counter(), model.embed.weight.device
-        noise = [diffusion.keyed_generator(cfg.seed, turn, device=where)]
+        kept = [*messages, {'role': 'user', 'content': text}]
+        ids = to_ids(kept, cfg, tok, vocab_size)
+        while len(ids) + cfg.gen_length > seq_len and len(kept) > 1:
+            kept = kept[2:]
+            ids = to_ids(kept, cfg, tok, vocab_size)
+        start = time.perf_counter()
+        noise = [diffusion.keyed_generator(cfg.seed, turn, device=model.embed.weight.device)]
         try:
-            cfg.gen_length = length
             new = check(cfg, seq_len, [ids], tok.mask_id, model.config.causal)
-            screen = Screen(tok, new) if cfg.show else None
+            if len(kept) <= len(messages):
+                dropped = (len(messages) + 1 - len(kept)) // 2
+                print(f'(the context of {seq_len} tokens is full: {dropped} oldest turn(s) forgotten)', file=sys.stderr)
+            screen = Screen(tok, new) if cfg.show and not model.config.causal else None
             with autocast:
                 rows, forwards = write(model, cfg, tok, [ids], new, noise, screen)
         except KeyboardInterrupt:
-            messages.pop()
             print('\n(broken off)', file=sys.stderr)
             continue
         except ValueError as e:
-            messages.pop()
             print(e, file=sys.stderr)
             continue
-        answer, turn = finished(rows[0], len(ids), tok, cfg.stop)[1].strip(), turn + 1
-        messages.append({'role': 'assistant', 'content': answer})
-        print(clean(answer))
+        answer, turn = finished(rows[0], ids, tok, cfg.stop)[1].strip(), turn + 1
+        messages = [*kept, {'role': 'assistant', 'content': answer}]
+        print(clean(answer), flush=True)
         seconds, made = time.perf_counter() - start, len(rows[0]) - len(ids)
         print(f'({made} tokens, {made / seconds:.1f} tokens/s, {forwards} forward passes)', file=sys.stderr)
 
 
-def prepare_prompts(cfg, model, tok):
-    """All prompts as ids, with what they were given as; refuses the settings that do not go with them."""
-    given = list(cfg.prompt) + (read_prompts(cfg.prompt_file) if cfg.prompt_file else [])
-    ids = [to_ids(p, cfg, tok, model.config.vocab_size) for p in given] or [[]] * cfg.num_samples
-    new = check(cfg, model.config.seq_len, ids, tok.mask_id, model.config.causal)
-    if not model.config.causal:
-        sampler_settings(cfg, tok, model.config.vocab_size, new, model.config.seq_len)
-    return given or [None] * cfg.num_samples, ids, new
+def prepare(cfg):
+    """Loads everything and refuses what does not go together: -> model, meta, tok, autocast, given, prompts, new."""
+    model, meta, _, autocast = open_model(cfg.checkpoint, cfg.device, cfg.dtype)
+    tok = data.tokenizer_for(meta, None if cfg.mask_id < 0 else cfg.mask_id)
+    config = model.config
+    for role in data.ROLES:
+        special = getattr(tok, f'{role}_id')
+        if special is not None and not 0 <= special < config.vocab_size:
+            raise ValueError(f'{cfg.checkpoint}: {role} is {special}, the vocabulary has {config.vocab_size} tokens')
+        if role != 'mask' and special == tok.mask_id:
+            raise ValueError(f'{cfg.checkpoint}: mask and {role} are both {special}')
+    given = [('--prompt', p) for p in cfg.prompt] + (read_prompts(cfg.prompt_file) if cfg.prompt_file else [])
+    if cfg.chat:
+        if given or cfg.out:
+            raise ValueError('chat takes its prompts from the keyboard: leave out prompt, prompt_file and out')
+        given = [('chat', [{'role': 'user', 'content': 'x'}])]
+        cfg.gen_length = cfg.gen_length or min(128, config.seq_len // 2)
+    if cfg.instruct and not given:
+        raise ValueError('instruct needs a prompt')
+    if not 0 < cfg.num_samples < 10 ** 6 or not all(isinstance(p, (str, list)) for _, p in given):
+        raise ValueError(f'num_samples lies in 1 .. 999999 and prompts are texts, got {cfg.num_samples}, {cfg.prompt}')
+    prompts = [] if given else [[]] * cfg.num_samples
+    for where, entry in given:
+        try:
+            prompts.append(to_ids(entry, cfg, tok, config.vocab_size))
+        except ValueError as e:
+            raise ValueError(f'{where}: {e}') from None
+    new = check(cfg, config.seq_len, prompts, tok.mask_id, config.causal)
+    sampler_settings(cfg, tok, config.vocab_size, new)
+    return model, meta, tok, autocast, [entry for _, entry in given] or [None] * cfg.num_samples, prompts, new
 
 
 def main(config):
     cfg = SimpleNamespace(**config)
     with user_errors():
-        model, meta, where, autocast = open_model(cfg.checkpoint, cfg.device, cfg.dtype)
-        tok = data.tokenizer_for(meta, None if cfg.mask_id < 0 else cfg.mask_id)
-        if tok.mask_id >= model.config.vocab_size:
-            raise ValueError(f'{cfg.checkpoint}: [MASK] is {tok.mask_id}, the vocabulary has {model.config.vocab_size}')
+        model, meta, tok, autocast, given, prompts, new = prepare(cfg)
         if cfg.chat:
-            to_ids([{'role': 'user', 'content': 'x'}], cfg, tok, model.config.vocab_size)
+            if hasattr(sys.stdin, 'reconfigure'):
+                sys.stdin.reconfigure(errors='replace')
             return talk(model, cfg, tok, autocast)
-        given, prompts, new = prepare_prompts(cfg, model, tok)
+        if cfg.out and Path(cfg.out).exists():
+            raise ValueError(f'{cfg.out}: is there already; choose another --out')
         if cfg.out:
             Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-        file = open(cfg.out, 'x', encoding='utf-8') if cfg.out else nullcontext()       # never over an existing file
-    screen = Screen(tok, cfg.steps or new) if cfg.show and not model.config.causal else None
-    start, made, forwards = time.perf_counter(), 0, 0
-    with file as f:
+    start, made, forwards, where = time.perf_counter(), 0, 0, model.embed.weight.device
+    with user_errors(), ExitStack() as stack:
+        file = None
         for i in tqdm(range(0, len(prompts), cfg.batch_size), disable=None if len(prompts) > cfg.batch_size else True):
             part = prompts[i:i + cfg.batch_size]
             noise = [diffusion.keyed_generator(cfg.seed, i + k, device=where) for k in range(len(part))]    # row by row
+            screen = Screen(tok, cfg.steps or new) if cfg.show and not model.config.causal else None
             with autocast:
                 rows, n_forward = write(model, cfg, tok, part, new, noise, screen)
             forwards += n_forward
             for entry, ids, row in zip(given[i:], part, rows):
                 made += ids.count(tok.mask_id) or len(row) - len(ids)
-                text, answer = finished(row, 0 if tok.mask_id in ids else len(ids), tok, cfg.stop)
+                text, answer = finished(row, ids, tok, cfg.stop)
                 print('-' * 80 + '\n' + clean(answer if cfg.instruct or isinstance(entry, list) else text), flush=True)
-                if f is not None:
+                if cfg.out:                                         # made when there is something to write
+                    file = file or stack.enter_context(open(cfg.out, 'x', encoding='utf-8', errors='backslashreplace'))
                     print(json.dumps({'prompt': entry, 'text': answer, 'ids': row, 'settings': config},
-                                     ensure_ascii=False), file=f, flush=True)
+                                     ensure_ascii=False), file=file, flush=True)
+        print('-' * 80, flush=True)
     seconds = time.perf_counter() - start
-    print('-' * 80)
     print(f'{made} tokens in {seconds:.2f} s, {made / seconds:.1f} tokens/s, {forwards} forward passes '
           f'({cfg.checkpoint}, iteration {meta["iteration"]}, {model.embed.weight.dtype}, {where})', file=sys.stderr)
 

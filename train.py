@@ -1,14 +1,19 @@
-"""Trains a mask predictor (or, with --causal=true, the autoregressive baseline) from scratch.
+"""Trains a mask predictor (or, with --causal=true, the autoregressive baseline), on a laptop or on many GPUs.
 
     python train.py                                     # the default: config/docs.py, minutes on two CPU cores
     python train.py config/docs_ar.py                   # the same Transformer, left to right
-    python train.py config/shakespeare.py --max_iters=500
     python train.py --resume                            # goes on where the newest checkpoint of out_dir stopped
+    torchrun --nproc-per-node=8 train.py config/llada_8b.py --dataset=data/my
+    python train.py config/llada_8b.py --dry_run --gpus=64
 
 The objective is Eq. 3 of LLaDA (arXiv 2502.09992v3). Data and noise of a row are functions of (seed, iteration, row):
-a run that was stopped and resumed ends with the same bits as one that was not.
+a run that was stopped and resumed ends with the same bits as one that was not, and any number of processes, and any
+split of the batch, see the same rows under the same masks.
+
+A few lines over the ceiling: one process or a thousand is the same loop, and a second file for the many would hide it.
 """
 
+import bisect
 import json
 import math
 import os
@@ -17,27 +22,20 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import data
 import diffusion
+import model as models
 from configurator import command, configure, fail, user_errors
-from model import (
-    ModelConfig,
-    Transformer,
-    file_sha256,
-    find_checkpoints,
-    init_weights,
-    load_model,
-    pick_device,
-    read_checkpoint,
-)
 
 # --- run
 out_dir = 'out/docs'            # checkpoints (iter_*/) and log.jsonl
@@ -45,8 +43,10 @@ resume = False                  # continue from the newest checkpoint in out_dir
 init_from = ''                  # start from weights of this checkpoint or released folder (new optimizer, iteration 0)
 seed = 1337                     # of the weights, the order of the data, and the noise
 # --- data
-dataset = 'docs'                # a name that `python data.py` lists, or a folder that it wrote
+dataset = 'docs'                # a name that `python data.py` lists, a folder that it wrote, or a mixture 'a:0.7,b:0.3'
 verify_data = True              # check the sha256 of every shard at the start (1-2 GB/s)
+random_length = 0.0             # share of windows of which only a random length is kept (LLaDA: 0.01)
+random_split = 0.0              # share of windows split into two that do not see each other (iLLaDA: 0.3)
 # --- model (the fields of model.ModelConfig)
 seq_len = 128                   # tokens in a training window
 n_layer = 4                     # blocks
@@ -54,6 +54,7 @@ n_head = 4                      # attention heads
 n_kv_head = 4                   # key/value heads; fewer is grouped-query attention
 d_model = 192                   # width of the residual stream
 d_ff = 512                      # width inside the SwiGLU
+vocab_size = 0                  # rows of embedding and head; 0: as many as the tokenizer of the data has
 rope_theta = 10000.0            # base of the rotary frequencies (500000 in LLaDA, whose context is 4096)
 norm_eps = 1e-5                 # of RMSNorm
 tied = False                    # the head shares the embedding matrix
@@ -72,14 +73,15 @@ beta1 = 0.9                     # AdamW
 beta2 = 0.95                    # AdamW
 weight_decay = 0.1              # on matrices; with Muon on those of the blocks only
 grad_clip = 1.0                 # largest gradient norm; 0 turns clipping off
-# --- schedule, in iterations
+# --- schedule
 max_iters = 1500                # optimizer updates
-batch_size = 16                 # windows in one forward pass
-grad_accum = 1                  # forward passes in one update
-schedule = 'cosine'             # 'cosine', or 'wsd': warm up, stay, decay linearly over the last decay_iters
+batch_size = 16                 # windows in one forward pass of one process
+global_batch = 0                # windows in one update, over all processes and forward passes; 0: batch_size
+schedule = 'cosine'             # 'cosine'; 'wsd': warm up, stay, decay linearly over decay_iters; 'points': lr_points
 warmup_iters = 50               # linear from 0
 decay_iters = 300               # wsd only
 min_lr_ratio = 0.0              # the last learning rate as a part of the peak
+lr_points = []                  # [[tokens, rate], ...], straight lines between; [.., 'cosine'] bends the way to a point
 # --- reports
 eval_interval = 250             # iterations between checkpoints, each with its validation bound and a sample
 eval_windows = 256              # validation windows in that bound (all, if there are fewer)
@@ -87,10 +89,21 @@ eval_draws = 4                  # masks drawn for each of them
 log_interval = 10               # iterations between lines of log.jsonl
 keep_last = 2                   # newest checkpoints to keep, besides the best
 sample_tokens = 64              # length of the sample shown at each evaluation; 0 shows none
+async_save = False              # write checkpoints in a thread, from a copy in host memory
+dry_run = False                 # print parameters, memory, steps and days, allocate nothing, and stop
+gpus = 0                        # GPUs in the dry run; 0: as many as there are processes
+gpu_gb = 80                     # memory of one of them in GB, for the dry run
+assumed_mfu = 0.4               # share of the peak FLOPs that the dry run reckons with
 # --- machine
 device = 'auto'                 # 'cuda', 'mps' or 'cpu'; auto takes the first there is
 dtype = 'auto'                  # 'bfloat16' or 'float32' for activations; auto: bfloat16 where the hardware has it
 compile = False                 # torch.compile each block (on CPU needs a C++ compiler and half a minute)
+fsdp = 0                        # 0: DDP; -1: parameters sharded over all processes; k: over groups of k, copies between
+act_memory = 1.0                # share of a block's activations kept for the backward pass; 0 keeps its input only
+
+PEAKS = (('H100 PCIe', 756e12), ('H100', 989e12), ('H200', 989e12), ('H800', 989e12), ('A100', 312e12),
+         ('A800', 312e12))      # dense bfloat16 FLOP/s by the data sheets (SXM unless named); others print no MFU
+SHAPE = ('seq_len', 'n_layer', 'n_head', 'n_kv_head', 'd_model', 'd_ff', 'rope_theta', 'norm_eps', 'tied', 'causal')
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -98,32 +111,72 @@ compile = False                 # torch.compile each block (on CPU needs a C++ c
 def check(cfg):
     """Ranges of the settings; raises ValueError with every problem, one a line."""
     wrong = []
-    for key in ('seq_len', 'max_iters', 'batch_size', 'grad_accum', 'eval_interval', 'eval_windows', 'eval_draws',
-                'log_interval', 'keep_last', 'learning_rate', 'muon_lr'):
+    for key in ('seq_len', 'max_iters', 'batch_size', 'eval_interval', 'eval_windows', 'eval_draws', 'log_interval',
+                'keep_last', 'learning_rate', 'muon_lr', 'gpu_gb', 'assumed_mfu'):
         if not getattr(cfg, key) > 0:
             wrong.append(f'{key} must be above 0, got {getattr(cfg, key)}')
     for key in ('seed', 'warmup_iters', 'decay_iters', 'grad_clip', 'weight_decay', 'sample_tokens', 'emb_std',
-                'locality'):
+                'locality', 'global_batch', 'vocab_size', 'gpus'):
         if not getattr(cfg, key) >= 0:
             wrong.append(f'{key} must be 0 or more, got {getattr(cfg, key)}')
     for key in ('mask_eps', 'min_lr_ratio', 'beta1', 'beta2'):
         if not 0 <= getattr(cfg, key) < 1:
             wrong.append(f'{key} must lie in [0, 1), got {getattr(cfg, key)}')
-    for key, allowed in (('optimizer', ('muon', 'adamw')), ('schedule', ('cosine', 'wsd'))):
+    for key in ('random_length', 'random_split', 'act_memory'):
+        if not 0 <= getattr(cfg, key) <= 1:
+            wrong.append(f'{key} must lie in [0, 1], got {getattr(cfg, key)}')
+    for key, allowed in (('optimizer', ('muon', 'adamw')), ('schedule', ('cosine', 'wsd', 'points'))):
         if getattr(cfg, key) not in allowed:
             wrong.append(f'{key} must be one of {", ".join(allowed)}, got {getattr(cfg, key)!r}')
-    if cfg.seed >= 2 ** 63 or not cfg.out_dir:
-        wrong.append(f'seed must be below 2^63 and out_dir not empty, got {cfg.seed} and {cfg.out_dir!r}')
+    if cfg.seed >= 2 ** 62 or not cfg.out_dir:
+        wrong.append(f'seed must be below 2^62 and out_dir not empty, got {cfg.seed} and {cfg.out_dir!r}')
     if cfg.tied and cfg.emb_std:
         wrong.append(f'a tied head is as large as the embedding: set emb_std=0, got {cfg.emb_std}')
     if cfg.init_from and cfg.resume:
         wrong.append('init_from starts a new run, resume continues one: give only one of them')
+    if cfg.causal and (cfg.random_length or cfg.random_split):
+        wrong.append('random_length and random_split are for diffusion, causal is not')
+    points = [p for p in cfg.lr_points if isinstance(p, list) and len(p) in (2, 3) and p[2:] in ([], ['cosine'])
+              and all(type(x) in (int, float) and x >= 0 for x in p[:2])]
+    if (cfg.schedule == 'points') != bool(points) or len(points) != len(cfg.lr_points) \
+            or [p[0] for p in points] != sorted(p[0] for p in points):
+        wrong.append("lr_points goes with schedule = 'points' and holds [tokens, rate] in order of tokens (in a config "
+                     f"file), got {cfg.lr_points}")
     if wrong:
         raise ValueError('\n'.join(wrong))
 
 
+def accumulation(cfg, world):
+    """Forward passes of each process in one update; refuses a batch that does not divide, and says what would."""
+    total = cfg.global_batch or cfg.batch_size
+    if total % (cfg.batch_size * world):
+        batches = [b for b in range(1, total + 1) if total % (b * world) == 0]
+        ranks = [n for n in range(1, total + 1) if total % (cfg.batch_size * n) == 0]
+        near = sorted(ranks, key=lambda n: abs(n - world))[:2]
+        raise ValueError(
+            f'global_batch: {total} windows do not divide into {world} processes x batch_size {cfg.batch_size} '
+            f'({total / (cfg.batch_size * world):.4g} forward passes each); what would: '
+            + ' or '.join([*([f'batch_size {" or ".join(map(str, batches[-4:]))}'] if batches else []),
+                           *([f'{" or ".join(map(str, sorted(near)))} processes'] if near else [])]))
+    return total // (cfg.batch_size * world)
+
+
+def lr_at(tokens, points):
+    """The learning rate after `tokens` tokens: straight lines, or half a cosine, between points; equal tokens jump."""
+    i = bisect.bisect_right([p[0] for p in points], tokens)
+    if i == 0 or i == len(points):
+        return points[max(i - 1, 0)][1]
+    (x0, y0), (x1, y1) = points[i - 1][:2], points[i][:2]
+    part = (tokens - x0) / (x1 - x0)
+    if points[i][2:] == ['cosine']:
+        part = 0.5 - 0.5 * math.cos(math.pi * part)
+    return y0 + (y1 - y0) * part
+
+
 def lr_factor(it, cfg):
     """The learning rate of update `it` (0-based) as a part of the peak: a pure function, so nothing need be saved."""
+    if cfg.schedule == 'points':
+        return lr_at((it + 1) * (cfg.global_batch or cfg.batch_size) * cfg.seq_len, cfg.lr_points) / cfg.learning_rate
     warm = min(1.0, (it + 1) / cfg.warmup_iters) if cfg.warmup_iters else 1.0
     if cfg.schedule == 'cosine':
         progress = min(1.0, max(0, it - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters))
@@ -152,80 +205,180 @@ def make_optimizers(model, cfg, device):
     return optimizers
 
 
-def micro_batches(corpus, cfg, it, mask_id):
-    """Data and noise of update `it`, in grad_accum pieces: (x0, maskable, t, masked), all made on the host.
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: who am I, and how are the parameters spread
 
-    Row r of the global batch is sample it * batch + r of the data stream, with the noise of (seed, it, r): splitting
-    the batch in another way changes nothing.
+
+def join(cfg):
+    """This process among the others: rank, world, device, autocast. torchrun tells the numbers."""
+    device, autocast = models.pick_device(cfg.device, cfg.dtype)
+    me = SimpleNamespace(rank=int(os.environ.get('RANK', 0)), world=int(os.environ.get('WORLD_SIZE', 1)),
+                         device=device, autocast=autocast, bf16=isinstance(autocast, torch.autocast))
+    if me.world > 1 and not dist.is_initialized():
+        if device == 'cuda':
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
+    return me
+
+
+def agree(me, value):
+    """What rank 0 says, on every rank."""
+    box = [value]
+    if me.world > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def build(cfg, me, vocab_size):
+    """The model with its weights spread as cfg.fsdp says and still empty: -> (model, what to call in training)."""
+    with torch.device('meta'):
+        model = models.Transformer(models.ModelConfig(vocab_size=vocab_size, **{f: getattr(cfg, f) for f in SHAPE}))
+    model.recompute = cfg.act_memory < 1 and (cfg.act_memory == 0 or not cfg.compile)
+    if cfg.compile:
+        if 0 < cfg.act_memory < 1:
+            from torch._functorch import config as functorch
+            functorch.activation_memory_budget = cfg.act_memory
+        for block in model.blocks:
+            block.compile()
+    if me.world > 1 and cfg.fsdp:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        k = me.world if cfg.fsdp < 0 else cfg.fsdp
+        if me.world % k:
+            raise ValueError(f'fsdp: groups of {k} do not divide {me.world} processes')
+        mesh = init_device_mesh(me.device, (me.world,)) if k == me.world else init_device_mesh(
+            me.device, (me.world // k, k), mesh_dim_names=('replicate', 'shard'))
+        # inputs are not cast: rotary angles and loss weights stay float32
+        narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if me.bf16 else None, reduce_dtype=torch.float32,
+                                      cast_forward_inputs=False)
+        for part in (*model.blocks, model):                         # the root's own: embedding, last norm, head
+            fully_shard(part, mesh=mesh, mp_policy=narrow)
+        me.autocast = nullcontext()                                 # the policy narrows instead
+    model.to_empty(device=me.device)
+    if me.world > 1 and not cfg.fsdp:
+        return model, torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    return model, model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One update
+
+
+def micro_batches(corpus, cfg, it, tok, me=None):
+    """Data and noise of update `it` for one process: [(ids, rows, targets, weights, cu_seqlens, t of each target)].
+
+    All on the host. Row r of the global batch is sample it * batch + r of the data stream, with the noise of
+    (seed, it, r): splitting the batch in another way changes nothing.
     """
-    size = cfg.batch_size * cfg.grad_accum
-    t = None
-    if not cfg.causal:
-        generator = diffusion.keyed_generator(cfg.seed, it)
-        t = diffusion.sample_t(size, 0.0 if cfg.count_form else cfg.mask_eps, cfg.stratified, generator)
-    for start in range(0, size, cfg.batch_size):
+    rank, world = (me.rank, me.world) if me else (0, 1)
+    size, T, out = cfg.global_batch or cfg.batch_size, cfg.seq_len, []
+    cuts = data.draw_cuts(cfg.seed, it, size, T, cfg.random_length, cfg.random_split)
+    total = size * T - int((T + cuts[cuts < 0]).sum())              # b L of Eq. 3 over the global batch, less cut tails
+    t = diffusion.sample_t(size, 0.0 if cfg.count_form else cfg.mask_eps, cfg.stratified,
+                           diffusion.keyed_generator(cfg.seed, it))
+    for start in range(rank * cfg.batch_size, size, world * cfg.batch_size):
         rows = range(start, start + cfg.batch_size)
-        x0, maskable, _ = data.batch(corpus, 'train', [it * size + r for r in rows], cfg.seq_len, cfg.seed)
+        x0, maskable, cu_seqlens = data.batch(corpus, 'train', [it * size + r for r in rows], T, cfg.seed, cuts[rows])
         if cfg.causal:
-            yield x0, maskable, None, None
+            out.append((*diffusion.ar_terms(x0, maskable, tok.eos_id, total=total), None, None))
             continue
-        u = diffusion.row_noise(cfg.seed, it, rows, cfg.seq_len)
-        part = t[start:start + cfg.batch_size]
-        _, masked = diffusion.forward_process(x0, part, mask_id, maskable, exact=cfg.count_form, u=u)
-        yield x0, maskable, part, masked
+        part, u = t[start:start + cfg.batch_size], diffusion.row_noise(cfg.seed, it, rows, T)
+        _, masked = diffusion.forward_process(x0, part, tok.mask_id, maskable, exact=cfg.count_form, u=u)
+        terms = diffusion.loss_terms(x0, maskable, tok.mask_id, part, masked, exact=cfg.count_form, total=total)
+        out.append((*terms, cu_seqlens, part[terms[1] // T]))
+    return out
 
 
-def train_step(model, optimizers, corpus, cfg, it, tok, device, autocast):
-    """One update -> (loss in nats per token, gradient norm). If either is not finite, it stops before the update."""
-    total = cfg.batch_size * cfg.grad_accum * cfg.seq_len                        # b * L of Eq. 3, over the global batch
-    loss = 0.0
-    for piece in micro_batches(corpus, cfg, it, tok.mask_id):
-        x0, maskable, t, masked = (None if z is None else z.to(device) for z in piece)
-        with autocast:
-            if cfg.causal:
-                part = diffusion.ar_loss(model, x0, maskable, bos_id=tok.eos_id, total=total)
-            else:
-                part = diffusion.diffusion_loss(model, x0, maskable, tok.mask_id, t=t, masked=masked,
-                                                exact=cfg.count_form, total=total)      # Eq. 3
-        part.backward()
-        loss += part.item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise FloatingPointError(f'iteration {it + 1}: loss {loss}, gradient norm {norm}; no update was made')
+def prefetched(make, it, pin):
+    """make(it), make(it + 1), ...: each is made in a thread while the one before is in use."""
+    def work(i):
+        return [tuple(z.pin_memory() if pin and z is not None else z for z in piece) for piece in make(i)]
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(work, it)
+        while True:
+            now, it = coming.result(), it + 1
+            coming = pool.submit(work, it)
+            yield now
+
+
+def train_step(net, optimizers, pieces, cfg, it, me):
+    """One update -> (loss in nats per token, gradient norm, cross-entropy sums and counts by t (2, 4)), as tensors.
+
+    If loss or gradients are not finite there is no update: on the CPU FloatingPointError is raised at once, with fused
+    AdamW on a GPU the update is skipped without the host waiting, and the loop raises at its next report.
+    """
+    loss, bins = torch.zeros((), device=me.device), torch.zeros(2, 4, device=me.device)
+    for i, piece in enumerate(pieces):
+        ids, rows, targets, weights, cu_seqlens, t = (z if z is None else z.to(me.device, non_blocking=True)
+                                                      for z in piece)
+        ce = torch.zeros(rows.shape, device=me.device)
+        if hasattr(net, 'require_backward_grad_sync'):              # DDP: gradients travel with the last piece only
+            net.require_backward_grad_sync = i == len(pieces) - 1
+        with me.autocast:
+            part = net(ids, rows=rows, targets=targets, weights=weights, ce=ce, cu_seqlens=cu_seqlens)      # Eq. 3
+        (part * me.world).backward()                                # DDP and FSDP average over processes: undo that
+        loss += part.detach()
+        if t is not None:
+            bin_of = (t * 4).long().clamp(max=3)
+            bins.index_add_(1, bin_of, torch.stack((ce, torch.ones_like(ce))))
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
+    norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
+    bad = ~(norm.isfinite() & loss.isfinite())
+    later = me.device == 'cuda' and cfg.optimizer == 'adamw'
+    if not later and bad.item():
+        raise FloatingPointError(f'iteration {it + 1}: loss {loss.item()}, gradient norm {norm.item()}; '
+                                 'no update was made')
     for o in optimizers:
         for group in o.param_groups:
             group['lr'] = group['peak'] * lr_factor(it, cfg)
+        o.found_inf = bad.float() if later else None                # the fused kernel looks at it on the device
         o.step()
         o.zero_grad(set_to_none=True)
-    return loss, norm
+    return loss, norm, bins
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reports
 
 
 @torch.no_grad()
-def validate(model, windows, cfg, tok, device, autocast):
-    """Nats per token on the validation windows and its standard error: exact for the baseline, else the bound Eq. 6."""
+def validate(model, windows, cfg, tok, me):
+    """Nats per token on the validation windows and its standard error: exact for the baseline, else the bound Eq. 6.
+
+    Every process takes an equal part (the last windows twice if need be: all must call the model equally often).
+    """
     model.eval()
-    x0, maskable = windows.to(device), torch.ones_like(windows, dtype=torch.bool, device=device)
-    with autocast:
+    share = -(-len(windows) // me.world)
+    mine = (torch.arange(share) + me.rank * share).clamp(max=len(windows) - 1)
+    x0 = windows[mine].to(me.device)
+    maskable = torch.ones_like(x0, dtype=torch.bool)
+    with me.autocast:
         if cfg.causal:
             logp = torch.cat([diffusion.ar_log_prob(model, x, m, bos_id=tok.eos_id)
                               for x, m in zip(x0.split(64), maskable.split(64))]).cpu()
         else:
-            logp = diffusion.bound_per_row(model, x0, maskable, tok.mask_id, draws=cfg.eval_draws, batch_size=64)
+            logp = diffusion.bound_per_row(model, x0, maskable, tok.mask_id, draws=cfg.eval_draws, batch_size=64,
+                                           first=me.rank * share)
+    if me.world > 1:
+        parts = [torch.empty_like(logp) for _ in range(me.world)]
+        dist.all_gather(parts, logp)
+        logp = torch.cat(parts)[:len(windows)]
     model.train()
     nats = -logp / windows.shape[1]
     return nats.mean().item(), (nats.std() / len(nats) ** 0.5).item() if len(nats) > 1 else math.nan
 
 
-def sample_text(model, cfg, tok, device, autocast, it):
+def sample_text(model, cfg, tok, me, it):
     """A sample on one line: random remasking at temperature 1 draws from the model, where low-confidence would not."""
-    generator, n = diffusion.keyed_generator(cfg.seed, it, device=device), min(cfg.sample_tokens, cfg.seq_len)
+    generator, n = diffusion.keyed_generator(cfg.seed, it, device=me.device), min(cfg.sample_tokens, cfg.seq_len)
     model.eval()
-    with autocast:
+    with me.autocast:
         if cfg.causal:
-            start = torch.full((1, 1), tok.eos_id, device=device)
+            start = torch.full((1, 1), tok.eos_id, device=me.device)
             x = diffusion.ar_generate(model, start, n, generator=generator).x[:, 1:]
         else:
-            x = torch.full((1, n), tok.mask_id, device=device)
+            x = torch.full((1, n), tok.mask_id, device=me.device)
             x = diffusion.generate(model, x, tok.mask_id, steps=n, temperature=1.0, remasking='random',
                                    generator=generator).x
     model.train()
@@ -233,61 +386,145 @@ def sample_text(model, cfg, tok, device, autocast, it):
     return ''.join(c if c.isprintable() else '\\n' if c == '\n' else ' ' for c in text)
 
 
-def save_checkpoint(run, it, model, optimizers, cfg, tok, corpus):
-    """Writes run/iter_N aside and renames it when complete: a folder with that name is whole, or not there."""
-    final = run / f'iter_{it:07d}'
+def needs(cfg, config, gpus):
+    """What a run on `gpus` GPUs needs, reckoned: a list of (what, GB on each GPU), good to a tenth or so.
+
+    Activations are counted in units of d_model * 2 bytes per token and layer, as measured for a compiled block: 19 all
+    kept, 8 with act_memory 0.5, 6 with 0.2, 1 with 0 (and one block recomputed); without compile 28.
+    """
+    with torch.device('meta'):
+        model = models.Transformer(config)
+    n, block = model.num_params(), model.num_params(non_embedding=True) / config.n_layer
+    shard = 1 if not cfg.fsdp or gpus == 1 else gpus if cfg.fsdp < 0 else cfg.fsdp
+    rows = cfg.batch_size * cfg.seq_len
+    full = 19 if cfg.compile else 28
+    eager = 28 if cfg.act_memory == 1 else 1
+    units = np.interp(cfg.act_memory, [0, 0.2, 0.5, 1], [1, 6, 8, 19]) if cfg.compile else eager
+    kept = units * config.n_layer + (full if units == 1 else 0)
+    head = config.vocab_size * (min(2048, rows) * 8 + config.d_model * 6)
+    copies = 2 * (n - block * config.n_layer) + 12 * block if shard > 1 else 2 * n
+    return [('parameters, float32', 4 * n / shard / 1e9), ('gradients, float32', 4 * n / shard / 1e9),
+            ('optimizer', (8 if cfg.optimizer == 'adamw' else 5) * n / shard / 1e9),
+            ('bfloat16 copies and shards in flight', copies / 1e9), ('logits and gradient of the head', head / 1e9),
+            ('activations', kept * rows * config.d_model * 2 / 1e9), ('CUDA, NCCL, fragmentation', 5.0)]
+
+
+def dry_run_report(cfg, world):
+    """Prints what the settings would take; nothing is allocated or written."""
+    config = models.ModelConfig(vocab_size=cfg.vocab_size or 2 ** 15, **{f: getattr(cfg, f) for f in SHAPE})
+    with torch.device('meta'):
+        model = models.Transformer(config)
+    gpus = cfg.gpus or world
+    passes, size = accumulation(cfg, gpus), (cfg.global_batch or cfg.batch_size) * cfg.seq_len
+    outside = model.num_params(non_embedding=True)
+    print(f'parameters         {model.num_params():,} ({outside:,} outside embedding and head)')
+    total, parts = 0.0, needs(cfg, config, gpus)
+    for what, gb in parts:
+        total += gb
+        print(f'{gb:9.1f} GB       {what}')
+    verdict = 'fits into' if total <= cfg.gpu_gb * 1.0737 else 'does not fit into'   # an "80 GB" GPU has 80 GiB
+    print(f'{total:9.1f} GB       on each of {gpus} GPUs: {verdict} {cfg.gpu_gb} GiB')
+    flops = model.flops_per_token(1.0 if cfg.causal else 0.5) * cfg.max_iters * size
+    seconds = flops / (gpus * 989e12 * cfg.assumed_mfu)
+    print(f'update             {size:,} tokens: {gpus} GPUs x {passes} passes x {cfg.batch_size} windows\n'
+          f'run                {cfg.max_iters:,} updates, {cfg.max_iters * size / 1e9:,.1f} G tokens, {flops:.2g} FLOP\n'
+          f'time               {seconds / 86400:,.1f} days, {seconds * gpus / 3600:,.0f} GPU hours at '
+          f'{cfg.assumed_mfu:.0%} of 989 TFLOP/s (assumed, not measured)')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a new folder each, by torch.distributed.checkpoint, complete once it bears its final name
+
+
+def run_state(model, optimizers):
+    """Every tensor of a run by name: weights and optimizer state, in place, sharded as they are."""
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    state = {f'model.{name}': p.data for name, p in model.named_parameters()}
+    for o in optimizers:
+        for p, entries in o.state.items():
+            state.update({f'optim.{name_of[id(p)]}.{key}': value for key, value in entries.items()})
+    return state
+
+
+def save_checkpoint(run, it, model, optimizers, cfg, tok, corpus, me):
+    """Writes run/iter_N, aside until it is complete -> a future: waiting for it is waiting for the disk."""
+    import torch.distributed.checkpoint as dcp
+    final, spec = run / f'iter_{it:07d}', corpus.manifest['tokenizer']
     aside = run / f'{final.name}.tmp'
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        torch.save(model.state_dict(), aside / 'model.pt')
-        torch.save([o.state_dict() for o in optimizers], aside / 'optim.pt')
-    except (OSError, RuntimeError) as e:                                    # torch has its own words for a full disk
-        shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(f'{final}: could not be written ({str(e).splitlines()[0][:100]})') from None
-    spec = corpus.manifest['tokenizer']
-    if spec.endswith('.json'):
-        shutil.copyfile(corpus.folder / spec, aside / 'tokenizer.json')
-    files = {f.name: file_sha256(f) for f in sorted(aside.iterdir())}
-    manifest = {'format': 'nanollada 1', 'iteration': it, 'tokens': it * cfg.batch_size * cfg.grad_accum * cfg.seq_len,
-                'model': vars(model.config), 'config': vars(cfg), 'tokenizer': spec, 'files': files,
+    tokens = it * (cfg.global_batch or cfg.batch_size) * cfg.seq_len
+    manifest = {'format': 'nanollada 2', 'iteration': it, 'tokens': tokens,
+                'model': vars(model.config), 'config': vars(cfg), 'tokenizer': spec, 'processes': me.world,
                 'ids': {f'{k}_id': getattr(tok, f'{k}_id') for k in ('mask', 'eos', 'pad', 'bos')}}
-    (aside / 'manifest.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(aside, final)
-    return final
+
+    def complete(written):
+        """On rank 0: what torch wrote gets its checksums, then its name."""
+        written()
+        if spec.endswith('.json'):
+            shutil.copyfile(corpus.folder / spec, aside / 'tokenizer.json')
+        manifest['files'] = {f.name: models.file_sha256(f) for f in sorted(aside.iterdir())}
+        (aside / 'manifest.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(aside, final)
+
+    if me.rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    agree(me, None)                                                 # nobody writes before the folder is there
+    write = dcp.async_save if cfg.async_save else dcp.save
+    with models.quiet(f'{final}: could not be written'):
+        done = write(run_state(model, optimizers), checkpoint_id=aside, no_dist=me.world == 1)
+    written = done.result if cfg.async_save else (lambda: None)
+    return me.pool.submit(complete, written) if me.rank == 0 else me.pool.submit(written)
 
 
-def load_checkpoint(run, model, optimizers, device):
+def wait_for(me, future, what='the checkpoint'):
+    """Waits for a save on all ranks; a disk that is full or gone becomes an OSError."""
+    if future is not None:
+        with models.quiet(f'{what} could not be written'):
+            future.result()
+        agree(me, None)
+
+
+def load_checkpoint(run, model, optimizers, me):
     """Restores the newest undamaged checkpoint of a run -> its iteration and settings; says which it passes over."""
-    for folder in reversed(find_checkpoints(run)):
+    found = None
+    for folder in reversed(models.find_checkpoints(run)) if me.rank == 0 else ():
         try:
-            manifest = read_checkpoint(folder)
+            found = folder, models.read_checkpoint(folder)
+            break
         except ValueError as e:
             print(f'passing over {folder}: {e}', file=sys.stderr)
             os.replace(folder, folder.with_name(folder.name + '.damaged'))      # its iteration will be saved anew
-            continue
-        ours = vars(model.config)
-        differ = [f'{k} {v} here, {ours[k]} asked' for k, v in manifest['model'].items() if ours.get(k) != v]
-        if differ:
-            raise ValueError(f'{folder}: another architecture ({"; ".join(differ)})')
-        model.load_state_dict(torch.load(folder / 'model.pt', map_location=device, weights_only=True))
-        for o, state in zip(optimizers, torch.load(folder / 'optim.pt', map_location=device, weights_only=True)):
-            given = [{k: v for k, v in group.items() if k != 'params'} for group in o.param_groups]
-            try:
-                o.load_state_dict(state)
-            except ValueError as e:
-                raise ValueError(f'{folder}: made with another optimizer ({e})') from None
-            for group, now in zip(o.param_groups, given):
-                group.update(now)                                           # what is set now counts
-        return manifest['iteration'], manifest['config']
-    raise FileNotFoundError(f'{run}: no checkpoint to resume from')
+    found = agree(me, found)
+    if found is None:
+        raise FileNotFoundError(f'{run}: no checkpoint to resume from')
+    folder, manifest = found
+    ours = vars(model.config)
+    differ = [f'{k} {v} here, {ours[k]} asked' for k, v in manifest['model'].items() if ours.get(k) != v]
+    if differ:
+        raise ValueError(f'{folder}: another architecture ({"; ".join(differ)})')
+    if manifest['config'].get('optimizer') != optimizers_name(optimizers):
+        raise ValueError(f'{folder}: made with another optimizer ({manifest["config"].get("optimizer")})')
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for o in optimizers:                                            # an update by nothing gives each its tensors
+        for group in o.param_groups:
+            group['lr'] = 0.0
+        o.step()
+        o.zero_grad(set_to_none=True)
+    models.read_tensors(folder, manifest, run_state(model, optimizers))
+    return manifest['iteration'], manifest['config']
+
+
+def optimizers_name(optimizers):
+    """The setting that made these optimizers."""
+    return 'muon' if len(optimizers) == 2 else 'adamw'
 
 
 def prune(run, keep_last):
     """Removes checkpoints but the newest and the best (best.json); never the one that best.json names."""
     best = json.loads((run / 'best.json').read_text())['iteration'] if (run / 'best.json').is_file() else None
-    for folder in find_checkpoints(run)[:-keep_last]:
+    for folder in models.find_checkpoints(run)[:-keep_last]:
         if int(folder.name[5:]) != best:
             shutil.rmtree(folder)
 
@@ -295,8 +532,10 @@ def prune(run, keep_last):
 class Log:
     """log.jsonl: one object a line, flushed at once. On resume, lines of iterations to be repeated are dropped."""
 
-    def __init__(self, path, iteration):
-        self.path, self.lines = path, []
+    def __init__(self, path, iteration, writes=True):
+        self.path, self.lines, self.file = path, [], None
+        if not writes:                                              # only rank 0 does
+            return
         if iteration is not None and path.is_file():
             for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
                 try:
@@ -313,8 +552,9 @@ class Log:
 
     def write(self, **entry):
         self.lines.append(entry)
-        self.file.write(json.dumps(entry) + '\n')
-        self.file.flush()
+        if self.file:
+            self.file.write(json.dumps(entry) + '\n')
+            self.file.flush()
 
     def bound_at(self, it):
         """The validation entry of an iteration, if it is already in the log."""
@@ -352,131 +592,209 @@ class Stop:
             os._exit(128 + number)
         self.signal = number
 
+    def asked(self, me):
+        """The signal that any of the processes has got, known to all of them, or None."""
+        number = torch.tensor(self.signal or 0)
+        if me.world > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)              # on the host: the GPU's queue is not waited for
+        return int(number) or None
+
 
 def prepare_run(cfg):
     """Everything that can be refused is refused here, before the first file is written."""
     check(cfg)
-    device, autocast = pick_device(cfg.device, cfg.dtype)
+    me = join(cfg)
+    accumulation(cfg, me.world)
     run = Path(cfg.out_dir)
-    if find_checkpoints(run) and not cfg.resume:
+    if models.find_checkpoints(run) and not cfg.resume:
         raise ValueError(f'{run} already holds a run: continue it with --resume, or choose another --out_dir')
-    corpus = data.open_dataset(cfg.dataset, cfg.verify_data)
+    for turn in range(2):                                           # rank 0 first: it may have to make the data
+        if me.rank == 0 and turn == 0 or me.rank > 0 and turn == 1:
+            corpus = data.open_dataset(cfg.dataset, cfg.verify_data and me.rank == 0)
+        agree(me, None)
     tok = data.corpus_tokenizer(corpus)
-    shape = {f: getattr(cfg, f) for f in ('seq_len', 'n_layer', 'n_head', 'n_kv_head', 'd_model', 'd_ff', 'rope_theta',
-                                          'norm_eps', 'tied', 'causal')}
-    model = Transformer(ModelConfig(vocab_size=corpus.manifest['vocab_size'], **shape))
+    if cfg.vocab_size and cfg.vocab_size < corpus.manifest['vocab_size']:
+        raise ValueError(f"vocab_size must hold the {corpus.manifest['vocab_size']} tokens of {cfg.dataset}, "
+                         f'got {cfg.vocab_size}')
+    model, net = build(cfg, me, cfg.vocab_size or corpus.manifest['vocab_size'])
     if cfg.init_from:
-        start, _ = load_model(cfg.init_from, dtype=torch.float32)
+        start, _ = models.load_model(cfg.init_from)
         if start.config != model.config:
             raise ValueError(f'init_from: {cfg.init_from} is {start.config}, the settings say {model.config}')
-        model.load_state_dict(start.state_dict())
-    else:
-        init_weights(model, cfg.seed, cfg.emb_std or None, cfg.locality)
-    model.to(device)                                                # filled on the host: the same on every device
-    optimizers = make_optimizers(model, cfg, device)
-    it, before = load_checkpoint(run, model, optimizers, device) if cfg.resume else (0, vars(cfg))
-    for key, value in vars(cfg).items():
+        for p, q in zip(model.parameters(), start.parameters()):
+            models.put(p, q.data)
+    elif not cfg.resume:
+        host = 'cpu' if model.num_params() < 3e9 else None          # the same on every device, as long as it is quick
+        models.init_weights(model, cfg.seed, cfg.emb_std or None, cfg.locality, device=host)
+    optimizers = make_optimizers(model, cfg, me.device)
+    it, before = load_checkpoint(run, model, optimizers, me) if cfg.resume else (0, vars(cfg))
+    for key, value in vars(cfg).items() if me.rank == 0 else ():
         if key != 'resume' and before.get(key) != value:
             print(f'resuming with another {key}: {value!r}, it was {before.get(key)!r}', file=sys.stderr)
     windows = data.all_windows(corpus, 'val', cfg.seq_len, cfg.eval_windows)
     data.batch(corpus, 'train', [0], cfg.seq_len, cfg.seed)                             # too little text shows here
     run.mkdir(parents=True, exist_ok=True)
-    return device, autocast, run, corpus, tok, model, optimizers, it, windows
+    return me, run, corpus, tok, model, net, optimizers, it, windows
 
 
-def report(it, model, optimizers, run, corpus, cfg, tok, windows, device, autocast, log, bar):
+def report(it, model, optimizers, run, corpus, cfg, tok, windows, me, log, bar):
     """A checkpoint, its validation bound, a sample; then old checkpoints go."""
-    if not (run / f'iter_{it:07d}').exists():
-        save_checkpoint(run, it, model, optimizers, cfg, tok, corpus)
-    entry, scale = log.bound_at(it), 1 / math.log(2) / data.bytes_per_token(corpus, 'val')
+    if agree(me, not (run / f'iter_{it:07d}').exists()):
+        wait_for(me, me.saving)
+        me.saving = save_checkpoint(run, it, model, optimizers, cfg, tok, corpus, me)
+        if not cfg.async_save or it == cfg.max_iters:
+            wait_for(me, me.saving)
+    entry, scale = agree(me, log.bound_at(it)), 1 / math.log(2) / data.bytes_per_token(corpus, 'val')
     if entry is None:
-        nats, stderr = validate(model, windows, cfg, tok, device, autocast)
+        nats, stderr = validate(model, windows, cfg, tok, me)
         entry = {'iter': it, 'val_nats': nats, 'val_nats_stderr': stderr, 'val_bits_per_byte': nats * scale,
                  'val_bits_per_byte_stderr': stderr * scale}
         if cfg.sample_tokens:
-            entry['sample'] = sample_text(model, cfg, tok, device, autocast, it)
+            entry['sample'] = sample_text(model, cfg, tok, me, it)
         log.write(**entry)
-    sign = '=' if cfg.causal else '<='
-    bar.write(f"iter {it:5d} | validation {sign} {entry['val_nats']:.3f} nats/token {sign} "
-              f"{entry['val_bits_per_byte']:.3f} +- {entry['val_bits_per_byte_stderr']:.3f} bits/byte")
-    if entry.get('sample'):
-        bar.write(f"           | {entry['sample'][:200]}")
-    best = min((e for e in log.lines if 'val_nats' in e), key=lambda e: e['val_nats'])
-    aside = run / 'best.tmp'
-    aside.write_text(json.dumps({'iteration': best['iter'], 'val_nats': best['val_nats']}), encoding='utf-8')
-    os.replace(aside, run / 'best.json')
-    prune(run, cfg.keep_last)
+    if me.rank == 0:
+        sign = '=' if cfg.causal else '<='
+        bar.write(f"iter {it:5d} | validation {sign} {entry['val_nats']:.3f} nats/token {sign} "
+                  f"{entry['val_bits_per_byte']:.3f} +- {entry['val_bits_per_byte_stderr']:.3f} bits/byte")
+        if entry.get('sample'):
+            bar.write(f"           | {entry['sample'][:200]}")
+        best = min((e for e in log.lines if 'val_nats' in e), key=lambda e: e['val_nats'])
+        aside = run / 'best.tmp'
+        aside.write_text(json.dumps({'iteration': best['iter'], 'val_nats': best['val_nats']}), encoding='utf-8')
+        os.replace(aside, run / 'best.json')
+        prune(run, cfg.keep_last)
     return entry
 
 
-def start_log(run, it, cfg, model, device, autocast):
+def start_log(run, it, cfg, model, me):
     """Opens log.jsonl, with a first line of settings and versions, and tells the terminal what is about to run."""
-    log = Log(run / 'log.jsonl', it if cfg.resume else None)
+    log = Log(run / 'log.jsonl', it if cfg.resume else None, me.rank == 0)
+    kind = torch.cuda.get_device_name() if me.device == 'cuda' else me.device
     if log.lines:
-        log.write(resumed=it, config=vars(cfg))
+        log.write(resumed=it, processes=me.world, config=vars(cfg))
     else:
-        log.write(config=vars(cfg), model=vars(model.config), parameters=model.num_params(), device=device,
-                  dtype='bfloat16' if isinstance(autocast, torch.autocast) else 'float32', torch=torch.__version__,
+        log.write(config=vars(cfg), model=vars(model.config), parameters=model.num_params(), device=kind,
+                  processes=me.world, dtype='bfloat16' if me.bf16 else 'float32', torch=torch.__version__,
                   numpy=np.__version__, python=platform.python_version(), machine=platform.platform())
-    print(f'{model.num_params():,} parameters ({model.num_params(non_embedding=True):,} outside embedding and head), '
-          f'{device}, {log.lines[0].get("dtype")}, {torch.get_num_threads()} threads; writing to {run}/')
+    if me.rank == 0:
+        spread = '' if me.world == 1 else f', {me.world} processes, ' + ('copies' if not cfg.fsdp else 'sharded')
+        outside = model.num_params(non_embedding=True)
+        print(f'{model.num_params():,} parameters ({outside:,} outside embedding and head), '
+              f'{kind}, {log.lines[0].get("dtype")}, {torch.get_num_threads()} threads{spread}; writing to {run}/')
+    me.peak = next((peak for name, peak in PEAKS if name in kind), None)
     return log
 
 
 def main(config):
     cfg = SimpleNamespace(**config)
     with user_errors():
-        device, autocast, run, corpus, tok, model, optimizers, it, windows = prepare_run(cfg)
-    if cfg.compile:
-        for block in model.blocks:
-            block.compile()
-    with alone(run), Stop() as stop:
-        log = start_log(run, it, cfg, model, device, autocast)
+        if cfg.dry_run:
+            check(cfg)
+            return dry_run_report(cfg, int(os.environ.get('WORLD_SIZE', 1)))
+        me, run, corpus, tok, model, net, optimizers, it, windows = prepare_run(cfg)
+    with ExitStack() as stack:
+        if me.rank == 0:
+            stack.enter_context(alone(run))
+        me.pool, me.saving = stack.enter_context(ThreadPoolExecutor(1)), None
+        stop = stack.enter_context(Stop())
+        log = start_log(run, it, cfg, model, me)
         try:
-            it, entry = loop(it, cfg, model, optimizers, run, corpus, tok, windows, device, autocast, log, stop)
+            it, entry = loop(it, cfg, model, net, optimizers, run, corpus, tok, windows, me, log, stop)
         except (FloatingPointError, OSError) as e:
-            kept = find_checkpoints(run)
+            kept = models.find_checkpoints(run)
             last = f'the last good checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet'
             fail(f'stopped: {e}; {last}', 1)
-    if entry is None:
+    if me.world > 1:
+        dist.destroy_process_group()
+    if me.rank == 0 and entry is None:
         print(f'saved iteration {it} in {run}/; go on with the same command and --resume' if it
               else 'stopped before the first update')
-        sys.exit(128 + stop.signal)
-    print(f"done: {entry['val_bits_per_byte']:.3f} bits/byte in {run}/iter_{it:07d}; "
-          f'look at it:  python sample.py {run}')
+    if entry is None:
+        sys.exit(128 + (stop.signal or signal.SIGTERM))
+    if me.rank == 0:
+        print(f"done: {entry['val_bits_per_byte']:.3f} bits/byte in {run}/iter_{it:07d}; "
+              f'look at it:  python sample.py {run}')
 
 
-def loop(it, cfg, model, optimizers, run, corpus, tok, windows, device, autocast, log, stop):
+def loop(it, cfg, model, net, optimizers, run, corpus, tok, windows, me, log, stop):
     """Updates from iteration `it` to the end -> (iteration, last report), or (iteration, None) if asked to stop."""
-    tokens = cfg.batch_size * cfg.grad_accum * cfg.seq_len
-    per_byte = 1 / math.log(2) / data.bytes_per_token(corpus, 'train')                 # nats per token -> bits per byte
-    smooth, since, started = None, it, time.perf_counter()
-    with tqdm(total=cfg.max_iters, initial=it, disable=None, dynamic_ncols=True,
+    smooth, meter = None, Meter(it, cfg, model, corpus, me)
+    pieces = prefetched(lambda i: micro_batches(corpus, cfg, i, tok, me), it, me.device == 'cuda')
+    with tqdm(total=cfg.max_iters, initial=it, disable=None if me.rank == 0 else True, dynamic_ncols=True,
               bar_format='{desc} | eta {remaining}') as bar:
         while True:
             if it % cfg.eval_interval == 0 and it or it == cfg.max_iters:
-                entry = report(it, model, optimizers, run, corpus, cfg, tok, windows, device, autocast, log, bar)
-                since, started = it, time.perf_counter()
+                entry = report(it, model, optimizers, run, corpus, cfg, tok, windows, me, log, bar)
+                meter.restart(it)
             if it >= cfg.max_iters:
                 return it, entry
-            if stop.signal is not None:
-                if it and not (run / f'iter_{it:07d}').exists():
-                    save_checkpoint(run, it, model, optimizers, cfg, tok, corpus)
-                    prune(run, cfg.keep_last)
+            if stop.asked(me):
+                wait_for(me, me.saving)
+                if it and agree(me, not (run / f'iter_{it:07d}').exists()):
+                    wait_for(me, save_checkpoint(run, it, model, optimizers, cfg, tok, corpus, me))
+                    if me.rank == 0:
+                        prune(run, cfg.keep_last)
                 return it, None
-            loss, norm = train_step(model, optimizers, corpus, cfg, it, tok, device, autocast)
+            batch = next(pieces)
+            loss, norm, bins = train_step(net, optimizers, batch, cfg, it, me)
             it += 1
-            smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
+            meter.count(batch)
             bar.update()
             if it % cfg.log_interval == 0 or it == cfg.max_iters:
-                rate = (it - since) * tokens / (time.perf_counter() - started)
-                lr = optimizers[-1].param_groups[0]['lr']
-                log.write(iter=it, tokens=it * tokens, loss=loss, grad_norm=norm, lr=lr, tokens_per_second=round(rate))
-                line = f'loss {smooth:.3f} | {smooth * per_byte:.3f} bits/byte | lr {lr:.2e} | {rate / 1e3:.1f}k tok/s'
-                bar.set_description_str(f'iter {it}/{cfg.max_iters} | {line}')
-                if bar.disable and it % (10 * cfg.log_interval) == 0:
-                    eta = (cfg.max_iters - it) * tokens / rate / 60
-                    print(f'iter {it}/{cfg.max_iters} | {line} | eta {eta:.1f} min', flush=True)
+                entry = meter.read(it, loss, norm, bins, optimizers[-1].param_groups[0]['lr'])
+                smooth = entry['loss'] if smooth is None else 0.7 * smooth + 0.3 * entry['loss']
+                log.write(**entry)
+                bar.set_description_str(meter.line(it, smooth, entry))
+                if bar.disable and me.rank == 0 and it % (10 * cfg.log_interval) == 0:
+                    eta = (cfg.max_iters - it) * meter.tokens / entry['tokens_per_second'] / 60
+                    print(f'{meter.line(it, smooth, entry)} | eta {eta:.1f} min', flush=True)
+
+
+class Meter:
+    """Counts between two lines of the log; only reading it makes the host wait for the device."""
+
+    def __init__(self, it, cfg, model, corpus, me):
+        self.cfg, self.model, self.me = cfg, model, me
+        self.tokens = (cfg.global_batch or cfg.batch_size) * cfg.seq_len
+        self.per_byte = 1 / math.log(2) / data.bytes_per_token(corpus, 'train')        # nats per token -> bits per byte
+        self.restart(it)
+
+    def restart(self, it):
+        self.since, self.started, self.rows, self.squares = it, time.perf_counter(), 0, 0
+
+    def count(self, batch):
+        for ids, rows, _, _, cu_seqlens, _ in batch:
+            self.rows += len(rows)
+            dense = ids.numel() * ids.shape[1]
+            self.squares += dense if cu_seqlens is None else int(cu_seqlens.diff().square().sum())
+
+    def read(self, it, loss, norm, bins, lr):
+        """The entry of the log for update `it`, its speed since the last report; the same on every process."""
+        me, n = self.me, (it - self.since) * self.tokens
+        sums = torch.cat((loss[None], bins.flatten(), loss.new_tensor([self.rows, self.squares])))
+        if me.world > 1:
+            dist.all_reduce(sums)
+        loss, *bins, rows, squares = sums.double().tolist()
+        if not math.isfinite(loss) or not math.isfinite(norm.item()):
+            raise FloatingPointError(f'between iterations {self.since + 1} and {it}: loss {loss}, gradient norm '
+                                     f'{norm.item()}; the updates since then were skipped')
+        rate = n / (time.perf_counter() - self.started)
+        entry = dict(iter=it, tokens=it * self.tokens, loss=loss, grad_norm=norm.item(), lr=lr,
+                     tokens_per_second=round(rate))
+        if bins[4]:
+            entry['loss_by_t'] = [round(a / b, 4) if b else None for a, b in zip(bins[:4], bins[4:])]
+        if me.device == 'cuda':
+            entry['gb'] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        if me.peak:
+            flops = self.model.flops_per_token(rows / n, squares / n)
+            entry['mfu'] = round(flops * rate / me.world / me.peak, 4)
+        return entry
+
+    def line(self, it, smooth, entry):
+        rate, extra = entry['tokens_per_second'], f" | MFU {entry['mfu']:.1%}" if 'mfu' in entry else ''
+        each = f' ({rate / self.me.world / 1e3:.1f}k each)' if self.me.world > 1 else ''
+        return (f'iter {it}/{self.cfg.max_iters} | loss {smooth:.3f} | {smooth * self.per_byte:.3f} bits/byte | '
+                f"lr {entry['lr']:.2e} | {rate / 1e3:.1f}k tok/s{each}{extra}")
 
 
 if __name__ == '__main__':

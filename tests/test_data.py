@@ -1,5 +1,6 @@
 """Tokenizers without loss, data sets whole or not at all, batches that are a function of a number."""
 
+import gzip
 import hashlib
 import json
 import random
@@ -187,7 +188,7 @@ def test_docs_are_real_text_without_repeats():
 
 
 def damage(folder, how):
-    shard, manifest = folder / 'train_000.bin', folder / 'manifest.json'
+    shard, manifest = folder / 'train_00000.bin', folder / 'manifest.json'
     raw = bytearray(shard.read_bytes())
     if how == 'short':
         shard.write_bytes(raw[:-10])
@@ -251,9 +252,9 @@ def test_damaged_data(corpus_folder, tmp_path, how, says):
 def test_a_token_outside_the_vocabulary(corpus_folder, tmp_path):
     folder = tmp_path / 'copy'
     shutil.copytree(corpus_folder, folder)
-    shard = np.fromfile(folder / 'train_000.bin', dtype=np.uint16)
+    shard = np.fromfile(folder / 'train_00000.bin', dtype=np.uint16)
     shard[:] = 60000
-    shard.tofile(folder / 'train_000.bin')
+    shard.tofile(folder / 'train_00000.bin')
     manifest = json.loads((folder / 'manifest.json').read_text())
     manifest['splits']['train']['shards'][0]['sha256'] = hashlib.sha256(shard).hexdigest()
     (folder / 'manifest.json').write_text(json.dumps(manifest))
@@ -263,7 +264,7 @@ def test_a_token_outside_the_vocabulary(corpus_folder, tmp_path):
 
 @pytest.mark.parametrize('name, content, says', [
     ('a.txt', b'', 'no text'), ('a.txt', b'ok\nok\n\xff bad', 'a.txt:3: not UTF-8'),
-    ('a.csv', b'x', 'must be .txt or .jsonl'),
+    ('a.csv', b'x', 'must be .txt, .jsonl'),
     ('a.jsonl', b'{"text": "x"}\n{"text": 3}', 'a.jsonl:2'), ('a.jsonl', b'{"text": "x"}\n{"text"', 'a.jsonl:2'),
     ('a.jsonl', b'{"text": "\\ud800"}', 'a.jsonl:1'),
     ('a.jsonl', b'{"words": "x"}', 'a.jsonl:1'), ('a.jsonl', b'{"text": "x"}\n\xfe', 'a.jsonl:2: not UTF-8'),
@@ -327,9 +328,12 @@ def test_windows_cross_shards(tmp_path):
     rng = np.random.default_rng(0)
     documents = [(f'd{i}', ' '.join(rng.choice(['ab', 'cd', 'ef'], 60))) for i in range(20)]
     data.prepare(documents, tmp_path / 'one', 'bytes')
-    data.prepare(documents, tmp_path / 'many', 'bytes', shard_tokens=100)
+    for name, text in documents:
+        (tmp_path / f'{name}.txt').write_text(text)
+    files = [tmp_path / f'{name}.txt' for name, _ in documents]
+    data.prepare(files, tmp_path / 'many', 'bytes')
     one, many = data.open_corpus(tmp_path / 'one'), data.open_corpus(tmp_path / 'many')
-    assert len(many.splits['train']) > 10
+    assert len(many.splits['train']) == 18 and len(one.splits['train']) == 1
     for seed in range(3):
         assert torch.equal(data.batch(one, 'train', range(9), 250, seed).x0,
                            data.batch(many, 'train', range(9), 250, seed).x0)
@@ -346,3 +350,113 @@ def test_too_little_text(corpus_folder, tmp_path):
         data.prepare([('a', 'short')], tmp_path / 'x', 'bytes')
     with pytest.raises(FileNotFoundError, match='python data.py shakespeare'):
         data.open_corpus(tmp_path / 'shakespeare')
+
+
+# ------------------------------------------------------------------------------------------- many files, and mixtures
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Six files of four kinds, some 12 kB each."""
+    rng, out = np.random.default_rng(1), []
+    for i, suffix in enumerate(('.txt', '.jsonl', '.jsonl.gz', '.txt', '.jsonl', '.txt')):
+        texts = [' '.join(rng.choice(['mask', 'token', 'noise', 'naïve'], 300)) + '\n' for _ in range(7)]
+        path = tmp_path / f'in{i}{suffix}'
+        body = ''.join(texts) if suffix == '.txt' else ''.join(json.dumps({'text': t}) + '\n' for t in texts)
+        path.write_bytes(gzip.compress(body.encode()) if suffix.endswith('.gz') else body.encode())
+        out.append(path)
+    return out
+
+
+def test_processes_and_interruptions_change_nothing(files, tmp_path, monkeypatch):
+    one = data.prepare(files, tmp_path / 'one', 'bpe-300')
+    many = data.prepare(files, tmp_path / 'many', 'bpe-300', workers=2)
+    assert one == many and not list(tmp_path.glob('.*unfinished*'))
+    real, made = data._write_part, []
+
+    def interrupted(job):
+        if job[2] == 3:
+            raise KeyboardInterrupt
+        made.append(job[2])
+        return real(job)
+
+    monkeypatch.setattr(data, '_write_part', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare(files, tmp_path / 'again', 'bpe-300')
+    assert not (tmp_path / 'again').exists() and made == [0, 1, 2]
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / '.again.unfinished').glob('train_*')}
+    monkeypatch.setattr(data, '_write_part', real)
+    assert data.prepare(files, tmp_path / 'again', 'bpe-300') == one
+    assert all((tmp_path / 'again' / f.name).stat().st_mtime_ns == t for f, t in before.items()) and len(before) == 3
+
+
+def test_what_changed_since_is_done_anew(files, tmp_path, monkeypatch):
+    real = data._finish
+    monkeypatch.setattr(data, '_finish', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare(files, tmp_path / 'a', 'bytes')
+    files[0].write_text('another text altogether\n' * 900)
+    monkeypatch.setattr(data, '_finish', real)
+    assert data.prepare(files, tmp_path / 'a', 'bytes') == data.prepare(files, tmp_path / 'b', 'bytes')
+
+
+def test_a_bad_line_in_one_of_many_files(files, tmp_path):
+    files[4].write_text(files[4].read_text() + '{"text": 5}\n')
+    with pytest.raises(ValueError, match='in4.jsonl:8: want a JSON object'):
+        data.prepare(files, tmp_path / 'out', 'bytes', workers=2)
+    assert not (tmp_path / 'out').exists() and not list(tmp_path.glob('.out*'))
+
+
+def test_parquet(tmp_path):
+    parquet = pytest.importorskip('pyarrow.parquet')
+    import pyarrow
+    parquet.write_table(pyarrow.table({'text': ['one text', 'two']}), tmp_path / 'a.parquet')
+    assert list(data.file_text(tmp_path / 'a.parquet')) == [('a.parquet:1', 'one text'), ('a.parquet:2', 'two')]
+    (tmp_path / 'b.parquet').write_text('no')
+    with pytest.raises(ValueError, match='not a parquet file'):
+        list(data.file_text(tmp_path / 'b.parquet'))
+
+
+def test_a_mixture_keeps_its_shares_and_repeats_nothing(files, tmp_path):
+    for name, part in (('a', files[:4]), ('b', files[4:])):
+        data.prepare(part, tmp_path / name, 'bytes', val_every=3)
+    mixture = data.open_dataset(f"{tmp_path / 'a'}:3,{tmp_path / 'b'}:1")
+    a, b = (data.open_corpus(tmp_path / name) for name in 'ab')
+    windows = data.batch(mixture, 'train', range(1000), 32, 5).x0
+    at, streams = [0, 0], [data.batch(c, 'train', range(1000), 32, 5).x0 for c in (a, b)]
+    for window, source in zip(windows, mixture.turns):                             # each source's own stream, in order
+        assert torch.equal(window, streams[source][at[source]])
+        at[source] += 1
+    assert at == [750, 250]
+    later = data.batch(mixture, 'train', [1000 + i for i in range(20)], 32, 5).x0
+    assert torch.equal(later[mixture.turns[:20] == 1], data.batch(b, 'train', range(250, 1000), 32, 5).x0[
+        :int((mixture.turns[:20] == 1).sum())])
+    assert len(data.all_windows(mixture, 'val', 32, 40)) == 40
+    low, high = sorted(map(data.bytes_per_token, (a, b)))
+    assert low <= data.bytes_per_token(mixture) <= high
+    for text, says in (('a:0.5,b', 'a mixture is written'), ('a:-1,b:2', 'a mixture is written'), (':1', 'a mixture')):
+        with pytest.raises(ValueError, match=says):
+            data.open_dataset(text)
+    data.prepare(files[:2], tmp_path / 'c', 'bpe-300', val_every=3)
+    with pytest.raises(ValueError, match='different tokenizers'):
+        data.open_dataset(f"{tmp_path / 'a'}:1,{tmp_path / 'c'}:1")
+
+
+def test_cuts_have_the_rates_and_lengths_of_the_papers():
+    cuts = np.concatenate([data.draw_cuts(1, i, 1000, 64, 0.01, 0.30) for i in range(200)])
+    n = len(cuts)
+    assert abs((cuts < 0).mean() - 0.01) < 4 * (0.01 / n) ** 0.5
+    assert abs((cuts > 0).mean() - 0.3) < 4 * (0.21 / n) ** 0.5
+    assert set(cuts[cuts > 0]) == set(range(1, 64)) and set(-cuts[cuts < 0]) <= set(range(1, 65))
+    assert abs(-cuts[cuts < 0].mean() - 32.5) < 4 * 18.5 / (cuts < 0).sum() ** 0.5
+    assert (data.draw_cuts(1, 7, 10, 64, 0.5, 0.5) == data.draw_cuts(1, 7, 10, 64, 0.5, 0.5)).all()
+    assert not data.draw_cuts(1, 7, 10, 64).any()
+
+
+def test_cut_windows(corpus_folder):
+    corpus = data.open_corpus(corpus_folder)
+    plain = data.batch(corpus, 'train', range(4), 16)
+    cut = data.batch(corpus, 'train', range(4), 16, cuts=np.array([0, 5, -3, -16]))
+    assert torch.equal(plain.x0, cut.x0) and plain.cu_seqlens is None and plain.maskable.all()
+    assert cut.cu_seqlens.tolist() == [0, 16, 21, 32, 35, 48, 64] and cut.cu_seqlens.dtype == torch.int32
+    assert cut.maskable.sum(1).tolist() == [16, 16, 3, 16]

@@ -42,12 +42,15 @@ def test_sampling_from_a_run(run, capsys):
     (['--prompt='], 'the prompt is empty'), (['--prompt=' + 'x' * 40], 'the context holds 32'),
     (['--gen_length=8', '--steps=9'], 'steps must not exceed the 8'),
     (['--gen_length=8', '--block_length=3'], 'block_length must divide the 8'),
-    (['--gen_length=-1'], 'gen_length must be 0 or more'), (['--temperature=-1'], 'temperature must be 0 or more'),
+    (['--gen_length=-1'], 'gen_length must be 0 or more'), (['--stop=', '--prompt=a'], 'stop must hold texts'),
+    (['--prompt=a ___', '--gen_length=4'], 'not gaps'), (['--instruct'], 'instruct needs a prompt'),
+    (['--chat', '--out=x'], 'from the keyboard'), (['--chat', '--gen_length=2', '--remasking=best'], 'remasking must be'),
+    (['--mask_id=5'], 'the weights say mask is'), (['--temperature=-1'], 'temperature must be 0 or more'),
     (['--remasking=best'], 'remasking must be'), (['--prompt=a ___', '--prompt=b'], 'either all prompts'),
     (['--gen_length=8', '--block_length=4', '--steps=1'], 'at least the 2 blocks'),
     (['--checkpoint=no/such'], 'no checkpoint here'), (['--gen_lenght=8'], 'did you mean gen_length'),
     (['--threshold=0.9'], 'needs low_confidence'),
-    (['--prompt=a ___ b', '--block_length=2'], 'not with gaps'),
+    (['--prompt=a ___ b', '--block_length=2'], 'not gaps'),
 ])
 def test_bad_requests(run, capsys, argv, says):
     with pytest.raises(SystemExit) as e:
@@ -96,7 +99,7 @@ def test_prompts_from_files_and_stdin(run, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     with pytest.raises(SystemExit):
         script('sample', run, '--prompt=a', f'--out={tmp_path / "c.jsonl"}')
-    assert 'File exists' in capsys.readouterr().err and len((tmp_path / 'c.jsonl').read_text().splitlines()) == 2
+    assert 'is there already' in capsys.readouterr().err and len((tmp_path / 'c.jsonl').read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize('content, says', [
@@ -234,7 +237,7 @@ def test_other_templates_and_missing_ids_are_refused(tmp_path, capsys):
 
 def test_the_format_of_the_guideline(tmp_path):
     folder = chat_model(tmp_path)
-    template = "{{'<start_id>' + message['role'] + '<end_id>\\n' + message['content'] + '<eot_id>'}}" \
+    template = "{{bos_token}}{{'<start_id>' + message['role'] + '<end_id>\\n' + message['content'] + '<eot_id>'}}" \
                "{{'<start_id>assistant<end_id>\\n'}}"
     edit(folder / 'tokenizer_config.json', chat_template=template)
     tokenizer = folder / 'tokenizer.json'

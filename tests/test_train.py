@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -15,11 +16,13 @@ from helpers import ROOT, script, small_corpus
 
 import data
 import diffusion
+import model as M
 import train
 from configurator import settings_of
-from model import file_sha256, find_checkpoints, load_model, read_checkpoint
+from model import file_sha256, find_checkpoints, load_model, quiet, read_checkpoint, read_tensors, stored_tensors
 
-TINY = dict(n_layer=2, n_head=2, n_kv_head=2, d_model=32, d_ff=48, seq_len=32, batch_size=4, grad_accum=2, max_iters=40,
+TINY = dict(n_layer=2, n_head=2, n_kv_head=2, d_model=32, d_ff=48, seq_len=32, batch_size=4, global_batch=8,
+            max_iters=40,
             warmup_iters=4, eval_interval=10, eval_windows=8, eval_draws=2, sample_tokens=8, log_interval=1,
             device='cpu', dtype='float32', learning_rate=3e-3, muon_lr=1e-2)
 
@@ -51,10 +54,23 @@ def straight(corpus_folder, tmp_path_factory):
     return run
 
 
+def tensors(folder):
+    """All that a step folder holds, by name."""
+    manifest = read_checkpoint(folder)
+    state = {name: torch.zeros(size) for name, size in stored_tensors(folder, manifest).items()}
+    read_tensors(folder, manifest, state)
+    return state
+
+
+def same_tensors(folder, other):
+    a, b = tensors(folder), tensors(other)
+    assert a.keys() == b.keys() and {name.split('.')[0] for name in a} == {'model', 'optim'}
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def same_end(run, straight):
     """Weights, optimizer and log are equal to the last bit."""
-    a, b = (read_checkpoint(r / 'iter_0000040')['files'] for r in (run, straight))
-    assert a == b and set(a) == {'model.pt', 'optim.pt'}
+    same_tensors(run / 'iter_0000040', straight / 'iter_0000040')
     assert log_of(run) == log_of(straight)
 
 
@@ -111,9 +127,9 @@ def test_a_signal_saves_and_says_so(corpus_folder, straight, tmp_path, number):
 def test_a_damaged_checkpoint_is_passed_over(corpus_folder, straight, tmp_path, capsys):
     run = tmp_path / 'run'
     shutil.copytree(straight, run)
-    raw = bytearray((run / 'iter_0000040' / 'model.pt').read_bytes())
+    raw = bytearray((run / 'iter_0000040' / '__0_0.distcp').read_bytes())
     raw[len(raw) // 2] ^= 1
-    (run / 'iter_0000040' / 'model.pt').write_bytes(raw)
+    (run / 'iter_0000040' / '__0_0.distcp').write_bytes(raw)
     with pytest.raises(ValueError, match='damaged'):
         load_model(run)
     train.main(settings(corpus_folder, run, resume=True))
@@ -126,7 +142,7 @@ def test_a_damaged_checkpoint_is_passed_over(corpus_folder, straight, tmp_path, 
 def test_damaged_checkpoints_are_refused(straight, tmp_path, damage):
     folder = tmp_path / 'iter_0000040'
     shutil.copytree(straight / 'iter_0000040', folder)
-    file = folder / 'model.pt'
+    file = folder / '__0_0.distcp'
     if damage == 'truncate':
         file.write_bytes(file.read_bytes()[:-1])
     elif damage == 'empty':
@@ -137,7 +153,7 @@ def test_damaged_checkpoints_are_refused(straight, tmp_path, damage):
         (folder / 'manifest.json').write_text('{"format":')
     else:
         text = (folder / 'manifest.json').read_text()
-        (folder / 'manifest.json').write_text(text.replace('nanollada 1', 'nanollada 9'))
+        (folder / 'manifest.json').write_text(text.replace('nanollada 2', 'nanollada 9'))
     with pytest.raises(ValueError, match=str(folder)):
         load_model(folder)
 
@@ -163,32 +179,53 @@ def test_hostile_manifests(straight, tmp_path, case):
         load_model(folder)
 
 
-def test_a_pickle_with_the_right_checksum_is_refused(straight, tmp_path):
+def test_a_hostile_table_with_the_right_checksum_is_refused(straight, tmp_path):
+    """torch.distributed.checkpoint reads its table of contents by pickle: what it could run must not run."""
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'pwned'),)
+
     folder = tmp_path / 'iter_0000040'
     shutil.copytree(straight / 'iter_0000040', folder)
-    torch.save({'a': print}, folder / 'model.pt')
+    (folder / '.metadata').write_bytes(pickle.dumps(Evil()))
     manifest = json.loads((folder / 'manifest.json').read_text())
-    manifest['files']['model.pt'] = file_sha256(folder / 'model.pt')
+    manifest['files']['.metadata'] = file_sha256(folder / '.metadata')
     (folder / 'manifest.json').write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match='not a file of tensors'):
+    with pytest.raises(ValueError, match='it asks for posix.mkdir'):
+        load_model(folder)
+    assert not (tmp_path / 'pwned').exists()
+
+
+def test_values_that_are_no_tensors_are_refused(straight, tmp_path):
+    import torch.distributed.checkpoint as dcp
+    folder = tmp_path / 'iter_0000040'
+    shutil.copytree(straight / 'iter_0000040', folder)
+    state = {**tensors(folder), 'model.norm.weight': {'a': 1}}      # would be read back by pickle
+    with quiet('test'):
+        dcp.save(state, checkpoint_id=folder, no_dist=True)
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    manifest['files'].update({f: file_sha256(folder / f) for f in ('.metadata', '__0_0.distcp')})
+    (folder / 'manifest.json').write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match='not a table of tensors'):
         load_model(folder)
 
 
 def test_a_full_disk_keeps_what_there_was(corpus_folder, tmp_path, monkeypatch, capsys):
-    real, saved = torch.save, []
+    import torch.distributed.checkpoint as dcp
+    real, saved = dcp.save, []
 
-    def full(what, path):
-        if len(saved) == 3:                                         # in the middle of the second checkpoint
+    def full(state, **options):
+        saved.append(1)
+        if len(saved) == 2:                                         # in the middle of the second checkpoint
             raise OSError(28, 'No space left on device')
-        saved.append(path)
-        real(what, path)
+        return real(state, **options)
 
-    monkeypatch.setattr(torch, 'save', full)
+    monkeypatch.setattr(dcp, 'save', full)
     with pytest.raises(SystemExit) as e:
         train.main(settings(corpus_folder, tmp_path / 'run'))
     err = capsys.readouterr().err
     assert e.value.code == 1 and 'No space left' in err and 'iter_0000010' in err
-    assert load_model(tmp_path / 'run')[1]['iteration'] == 10 and not list((tmp_path / 'run').glob('*.tmp'))
+    assert load_model(tmp_path / 'run')[1]['iteration'] == 10
 
 
 def test_a_second_run_in_the_same_folder_is_refused(corpus_folder, tmp_path, capsys):
@@ -199,50 +236,72 @@ def test_a_second_run_in_the_same_folder_is_refused(corpus_folder, tmp_path, cap
     assert e.value.code == 2 and 'another process is training here' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('count_form', [False, True])
-def test_the_batch_may_be_split_in_any_way(corpus_folder, count_form):
-    """1 x 8, 2 x 4 and 8 x 1 draw the same tokens and masks, and give the same gradient."""
+@pytest.mark.parametrize('changes', [dict(count_form=False), dict(count_form=True), dict(causal=True),
+                                     dict(random_length=0.3, random_split=0.4)], ids=str)
+def test_the_batch_may_be_split_in_any_way(corpus_folder, changes):
+    """1 x 8, 2 x 4 and 8 x 1, on 1, 2 or 4 processes, draw the same tokens and masks, and give the same gradient."""
     corpus, results = data.open_corpus(corpus_folder), []
-    model = train.Transformer(train.ModelConfig(corpus.manifest['vocab_size'], 32, 2, 2, 2, 32, 48))
-    train.init_weights(model, 0, 1.0)
-    mask_id = data.corpus_tokenizer(corpus).mask_id
-    for batch_size, grad_accum in ((8, 1), (4, 2), (2, 4), (1, 8)):
-        cfg = SimpleNamespace(**settings(corpus_folder, 'x', batch_size=batch_size, grad_accum=grad_accum,
-                                         count_form=count_form))
-        pieces = list(train.micro_batches(corpus, cfg, 7, mask_id))
+    causal = changes.get('causal', False)
+    tok = data.corpus_tokenizer(corpus)
+    model = M.init_weights(M.Transformer(M.ModelConfig(tok.vocab_size, 32, 2, 2, 2, 32, 48, causal=causal)), 0, 1.0)
+    for batch_size, world in ((8, 1), (4, 1), (2, 1), (1, 1), (4, 2), (2, 2), (2, 4), (1, 4)):
+        cfg = SimpleNamespace(**settings(corpus_folder, 'x', batch_size=batch_size, global_batch=8, **changes))
+        ranks = [SimpleNamespace(rank=r, world=world) for r in range(world)]
+        per_rank = [train.micro_batches(corpus, cfg, 7, tok, me) for me in ranks]
+        pieces = [rank[i] for i in range(len(per_rank[0])) for rank in per_rank]    # in the order of the rows
+        assert len(pieces) * batch_size == 8
         model.zero_grad()
-        for x0, maskable, t, masked in pieces:
-            diffusion.diffusion_loss(model, x0, maskable, mask_id, t=t, masked=masked, exact=count_form,
-                                     total=8 * 32).backward()
-        results.append([torch.cat(z) for z in zip(*pieces)]
-                       + [torch.cat([p.grad.flatten() for p in model.parameters()])])
+        for ids, rows, targets, weights, cu_seqlens, _ in pieces:
+            model(ids, rows=rows, targets=targets, weights=weights, cu_seqlens=cu_seqlens).backward()
+        drawn = [torch.cat([p[i] for p in pieces]) for i in (0, 2, 3)]
+        results.append([*drawn, torch.cat([p.grad.flatten() for p in model.parameters()])])
     for other in results[1:]:
-        for a, b in zip(results[0][:4], other[:4]):
+        for a, b in zip(results[0][:3], other[:3]):
             assert torch.equal(a, b)
-        torch.testing.assert_close(results[0][4], other[4], atol=1e-5, rtol=1e-4)
-    cfg = SimpleNamespace(**settings(corpus_folder, 'x', seed=5))
-    other_seed = next(train.micro_batches(corpus, cfg, 7, mask_id))
-    assert not torch.equal(other_seed[2], results[0][2][:4]) and not torch.equal(other_seed[0], results[0][0][:4])
+        torch.testing.assert_close(results[0][3], other[3], atol=1e-5, rtol=1e-4)
+    cfg = SimpleNamespace(**settings(corpus_folder, 'x', seed=5, **changes))
+    assert not torch.equal(train.micro_batches(corpus, cfg, 7, tok)[0][0], results[0][0][:4])
+
+
+def test_one_update_is_the_papers_loss(corpus_folder):
+    """train_step with all its parts, against diffusion_loss on the whole batch; and the cross-entropies by t."""
+    corpus = data.open_corpus(corpus_folder)
+    cfg = SimpleNamespace(**settings(corpus_folder, 'x', batch_size=2, count_form=False, optimizer='adamw'))
+    tok, me = data.corpus_tokenizer(corpus), train.join(cfg)
+    model = M.init_weights(M.Transformer(M.ModelConfig(tok.vocab_size, 32, 2, 2, 2, 32, 48)), 0, 1.0)
+    x0, maskable, _ = data.batch(corpus, 'train', range(24, 32), 32, cfg.seed)
+    t = diffusion.sample_t(8, cfg.mask_eps, True, diffusion.keyed_generator(cfg.seed, 3))
+    xt, masked = diffusion.forward_process(x0, t, tok.mask_id, u=diffusion.row_noise(cfg.seed, 3, range(8), 32))
+    want = diffusion.diffusion_loss(model, x0, maskable, tok.mask_id, t=t, masked=masked)
+    with torch.no_grad():
+        ce = torch.nn.functional.cross_entropy(model(xt).flatten(0, 1), x0.flatten(), reduction='none').view(8, 32)
+    loss, norm, bins = train.train_step(model, train.make_optimizers(model, cfg, 'cpu'),
+                                        train.micro_batches(corpus, cfg, 3, tok), cfg, 3, me)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5) and norm > 0
+    for k in range(4):
+        of_bin = masked & ((t * 4).long().clamp(max=3) == k)[:, None]
+        assert bins[:, k].tolist() == pytest.approx([ce[of_bin].sum().item(), of_bin.sum().item()], rel=1e-4)
 
 
 def test_evaluation_does_not_touch_training(corpus_folder, straight, tmp_path):
     train.main(settings(corpus_folder, tmp_path / 'run', eval_interval=40, eval_draws=1, sample_tokens=0))
-    a, b = (read_checkpoint(r / 'iter_0000040')['files'] for r in (tmp_path / 'run', straight))
-    assert a == b
+    same_tensors(tmp_path / 'run' / 'iter_0000040', straight / 'iter_0000040')
 
 
 @pytest.mark.parametrize('where', ['loss', 'gradient'])
 def test_not_a_number_stops_before_the_update(corpus_folder, tmp_path, monkeypatch, capsys, where):
-    real, calls = diffusion.diffusion_loss, []
+    real, calls = M.weighted_cross_entropy, []
 
-    def sabotage(model, *args, **options):
+    def sabotage(*args, **options):
+        loss = real(*args, **options)
+        if not torch.is_grad_enabled():
+            return loss
         calls.append(1)
-        loss = real(model, *args, **options)
         if len(calls) == 2 * 24 + 1 and where == 'gradient':        # a finite loss
-            model.norm.weight.register_hook(lambda g: g * float('inf'))
+            loss.register_hook(lambda g: g * float('inf'))
         return loss * float('nan') if len(calls) > 2 * 24 and where == 'loss' else loss
 
-    monkeypatch.setattr(diffusion, 'diffusion_loss', sabotage)
+    monkeypatch.setattr(M, 'weighted_cross_entropy', sabotage)
     with pytest.raises(SystemExit) as e:
         train.main(settings(corpus_folder, tmp_path / 'run'))
     err = capsys.readouterr().err
@@ -283,9 +342,12 @@ def test_what_is_set_on_resume_counts(corpus_folder, straight, tmp_path, capsys)
     shutil.copytree(straight, run)
     train.main(settings(corpus_folder, run, resume=True, max_iters=42, weight_decay=0.7, beta2=0.5))
     assert 'another weight_decay: 0.7, it was 0.1' in capsys.readouterr().err
-    groups = torch.load(run / 'iter_0000042' / 'optim.pt', weights_only=True)[-1]['param_groups']
-    assert groups[0]['betas'] == (0.9, 0.5) and groups[0]['weight_decay'] == 0.0        # Muon decays, AdamW does not
-    assert torch.load(run / 'iter_0000042' / 'optim.pt', weights_only=True)[0]['param_groups'][0]['weight_decay'] == 0.7
+    as_before = tmp_path / 'as_before'
+    shutil.copytree(straight, as_before)
+    train.main(settings(corpus_folder, as_before, resume=True, max_iters=42))
+    a, b = tensors(run / 'iter_0000042'), tensors(as_before / 'iter_0000042')
+    assert not torch.equal(a['model.blocks.0.ff.up.weight'], b['model.blocks.0.ff.up.weight'])      # Muon's decay
+    assert not torch.equal(a['optim.embed.weight.exp_avg_sq'], b['optim.embed.weight.exp_avg_sq'])  # AdamW's beta2
 
 
 @pytest.mark.slow
