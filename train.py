@@ -218,6 +218,7 @@ def join(cfg):
         if device == 'cuda':
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
+    me.saver = dist.new_group(backend='gloo') if me.world > 1 else None     # saving in a thread needs its own line
     return me
 
 
@@ -427,7 +428,7 @@ def dry_run_report(cfg, world):
     flops = model.flops_per_token(1.0 if cfg.causal else 0.5) * cfg.max_iters * size
     seconds = flops / (gpus * 989e12 * cfg.assumed_mfu)
     print(f'update             {size:,} tokens: {gpus} GPUs x {passes} passes x {cfg.batch_size} windows\n'
-          f'run                {cfg.max_iters:,} updates, {cfg.max_iters * size / 1e9:,.1f} G tokens, {flops:.2g} FLOP\n'
+          f'run                {cfg.max_iters:,} updates, {cfg.max_iters * size / 1e9:,.1f}G tokens, {flops:.2g} FLOP\n'
           f'time               {seconds / 86400:,.1f} days, {seconds * gpus / 3600:,.0f} GPU hours at '
           f'{cfg.assumed_mfu:.0%} of 989 TFLOP/s (assumed, not measured)')
 
@@ -472,7 +473,8 @@ def save_checkpoint(run, it, model, optimizers, cfg, tok, corpus, me):
     agree(me, None)                                                 # nobody writes before the folder is there
     write = dcp.async_save if cfg.async_save else dcp.save
     with models.quiet(f'{final}: could not be written'):
-        done = write(run_state(model, optimizers), checkpoint_id=aside, no_dist=me.world == 1)
+        done = write(run_state(model, optimizers), checkpoint_id=aside, no_dist=me.world == 1,
+                     process_group=me.saver)
     written = done.result if cfg.async_save else (lambda: None)
     return me.pool.submit(complete, written) if me.rank == 0 else me.pool.submit(written)
 
@@ -606,6 +608,8 @@ def prepare_run(cfg):
     me = join(cfg)
     accumulation(cfg, me.world)
     run = Path(cfg.out_dir)
+    if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):        # torchrun has started all processes anew
+        cfg.resume = cfg.resume or bool(models.find_checkpoints(run))
     if models.find_checkpoints(run) and not cfg.resume:
         raise ValueError(f'{run} already holds a run: continue it with --resume, or choose another --out_dir')
     for turn in range(2):                                           # rank 0 first: it may have to make the data

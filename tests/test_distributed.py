@@ -1,0 +1,181 @@
+"""Several processes are one run: real torchrun, two to four processes on the CPU, against a single process."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import ROOT, small_corpus
+from test_train import settings, tensors
+
+import model as M
+import train
+from configurator import settings_of
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or sys.platform == 'win32',
+                                reason='needs torch.distributed with gloo')
+SMALL = dict(batch_size=2, global_batch=8, max_iters=20, log_interval=1, eval_interval=10, eval_windows=9, eval_draws=1,
+             sample_tokens=4, optimizer='adamw', learning_rate=3e-3, warmup_iters=5, keep_last=5)
+
+
+@pytest.fixture(scope='module')
+def corpus_folder(tmp_path_factory):
+    return small_corpus(tmp_path_factory.mktemp('corpus') / 'small')
+
+
+def command(n, config, *more):
+    defaults = settings_of(vars(train))
+    asked = [f'--{k}={v}' for k, v in config.items() if v != defaults[k]]
+    return [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={n}', *more,
+            str(ROOT / 'train.py'), *asked]
+
+
+def torchrun(n, config, *more, code=0):
+    """Runs train.py on n processes -> what it said."""
+    done = subprocess.run(command(n, config, *more), cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert (done.returncode == 0) == (code == 0), done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
+    return {(e['iter'], key): e[key] for e in lines for key in ('loss', 'grad_norm', 'val_nats') if key in e}
+
+
+def same_losses(run, other, rel=1e-5):
+    a, b = losses(run), losses(other)
+    assert a.keys() == b.keys() and len(a) == 42
+    for key, value in a.items():
+        assert value == pytest.approx(b[key], rel=rel if key[1] != 'grad_norm' else 1e-4), key
+
+
+@pytest.fixture(scope='module')
+def one(corpus_folder, tmp_path_factory):
+    run = tmp_path_factory.mktemp('one') / 'run'
+    train.main(settings(corpus_folder, run, **SMALL))
+    return run
+
+
+@pytest.fixture(scope='module')
+def sharded(corpus_folder, tmp_path_factory):
+    """20 iterations of FSDP on two processes."""
+    run = tmp_path_factory.mktemp('fsdp') / 'run'
+    torchrun(2, settings(corpus_folder, run, **SMALL, fsdp=-1))
+    return run
+
+
+def test_fsdp_equals_one_process(one, sharded):
+    same_losses(sharded, one)
+
+
+@pytest.mark.parametrize('n, changes', [(2, dict(fsdp=0)), (4, dict(fsdp=2)),
+                                        (2, dict(fsdp=-1, act_memory=0.0, async_save=True))], ids=str)
+def test_ddp_and_hsdp_equal_one_process(corpus_folder, one, tmp_path, n, changes):
+    said = torchrun(n, settings(corpus_folder, tmp_path / 'run', **SMALL, **changes))
+    same_losses(tmp_path / 'run', one)
+    assert said.count('done:') == 1 and f'{n} processes' in said                    # only rank 0 speaks
+
+
+def test_unequal_lengths_on_the_processes(corpus_folder, tmp_path):
+    """Random lengths and splits: the loss is normalised over the global batch, wherever the short windows fall."""
+    cut = dict(SMALL, random_length=0.4, random_split=0.4, max_iters=20)
+    train.main(settings(corpus_folder, tmp_path / 'one', **cut))
+    torchrun(2, settings(corpus_folder, tmp_path / 'two', **cut))
+    same_losses(tmp_path / 'two', tmp_path / 'one')
+
+
+def half(run, target):
+    """A copy of a run that was stopped at iteration 10."""
+    shutil.copytree(run, target)
+    shutil.rmtree(target / 'iter_0000020')
+    return target
+
+
+def test_one_process_takes_over_from_fsdp_and_back(corpus_folder, one, sharded, tmp_path):
+    train.main(settings(corpus_folder, half(sharded, tmp_path / 'a'), **SMALL, resume=True))        # 2 -> 1
+    same_losses(tmp_path / 'a', one)
+    torchrun(2, settings(corpus_folder, half(one, tmp_path / 'b'), **SMALL, fsdp=-1, resume=True))   # 1 -> 2
+    same_losses(tmp_path / 'b', one)
+    torchrun(4, settings(corpus_folder, half(sharded, tmp_path / 'c'), **SMALL, resume=True))        # FSDP 2 -> DDP 4
+    same_losses(tmp_path / 'c', one)
+
+
+def test_resuming_on_the_same_processes_gives_the_same_bits(corpus_folder, sharded, tmp_path):
+    torchrun(2, settings(corpus_folder, half(sharded, tmp_path / 'run'), **SMALL, fsdp=-1, resume=True))
+    a, b = tensors(sharded / 'iter_0000020'), tensors(tmp_path / 'run' / 'iter_0000020')
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_one_process_reads_a_sharded_checkpoint(one, sharded):
+    model, meta = M.load_model(sharded)
+    plain, _ = M.load_model(one)
+    assert meta['iteration'] == 20
+    for p, q in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+
+def children(pid):
+    out = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(pid)], capture_output=True, text=True).stdout
+    return [int(x) for x in out.split()]
+
+
+def killed_and_restarted(corpus_folder, run, kills, iters=60):
+    """Kills one of two processes `kills` times; torchrun starts them anew, and they go on from the last checkpoint."""
+    config = settings(corpus_folder, run, **dict(SMALL, max_iters=iters, eval_interval=5))
+    process = subprocess.Popen(command(2, config, f'--max-restarts={kills}'), cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    for k in range(kills):
+        want, end = run / f'iter_{5 * (k + 1):07d}', time.time() + 120
+        while not want.exists():
+            assert process.poll() is None and time.time() < end
+            time.sleep(0.01)
+        victims = children(process.pid)
+        assert len(victims) == 2
+        os.kill(victims[k % 2], signal.SIGKILL)
+        time.sleep(0.5)
+    assert process.wait(timeout=300) == 0
+
+
+@pytest.mark.skipif(shutil.which('ps') is None, reason='needs ps')
+def test_a_killed_process_is_replaced(corpus_folder, tmp_path):
+    train.main(settings(corpus_folder, tmp_path / 'straight', **dict(SMALL, max_iters=60, eval_interval=5)))
+    killed_and_restarted(corpus_folder, tmp_path / 'run', 1)
+    a, b = (M.load_model(tmp_path / name)[0] for name in ('straight', 'run'))
+    for p, q in zip(a.parameters(), b.parameters()):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which('ps') is None, reason='needs ps')
+def test_ten_kills_end_with_the_same_bits(corpus_folder, tmp_path):
+    torchrun(2, settings(corpus_folder, tmp_path / 'straight', **dict(SMALL, max_iters=120, eval_interval=5)))
+    killed_and_restarted(corpus_folder, tmp_path / 'run', 10, iters=120)
+    a, b = (tensors(tmp_path / name / 'iter_0000120') for name in ('straight', 'run'))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_all_processes_stop_together_and_save(corpus_folder, tmp_path):
+    run = tmp_path / 'run'
+    config = settings(corpus_folder, run, **dict(SMALL, max_iters=5000, eval_interval=5000))
+    process = subprocess.Popen(command(2, config), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    end = time.time() + 120
+    while not ((run / 'log.jsonl').exists() and (run / 'log.jsonl').read_text().count('\n') > 10):
+        assert process.poll() is None and time.time() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert 'saved iteration' in said and len(M.find_checkpoints(run)) == 1
+    M.load_model(run)
+
+
+def test_what_does_not_divide_is_said_once_and_in_words(corpus_folder, tmp_path):
+    said = torchrun(2, settings(corpus_folder, tmp_path / 'run', **dict(SMALL, batch_size=8)), code=2)
+    assert said.count('do not divide into 2 processes x batch_size 8') == 1 and 'batch_size 1 or 2 or 4' in said
+    assert not (tmp_path / 'run').exists()
