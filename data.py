@@ -793,7 +793,8 @@ def batch(corpus, split, rows, seq_len, seed=0, cuts=None):
     maskable, cu_seqlens = torch.ones_like(x0, dtype=torch.bool), None
     if cuts is not None and any(cuts):
         borders = {*range(0, x0.numel() + 1, seq_len), *(i * seq_len + abs(int(c)) for i, c in enumerate(cuts))}
-        cu_seqlens = torch.tensor(sorted(borders), dtype=torch.int32)
+        borders = sorted(borders) + [x0.numel()] * (2 * len(rows) + 1 - len(borders))       # one shape: one graph
+        cu_seqlens = torch.tensor(borders, dtype=torch.int32)
         maskable = torch.arange(seq_len) < torch.tensor([-int(c) if c < 0 else seq_len for c in cuts])[:, None]
     return Batch(x0, maskable, cu_seqlens)
 

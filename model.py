@@ -97,7 +97,8 @@ def attention(q, k, v, *, causal=False, hidden=None, cu_seqlens=None):
     """softmax(q k^T / sqrt(D)) v; q (B, H, W, D), k and v (B, Hkv, T, D) -> (B, H, W, D).
 
     hidden: bool, broadcastable to (B, 1, W, T), True = this query must not look at this key.
-    cu_seqlens (n+1,) int32: the batch, read row by row, is n segments end to end; nobody looks across a border.
+    cu_seqlens (n+1,) int32: the batch, read row by row, is n segments end to end; nobody looks across a border. No
+    segment is longer than a row; empty ones may fill up the end.
     """
     if cu_seqlens is not None:
         return packed_attention(q, k, v, cu_seqlens, causal)
@@ -124,14 +125,13 @@ def packed_attention(q, k, v, cu_seqlens, causal):
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         from torch.nn.attention.varlen import varlen_attn
         k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) for z in (k, v))   # torch 2.11's kernel has no GQA
-        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
         window = {'window_size': (-1, 0)} if causal else {}
-        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **window)
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, shape[2], shape[2], **window)
     else:
         borders = cu_seqlens.tolist()
         out = torch.cat([
             attention(*(z[None, start:end].transpose(1, 2) for z in (q, k, v)), causal=causal)[0].transpose(0, 1)
-            for start, end in zip(borders, borders[1:])])
+            for start, end in zip(borders, borders[1:]) if start < end])
     return out.unflatten(0, (shape[0], shape[2])).transpose(1, 2)
 
 
@@ -262,7 +262,7 @@ class Transformer(nn.Module):
             pos = torch.arange(ids.shape[1], device=ids.device)
             if cu_seqlens is not None:
                 count = torch.arange(ids.numel(), device=ids.device)
-                start = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+                start = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=ids.numel())
                 pos = (count - start).view(ids.shape)
         x = self.embed(ids)                                                             # (B, W, C)
         if torch.is_autocast_enabled(x.device.type):

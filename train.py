@@ -57,6 +57,7 @@ d_ff = 512                      # width inside the SwiGLU
 vocab_size = 0                  # rows of embedding and head; 0: as many as the tokenizer of the data has
 rope_theta = 10000.0            # base of the rotary frequencies (500000 in LLaDA, whose context is 4096)
 norm_eps = 1e-5                 # of RMSNorm
+rope_fp32 = True                # rotate queries and keys in float32 (LLaDA); False: in their own dtype (iLLaDA)
 tied = False                    # the head shares the embedding matrix
 causal = False                  # True: the autoregressive baseline
 locality = 2.0                  # strength of an initial look at neighbours (model.look_nearby); 0 is the papers' init
@@ -103,7 +104,8 @@ act_memory = 1.0                # share of a block's activations kept for the ba
 
 PEAKS = (('H100 PCIe', 756e12), ('H100', 989e12), ('H200', 989e12), ('H800', 989e12), ('A100', 312e12),
          ('A800', 312e12))      # dense bfloat16 FLOP/s by the data sheets (SXM unless named); others print no MFU
-SHAPE = ('seq_len', 'n_layer', 'n_head', 'n_kv_head', 'd_model', 'd_ff', 'rope_theta', 'norm_eps', 'tied', 'causal')
+SHAPE = ('seq_len', 'n_layer', 'n_head', 'n_kv_head', 'd_model', 'd_ff', 'rope_theta', 'norm_eps', 'tied', 'causal',
+         'rope_fp32')
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -156,8 +158,8 @@ def accumulation(cfg, world):
         raise ValueError(
             f'global_batch: {total} windows do not divide into {world} processes x batch_size {cfg.batch_size} '
             f'({total / (cfg.batch_size * world):.4g} forward passes each); what would: '
-            + ' or '.join([*([f'batch_size {" or ".join(map(str, batches[-4:]))}'] if batches else []),
-                           *([f'{" or ".join(map(str, sorted(near)))} processes'] if near else [])]))
+            + '; '.join([*([f'batch_size {" or ".join(map(str, batches[-4:]))}'] if batches else []),
+                         *([f'{" or ".join(map(str, sorted(near)))} processes'] if near else [])]))
     return total // (cfg.batch_size * world)
 
 
@@ -374,7 +376,7 @@ def sample_text(model, cfg, tok, me, it):
     """A sample on one line: random remasking at temperature 1 draws from the model, where low-confidence would not."""
     generator, n = diffusion.keyed_generator(cfg.seed, it, device=me.device), min(cfg.sample_tokens, cfg.seq_len)
     model.eval()
-    with me.autocast:
+    with me.autocast, torch.compiler.set_stance('force_eager'):     # other shapes: not worth compiling
         if cfg.causal:
             start = torch.full((1, 1), tok.eos_id, device=me.device)
             x = diffusion.ar_generate(model, start, n, generator=generator).x[:, 1:]
@@ -418,18 +420,18 @@ def dry_run_report(cfg, world):
     gpus = cfg.gpus or world
     passes, size = accumulation(cfg, gpus), (cfg.global_batch or cfg.batch_size) * cfg.seq_len
     outside = model.num_params(non_embedding=True)
-    print(f'parameters         {model.num_params():,} ({outside:,} outside embedding and head)')
+    print(f'parameters        {model.num_params():,} ({outside:,} outside embedding and head)')
     total, parts = 0.0, needs(cfg, config, gpus)
     for what, gb in parts:
         total += gb
-        print(f'{gb:9.1f} GB       {what}')
+        print(f'{gb:9.1f} GB      {what}')
     verdict = 'fits into' if total <= cfg.gpu_gb * 1.0737 else 'does not fit into'   # an "80 GB" GPU has 80 GiB
-    print(f'{total:9.1f} GB       on each of {gpus} GPUs: {verdict} {cfg.gpu_gb} GiB')
+    print(f'{total:9.1f} GB      on each of {gpus} GPUs: {verdict} {cfg.gpu_gb} GiB')
     flops = model.flops_per_token(1.0 if cfg.causal else 0.5) * cfg.max_iters * size
     seconds = flops / (gpus * 989e12 * cfg.assumed_mfu)
-    print(f'update             {size:,} tokens: {gpus} GPUs x {passes} passes x {cfg.batch_size} windows\n'
-          f'run                {cfg.max_iters:,} updates, {cfg.max_iters * size / 1e9:,.1f}G tokens, {flops:.2g} FLOP\n'
-          f'time               {seconds / 86400:,.1f} days, {seconds * gpus / 3600:,.0f} GPU hours at '
+    print(f'update            {size:,} tokens: {gpus} GPUs x {passes} passes x {cfg.batch_size} windows\n'
+          f'run               {cfg.max_iters:,} updates, {cfg.max_iters * size / 1e9:,.1f} G tokens, {flops:.2e} FLOP\n'
+          f'time              {seconds / 86400:,.1f} days, {seconds * gpus / 3600:,.0f} GPU hours at '
           f'{cfg.assumed_mfu:.0%} of 989 TFLOP/s (assumed, not measured)')
 
 

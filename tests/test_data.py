@@ -458,5 +458,5 @@ def test_cut_windows(corpus_folder):
     plain = data.batch(corpus, 'train', range(4), 16)
     cut = data.batch(corpus, 'train', range(4), 16, cuts=np.array([0, 5, -3, -16]))
     assert torch.equal(plain.x0, cut.x0) and plain.cu_seqlens is None and plain.maskable.all()
-    assert cut.cu_seqlens.tolist() == [0, 16, 21, 32, 35, 48, 64] and cut.cu_seqlens.dtype == torch.int32
+    assert cut.cu_seqlens.tolist() == [0, 16, 21, 32, 35, 48, 64, 64, 64] and cut.cu_seqlens.dtype == torch.int32
     assert cut.maskable.sum(1).tolist() == [16, 16, 3, 16]

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import data
 import diffusion
 import model as M
 import train
-from configurator import settings_of
+from configurator import configure, settings_of
 from model import file_sha256, find_checkpoints, load_model, quiet, read_checkpoint, read_tensors, stored_tensors
 
 TINY = dict(n_layer=2, n_head=2, n_kv_head=2, d_model=32, d_ff=48, seq_len=32, batch_size=4, global_batch=8,
@@ -371,7 +372,125 @@ def test_learning_rates_at_every_corner():
     assert at[100] == pytest.approx(0.55) and at[110] == pytest.approx(0.1)
 
 
+PAPER = {'llada_1b': (1_487_243_264, 969_246_720), 'llada_8b': (8_015_581_184, 6_979_588_096),
+         'arm_1b': (1_487_243_264, 969_246_720), 'arm_7b': (6_834_851_840, 5_798_858_752),
+         'illada_8b': (7_615_025_152, 6_979_588_096)}
+
+
+def paper(name):
+    return SimpleNamespace(**configure(settings_of(vars(train)), [str(ROOT / 'config' / f'{name}.py')]))
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_configs_have_the_parameter_counts_of_the_papers(name):
+    cfg = paper(name)
+    train.check(cfg)
+    with torch.device('meta'):
+        model = M.Transformer(M.ModelConfig(cfg.vocab_size, **{f: getattr(cfg, f) for f in train.SHAPE}))
+    assert (model.num_params(), model.num_params(non_embedding=True)) == PAPER[name]
+    assert cfg.causal == name.startswith('arm') and cfg.locality == 0 and not cfg.count_form or cfg.causal
+
+
+def test_the_papers_learning_rates_at_every_corner():
+    def lr(cfg, tokens):
+        return cfg.learning_rate * train.lr_factor(tokens // (cfg.global_batch * cfg.seq_len) - 1, cfg)
+
+    cfg = paper('llada_8b')
+    step = cfg.global_batch * cfg.seq_len
+    assert step == 5_242_880 and cfg.max_iters == 438_690
+    for tokens, want in ((step, 2e-7), (1000 * step, 2e-4), (2000 * step, 4e-4), (1e12, 4e-4), (1.2e12 - step, 4e-4),
+                         (1.2e12 + 2 * step, 1e-4), (1.9e12, 1e-4), (2.15e12, 5.5e-5), (2.3e12, 1e-5)):
+        assert lr(cfg, int(tokens)) == pytest.approx(want, rel=1e-4), tokens
+    cfg = paper('illada_8b')
+    step = cfg.global_batch * cfg.seq_len
+    for tokens, want in ((2000 * step, 2e-4), (9.9e12, 2e-4), (11e12, (2e-4 + 5e-6) / 2), (12e12, 5e-6)):
+        assert lr(cfg, int(tokens)) == pytest.approx(want, rel=1e-3), tokens
+    assert train.lr_at(5, [[0, 0.0], [10, 1.0]]) == 0.5 and train.lr_at(10, [[0, 0.0], [10, 1.0]]) == 1.0
+    assert train.lr_at(10, [[0, 0.0], [10, 1.0], [10, 3.0]]) == 3.0                     # a jump: the later rate counts
+    assert train.lr_at(99, [[0, 0.0], [10, 1.0]]) == 1.0
+
+
+@pytest.mark.parametrize('gpus, fits', [(8, True), (64, True), (320, True), (1, False)])
+def test_a_dry_run_of_8b(capsys, gpus, fits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main({**vars(paper('llada_8b')), 'dry_run': True, 'gpus': gpus})
+    out = capsys.readouterr().out
+    assert '8,015,581,184' in out and ('fits into 80 GiB' in out) == fits and not list(tmp_path.iterdir())
+    assert '438,690 updates' in out and f'{gpus} GPUs x {320 // gpus} passes x 4 windows' in out
+    total = float(re.search(r'([\d.]+) GB +on each', out).group(1))
+    by_hand = {8: 65, 64: 51, 320: 50}                              # worked out in another place, by other people
+    assert not fits or abs(total - by_hand[gpus]) < 1.5
+
+
+def test_256_gpus_do_not_divide_the_papers_batch(capsys):
+    with pytest.raises(SystemExit) as e:
+        train.main({**vars(paper('llada_8b')), 'dry_run': True, 'gpus': 256})
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and '1280 windows do not divide into 256 processes x batch_size 4' in err
+    assert 'batch_size 1 or 5' in err and '160 or 320 processes' in err
+
+
+def test_an_update_that_is_not_finite_is_skipped_on_the_device(corpus_folder):
+    """What a GPU does without the host waiting, on the CPU: fused AdamW looks at found_inf."""
+    cfg = SimpleNamespace(**settings(corpus_folder, 'x', optimizer='adamw'))
+    model = M.init_weights(M.Transformer(M.ModelConfig(264, 32, 2, 2, 2, 32, 48)), 0, 1.0)
+    (o,) = train.make_optimizers(model, cfg, 'cpu')
+    for bad in (False, True, False):
+        before = [p.clone() for p in model.parameters()]
+        for p in model.parameters():
+            p.grad = torch.full_like(p, float('nan') if bad else 1.0)
+        o.found_inf = torch.tensor(float(bad))
+        o.step()
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before)) == bad
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert {state['step'].item() for state in o.state.values()} == {2.0}
+
+
+def test_an_asynchronous_checkpoint_is_of_its_moment(corpus_folder, straight, tmp_path):
+    train.main(settings(corpus_folder, tmp_path / 'run', async_save=True))
+    for it in (30, 40):
+        same_tensors(tmp_path / 'run' / f'iter_00000{it}', straight / f'iter_00000{it}')
+
+
+def test_recomputing_changes_nothing(corpus_folder, straight, tmp_path):
+    train.main(settings(corpus_folder, tmp_path / 'run', act_memory=0.0))
+    same_tensors(tmp_path / 'run' / 'iter_0000040', straight / 'iter_0000040')
+
+
+def test_packed_training_equals_separate_training(corpus_folder):
+    """A batch with cuts: loss and gradients are those of its segments, each run alone."""
+    corpus = data.open_corpus(corpus_folder)
+    tok = data.corpus_tokenizer(corpus)
+    cfg = SimpleNamespace(**settings(corpus_folder, 'x', batch_size=8, random_length=0.4, random_split=0.5))
+    model = M.init_weights(M.Transformer(M.ModelConfig(tok.vocab_size, 32, 2, 2, 2, 32, 48)), 0, 1.0)
+    (piece,) = train.micro_batches(corpus, cfg, 3, tok)
+    ids, rows, targets, weights, cu_seqlens, _ = piece
+    loss = model(ids, rows=rows, targets=targets, weights=weights, cu_seqlens=cu_seqlens)
+    loss.backward()
+    packed = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    total, flat, borders = 0.0, ids.flatten(), cu_seqlens.tolist()
+    assert len(set(borders)) > 12
+    for a, b in zip(borders, borders[1:]):
+        mine = (rows >= a) & (rows < b)
+        if a < b and mine.any():
+            part = model(flat[None, a:b], rows=rows[mine] - a, targets=targets[mine], weights=weights[mine])
+            part.backward()
+            total += part.item()
+    assert loss.item() == pytest.approx(total, rel=1e-5)
+    for p, want in zip(model.parameters(), packed):
+        torch.testing.assert_close(p.grad, want, atol=1e-6, rtol=1e-4)
+    cuts = data.draw_cuts(cfg.seed, 3, 8, 32, 0.4, 0.5)
+    kept = 8 * 32 - sum(32 + c for c in cuts if c < 0)
+    assert weights.min() >= 1 / kept - 1e-9                         # normalised by the tokens that are left
+
+
 @pytest.mark.parametrize('changes, says', [
+    (dict(lr_points=[[0, 1.0], [5, 'x']], schedule='points'), 'lr_points'),
+    (dict(schedule='points'), 'lr_points goes with'),
+    (dict(lr_points=[[5, 1.0], [0, 1.0]], schedule='points'), 'in order of tokens'),
+    (dict(random_split=1.5), 'random_split must lie'), (dict(causal=True, random_length=0.1), 'are for diffusion'),
+    (dict(vocab_size=5), 'vocab_size must hold'), (dict(global_batch=7), '7 windows do not divide'),
     (dict(batch_size=0), 'batch_size must be above 0'), (dict(optimizer='sgd'), "optimizer must be one of"),
     (dict(beta2=1.0), 'beta2'), (dict(n_head=3), 'd_model / n_head'), (dict(seq_len=10 ** 6), 'too short'),
     (dict(dataset='no/such'), 'no data set here'),

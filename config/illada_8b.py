@@ -1,0 +1,49 @@
+"""iLLaDA 8B (arXiv 2606.25331): 7,615,025,152 parameters, 12 T tokens, windows of 8192, 30 % of them split and packed.
+
+Second-hand throughout: the paper's text was not at hand when this was written, only summaries and the model's code.
+"""
+
+out_dir = 'out/illada_8b'
+dataset = 'data/pretrain'       # made by data.py
+
+vocab_size = 155136
+seq_len = 8192
+n_layer = 32
+n_head = 32
+n_kv_head = 8                   # grouped-query attention
+d_model = 4096
+d_ff = 14336
+tied = True
+rope_theta = 500000.0           # unconfirmed: read it from the release's config.json
+norm_eps = 1e-5                 # unconfirmed: likewise
+rope_fp32 = False               # its code rotates in the dtype of queries and keys
+locality = 0.0                  # not in the papers
+emb_std = 0.0                   # the scheme of LLaDA; iLLaDA's code has another, whose std is unconfirmed
+
+count_form = False              # Eq. 3, as in LLaDA
+stratified = True
+mask_eps = 1e-3
+random_split = 0.3              # replaces LLaDA's random length
+
+optimizer = 'adamw'
+beta1 = 0.9                     # unconfirmed: the paper names no betas; these are SMDM's (arXiv 2410.18514)
+beta2 = 0.95                    # unconfirmed, SMDM's
+weight_decay = 0.1              # as LLaDA
+grad_clip = 1.0                 # unconfirmed, SMDM's
+
+batch_size = 2                  # for each GPU
+global_batch = 640              # unconfirmed: LLaDA's number of tokens
+learning_rate = 2e-4
+max_iters = 12000000000000 // (640 * 8192)          # 12 T tokens
+schedule = 'points'             # warm up to 2e-4, stay until the loss plateaus, cosine to 5e-6; that the warm-up takes
+                                # 2000 iterations and the cosine begins at 10 T tokens is a guess: both unconfirmed
+lr_points = [[0, 0], [2000 * 640 * 8192, 2e-4], [10e12, 2e-4], [12e12, 5e-6, 'cosine']]
+
+eval_interval = 1000
+eval_windows = 512
+log_interval = 10
+async_save = True
+dtype = 'bfloat16'
+compile = True
+fsdp = -1
+act_memory = 0.5
