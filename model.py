@@ -215,21 +215,15 @@ class FusedCrossEntropy(torch.autograd.Function):
         return dh * grad.to(dh.dtype), (dw * grad).to(ctx.weight_dtype), None, None, None, None
 
 
-def weighted_cross_entropy(h, weight, targets, weights, chunk=2048, small=64e6, ce=None):
+def weighted_cross_entropy(h, weight, targets, weights, ce=None, chunk=None):
     """sum_i weights_i * CE(h_i W^T, targets_i): h (M, C), weight (V, C), targets (M,), weights (M,) -> ().
 
-    Cross-entropy in float32 at least: a weight of 1/t multiplies its rounding by up to 1000. Chunked as soon as the
-    logits would take more than `small` bytes; below that one product is faster. ce (M,): is filled with the terms.
+    Cross-entropy in float32 at least: a weight of 1/t multiplies its rounding by up to 1000. ce (M,): is filled with
+    the terms. chunk: rows at a time, by default what stays in a cache, on a GPU 2048.
     """
-    if targets.shape[0] * weight.shape[0] * 4 > small:
-        with torch.autocast(h.device.type, enabled=False):
-            return FusedCrossEntropy.apply(h, weight, targets, weights, chunk, ce)
-    logits = F.linear(h, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    each = F.cross_entropy(logits, targets, reduction='none')
-    if ce is not None:
-        ce.copy_(each.detach())
-    return (each * weights.to(logits.dtype)).sum()
+    chunk = chunk or (2048 if h.is_cuda else max(128, 10 ** 6 // weight.shape[0]))
+    with torch.autocast(h.device.type, enabled=False):
+        return FusedCrossEntropy.apply(h, weight, targets, weights, chunk, ce)
 
 
 class Transformer(nn.Module):

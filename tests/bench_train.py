@@ -1,73 +1,121 @@
-"""Training speed, by hand: whole steps (data, noise, forward, backward, clipping, update), variants alternated.
+"""Training speed and memory, by hand, on whatever machine this is: whole updates with their data, variants alternated.
 
-    python tests/bench_train.py                                     # nanoGPT's CPU size: 4 layers, 4 heads,
-                                                                    # 128 wide, T 64, batch 12
-    python tests/bench_train.py --nanogpt=../nanoGPT                # and a checkout of karpathy/nanoGPT, same process
-    python tests/bench_train.py --d_model=192 --d_ff=512 --batch_size=32
+    python tests/bench_train.py                                     # the default toy model
+    python tests/bench_train.py --nanogpt=../nanoGPT --n_layer=4 --d_model=128 --d_ff=344 --seq_len=64 --batch_size=12
+                                                                    # beside a checkout of karpathy/nanoGPT, at its size
+    python tests/bench_train.py --task=memory                       # peak of one update, vocabulary 126,464
+    python tests/bench_train.py --task=packing                      # packed against padded batches
+    python tests/bench_train.py --task=saving                       # what checkpoints cost, plain and asynchronous
+    python tests/bench_train.py --config=config/llada_1b.py --n_layer=22 --batch_size=4     # on a GPU
 
-Prints tokens per second, median of the rounds, and the ratio to the first row.
+Speed is the median of the rounds, and its ratio to the first row, the official guideline's loop (reference.py). MFU is
+against the fastest matrix product seen in the same process, and against the data sheet where the device is known.
 """
 
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+import reference  # noqa: E402
+
 import data  # noqa: E402
+import model as models  # noqa: E402
 import train  # noqa: E402
 from configurator import configure, settings_of  # noqa: E402
-from model import ModelConfig, Transformer, init_weights, pick_device  # noqa: E402
 
+task = 'speed'          # 'speed', 'memory', 'packing' or 'saving'
 n_layer = 4             # blocks
 n_head = 4              # heads
-d_model = 128           # width
-d_ff = 344              # 3 x 344 x 128 weights are nanoGPT's 2 x 512 x 128
-seq_len = 64            # tokens in a window
-batch_size = 12         # windows in a step
+d_model = 192           # width
+d_ff = 512              # width inside
+seq_len = 128           # tokens in a window
+batch_size = 16         # windows in an update
+vocab_size = 2048       # rows of embedding and head
 seconds = 4.0           # each variant, each round
 rounds = 3              # rounds
 nanogpt = ''            # a checkout of karpathy/nanoGPT
 compiled = True         # also time torch.compile
+config = ''             # a config file of train.py whose settings are taken over first
+child = ''              # memory: which variant this process is
+
+FIELDS = ('n_layer', 'n_head', 'd_model', 'd_ff', 'seq_len', 'batch_size', 'vocab_size')
+
+
+def settings_for(cfg, **changes):
+    settings = settings_of(vars(train))
+    if cfg.config:
+        settings = configure(settings, [cfg.config])
+    asked = {k: getattr(cfg, k) for k in FIELDS if not cfg.config or getattr(cfg, k) != globals_default[k]}
+    settings = SimpleNamespace(**{**settings, 'global_batch': 0, 'fsdp': 0, **asked, **changes})
+    settings.n_kv_head = settings.n_head if not cfg.config else settings.n_kv_head
+    return settings
+
+
+def make_corpus(vocab_size, folder):
+    """Random bytes, as if they were tokens of any vocabulary."""
+    rng = np.random.default_rng(0)
+    data.prepare([(str(i), ''.join(map(chr, rng.integers(32, 97, 4000)))) for i in range(400)], folder, 'bytes')
+    return data.open_corpus(folder)
 
 
 def our_step(cfg, corpus, **changes):
-    """A function that makes one update of ours, and a label."""
-    asked = {k: getattr(cfg, k) for k in ('n_layer', 'n_head', 'd_model', 'd_ff', 'seq_len', 'batch_size')}
-    settings = SimpleNamespace(**{**settings_of(vars(train)), **asked, **changes})
-    settings.n_kv_head = settings.n_head
-    device, autocast = pick_device(settings.device, settings.dtype)
-    shape = {f: getattr(settings, f)
-             for f in ('seq_len', 'n_layer', 'n_head', 'n_kv_head', 'd_model', 'd_ff', 'causal')}
+    """A function that makes one update of ours."""
+    settings = settings_for(cfg, **changes)
+    me = train.join(settings)
+    model, net = train.build(settings, me, settings.vocab_size)
+    models.init_weights(model, device=None)
     tok = data.corpus_tokenizer(corpus)
-    model = init_weights(Transformer(ModelConfig(tok.vocab_size, **shape)).to(device))
-    if settings.compile:
-        for block in model.blocks:
-            block.compile()
-    optimizers, count = train.make_optimizers(model, settings, device), [0]
+    optimizers, it = train.make_optimizers(model, settings, me.device), [0]
+    pieces = train.prefetched(lambda i: train.micro_batches(corpus, settings, i, tok, me), 0, me.device == 'cuda')
 
     def step():
-        train.train_step(model, optimizers, corpus, settings, count[0], tok, device, autocast)
-        count[0] += 1
+        train.train_step(net, optimizers, next(pieces), settings, it[0], me)
+        it[0] += 1
 
     return step
 
 
-def nanogpt_step(cfg, path, vocab_size):
+def plain_step(cfg, corpus, dtype):
+    """The same for the guideline's loop."""
+    settings = settings_for(cfg, dtype=dtype)
+    me = train.join(settings)
+    model = train.build(settings, me, settings.vocab_size)[0]
+    models.init_weights(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=True)
+    it, autocast = [0], torch.autocast(me.device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
+
+    def step():
+        rows = range(it[0] * settings.batch_size, (it[0] + 1) * settings.batch_size)
+        x0 = data.batch(corpus, 'train', rows, settings.seq_len).x0.to(me.device)
+        ours, models.attention = models.attention, reference.plain_attention
+        reference.plain_step(model, optimizer, x0, settings.vocab_size - 1, autocast)
+        models.attention = ours
+        it[0] += 1
+
+    return step
+
+
+def nanogpt_step(cfg, path):
     """One update of nanoGPT's train.py on CPU, with its model and optimizer: float32, eager, dropout 0."""
-    sys.modules.pop('model', None)
+    ours = sys.modules.pop('model')
     sys.path.insert(0, path)
     import model as theirs
     sys.path.pop(0)
+    sys.modules['model'] = ours
     net = theirs.GPT(theirs.GPTConfig(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.d_model,
-                                      block_size=cfg.seq_len, bias=False, vocab_size=vocab_size, dropout=0.0))
+                                      block_size=cfg.seq_len, bias=False, vocab_size=cfg.vocab_size, dropout=0.0))
     optimizer = net.configure_optimizers(0.1, 1e-3, (0.9, 0.99), 'cpu')
-    tokens = np.random.default_rng(0).integers(vocab_size, size=10 ** 6).astype(np.uint16)
+    tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=10 ** 6).astype(np.uint16)
 
     def step():
         ix = torch.randint(len(tokens) - cfg.seq_len, (cfg.batch_size,))
@@ -83,42 +131,186 @@ def nanogpt_step(cfg, path, vocab_size):
     return step
 
 
-def main(config):
-    cfg = SimpleNamespace(**config)
-    folder = Path(tempfile.mkdtemp()) / 'bench'
-    rng = np.random.default_rng(0)
-    data.prepare([(str(i), ''.join(map(chr, rng.integers(32, 97, 4000)))) for i in range(50)], folder, 'bytes')
-    corpus = data.open_corpus(folder)
-    V = corpus.manifest['vocab_size']
-    variants = {}
-    if cfg.nanogpt:
-        variants['nanoGPT, float32, eager'] = nanogpt_step(cfg, cfg.nanogpt, V)
-    variants['float32, AdamW, eager'] = our_step(cfg, corpus, dtype='float32', optimizer='adamw')
-    variants['auto dtype, AdamW, eager'] = our_step(cfg, corpus, optimizer='adamw')
-    variants['auto dtype, Muon, eager'] = our_step(cfg, corpus)
-    variants['auto dtype, AdamW, eager, causal'] = our_step(cfg, corpus, optimizer='adamw', causal=True)
-    if cfg.compiled:
-        variants['auto dtype, AdamW, compiled'] = our_step(cfg, corpus, optimizer='adamw', compile=True)
-        variants['auto dtype, Muon, compiled'] = our_step(cfg, corpus, compile=True)
+def sync():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def matmul_ceiling(device, dtype):
+    """The fastest product of random matrices seen here, FLOP/s."""
+    best = 0.0
+    for n in (512, 1024, 2048) if device == 'cpu' else (4096, 8192):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        for _ in range(6):
+            sync()
+            start = time.perf_counter()
+            a @ b
+            sync()
+            best = max(best, 2 * n ** 3 / (time.perf_counter() - start))
+    return best
+
+
+def alternate(variants, tokens, cfg):
+    """Name -> tokens per second of each round, after a warm-up, taking turns."""
     speed = {name: [] for name in variants}
     for step in variants.values():
         for _ in range(5):
             step()
     for _ in range(cfg.rounds):
         for name, step in variants.items():
-            n, start = 0, time.perf_counter()
+            n = 0
+            sync()
+            start = time.perf_counter()
             while time.perf_counter() - start < cfg.seconds:
                 step()
                 n += 1
-            speed[name].append(n * cfg.batch_size * cfg.seq_len / (time.perf_counter() - start))
+            sync()
+            speed[name].append(n * tokens[name] / (time.perf_counter() - start))
     first = statistics.median(next(iter(speed.values())))
-    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, vocabulary {V}, '
-          f'{cfg.rounds} x {cfg.seconds} s each')
     for name, values in speed.items():
         middle = statistics.median(values)
-        print(f'{name:<34} {middle:9.0f} tok/s  {middle / first:5.2f}x  '
+        print(f'{name:<40} {middle:9.0f} tok/s  {middle / first:5.2f}x  '
               f'(spread {min(values):.0f} .. {max(values):.0f})')
+    return speed
 
+
+def speed_task(cfg, corpus):
+    settings = settings_for(cfg)
+    me = train.join(settings)
+    variants = {'guideline loop, float32': plain_step(cfg, corpus, 'float32')}
+    if cfg.nanogpt:
+        variants['nanoGPT, float32, eager'] = nanogpt_step(cfg, cfg.nanogpt)
+    if me.bf16:
+        variants['guideline loop, bfloat16'] = plain_step(cfg, corpus, 'bfloat16')
+    variants['ours, float32, AdamW'] = our_step(cfg, corpus, dtype='float32', optimizer='adamw', compile=False)
+    if me.bf16:
+        variants['ours, bfloat16, AdamW'] = our_step(cfg, corpus, optimizer='adamw', compile=False)
+    variants['ours, as configured'] = our_step(cfg, corpus, compile=False)
+    if cfg.compiled:
+        variants['ours, AdamW, compiled'] = our_step(cfg, corpus, optimizer='adamw', compile=True)
+    speed = alternate(variants, dict.fromkeys(variants, settings.batch_size * settings.seq_len), cfg)
+    with torch.device('meta'):
+        shape = {f: getattr(settings, f) for f in train.SHAPE}
+        flops = models.Transformer(models.ModelConfig(settings.vocab_size, **shape)).flops_per_token(0.5)
+    best, name = max((statistics.median(v), k) for k, v in speed.items() if k.startswith('ours'))
+    ceiling = matmul_ceiling(me.device, torch.bfloat16 if me.bf16 else torch.float32)
+    kind = torch.cuda.get_device_name() if me.device == 'cuda' else 'cpu'
+    sheet = next((peak for known, peak in train.PEAKS if known in kind), None)
+    print(f'{name}: {flops / 1e6:.2f} MFLOP a token, {best * flops / 1e9:.1f} GFLOP/s, {best * flops / ceiling:.1%} of '
+          f'the fastest product seen ({ceiling / 1e9:.0f} GFLOP/s)'
+          + (f', {best * flops / sheet:.1%} of the data sheet' if sheet else ''))
+
+
+def used_bytes():
+    """What is in use now."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return int(Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_bytes():
+    """The most that ever was."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def memory_task(cfg):
+    """Peak of one loss and its gradient beyond model and gradient (Linux): V 126,464, d 256, 1,024 rows, one block."""
+    if not cfg.child:
+        seen = {}
+        for name in ('plain', 'ours'):
+            out = subprocess.run([sys.executable, __file__, '--task=memory', f'--child={name}'], capture_output=True,
+                                 text=True, check=True).stdout
+            seen[name] = float(out.split()[-1])
+            print(f'{name:<6} {seen[name] / 2 ** 20:8.0f} MiB')
+        return print(f"ratio  {seen['ours'] / seen['plain']:8.2f}")
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    config = models.ModelConfig(126464, 1024, 1, 4, 4, 256, 768)
+    model = models.Transformer(config).to(device)                   # torch's own init makes no large temporaries
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    x0 = torch.randint(126000, (1, 1024), device=device)
+    p_mask = torch.full((1, 1024), 0.5, device=device)
+    masked = torch.arange(1024, device=device)[None] % 2 == 0
+    before = used_bytes()
+    if cfg.child == 'plain':
+        reference.plain_loss(model, x0, 126336, p_mask=p_mask, masked=masked).backward()
+    else:
+        terms = train.diffusion.loss_terms(x0, torch.ones_like(masked), 126336, p_mask[:, 0], masked)
+        train.diffusion.weighted_loss(model, *terms).backward()
+    print(peak_bytes() - before)
+
+
+def packing_task(cfg, corpus):
+    """30 % of the windows split in two: packed, or every segment padded to a row of its own. Counts real tokens."""
+    settings = settings_for(cfg, random_split=0.3, optimizer='adamw')
+    me, tok = train.join(settings), data.corpus_tokenizer(corpus)
+    T, model = settings.seq_len, models.init_weights(train.build(settings, me, settings.vocab_size)[0])
+    optimizers, it = train.make_optimizers(model, settings, me.device), [0]
+
+    def step(padded):
+        (piece,) = train.micro_batches(corpus, settings, it[0], tok, me)
+        ids, rows, targets, weights, cu_seqlens, t = piece
+        if padded and cu_seqlens is not None:
+            borders = [(a, b) for a, b in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]) if a < b]
+            flat, wide = ids.flatten(), torch.full((len(borders), T), tok.pad_id)
+            place = torch.empty(ids.numel(), dtype=torch.long)
+            for i, (a, b) in enumerate(borders):
+                wide[i, :b - a] = flat[a:b]
+                place[a:b] = i * T + torch.arange(b - a)
+            piece = wide, place[rows], targets, weights, None, t
+        elif padded is None:
+            piece = ids, rows, targets, weights, None, t
+        train.train_step(model, optimizers, [piece], settings, it[0], me)
+        it[0] += 1
+
+    variants = {'padded': lambda: step(True), 'packed': lambda: step(False), 'no splits at all': lambda: step(None)}
+    alternate(variants, dict.fromkeys(variants, settings.batch_size * T), cfg)
+
+
+def saving_task(cfg, corpus, folder):
+    """Seconds for 100 updates of a 50 M-parameter model: without checkpoints, with one every 50, and asynchronously."""
+    for name, changes in (('no checkpoint', None), ('every 50, plain', dict(async_save=False)),
+                          ('every 50, asynchronous', dict(async_save=True))):
+        settings = settings_for(cfg, n_layer=12, n_head=8, d_model=512, d_ff=1536, seq_len=128, batch_size=4,
+                                vocab_size=24000, optimizer='adamw', **(changes or {}))
+        me = train.join(settings)
+        model, net = train.build(settings, me, settings.vocab_size)
+        models.init_weights(model)
+        tok, optimizers = data.corpus_tokenizer(corpus), train.make_optimizers(model, settings, me.device)
+        pieces = train.prefetched(lambda i, s=settings, t=tok, m=me: train.micro_batches(corpus, s, i, t, m), 0, False)
+        saving = None
+        with train.ThreadPoolExecutor(1) as me.pool:
+            for it in range(105):
+                if it == 5:
+                    start = time.perf_counter()
+                train.train_step(net, optimizers, next(pieces), settings, it, me)
+                if changes and it in (53, 103):
+                    train.wait_for(me, saving)
+                    saving = train.save_checkpoint(folder / name, it, model, optimizers, settings, tok, corpus, me)
+                    if not settings.async_save:
+                        train.wait_for(me, saving)
+            sync()
+            taken = time.perf_counter() - start
+            train.wait_for(me, saving)
+        print(f'{name:<24} {model.num_params() / 1e6:.1f} M parameters, {taken:6.1f} s for 100 updates')
+
+
+def main(config):
+    cfg = SimpleNamespace(**config)
+    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, '
+          f'{torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}: ' + ' '.join(sys.argv[1:]))
+    if cfg.task == 'memory':
+        return memory_task(cfg)
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = make_corpus(cfg.vocab_size, Path(folder) / 'bench')
+        if cfg.task == 'saving':
+            return saving_task(cfg, corpus, Path(folder))
+        (packing_task if cfg.task == 'packing' else speed_task)(cfg, corpus)
+
+
+globals_default = settings_of(globals())
 
 if __name__ == '__main__':
     main(configure(globals()))

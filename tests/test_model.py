@@ -120,20 +120,37 @@ def test_fused_loss_equals_logits_and_cross_entropy():
         want = (F.cross_entropy(model(ids)[rows], targets, reduction='none') * w).sum()
         want.backward()
         grads = {n: p.grad.clone() for n, p in model.named_parameters()}
-        for small, chunk in ((1e9, 2048), (0, 1), (0, 7), (0, 1000)):
+        for chunk in (None, 1, 7, 1000):
             model.zero_grad()
             h = {}
             handle = model.norm.register_forward_hook(lambda m, i, out: h.update(x=out))    # noqa: B023
             model(ids, rows=rows)
             handle.remove()
             head = model.embed.weight if tied else model.head.weight
-            loss = M.weighted_cross_entropy(h['x'], head, targets, w, chunk=chunk, small=small)
+            loss = M.weighted_cross_entropy(h['x'], head, targets, w, chunk=chunk)
             loss.backward()
             assert abs(loss.item() - want.item()) < 1e-10
             for name, p in model.named_parameters():
                 torch.testing.assert_close(p.grad, grads[name], atol=1e-10, rtol=1e-8)
         loss = model(ids, rows=rows, targets=targets, weights=w)
         assert abs(loss.item() - want.item()) < 1e-10
+
+
+@pytest.mark.skipif(not hasattr(F, 'linear_cross_entropy'), reason='torch 2.13 has it')
+def test_fused_loss_equals_torchs_own():
+    g = torch.Generator().manual_seed(0)
+    h, weight = torch.randn(50, 16, generator=g).requires_grad_(), torch.randn(300, 16, generator=g).requires_grad_()
+    targets, w = torch.randint(300, (50,), generator=g), torch.rand(50, generator=g)
+    ce = torch.empty(50)
+    for loss in ((F.linear_cross_entropy(h, weight, targets, reduction='none') * w).sum(),
+                 M.weighted_cross_entropy(h, weight, targets, w, ce=ce, chunk=16)):
+        grads = torch.autograd.grad(loss, (h, weight))
+        if 'want' not in locals():
+            want, want_grads = loss, grads
+    assert abs(loss - want) < 1e-4
+    for a, b in zip(grads, want_grads):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ce, F.cross_entropy(h @ weight.t(), targets, reduction='none').detach())
 
 
 def test_no_masked_row_is_no_loss():

@@ -12,6 +12,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import reference
 import torch
 from helpers import ROOT, script, small_corpus
 
@@ -276,6 +277,8 @@ def test_one_update_is_the_papers_loss(corpus_folder):
     want = diffusion.diffusion_loss(model, x0, maskable, tok.mask_id, t=t, masked=masked)
     with torch.no_grad():
         ce = torch.nn.functional.cross_entropy(model(xt).flatten(0, 1), x0.flatten(), reduction='none').view(8, 32)
+    plain = reference.plain_loss(model, x0, tok.mask_id, p_mask=t[:, None].expand(8, 32), masked=masked)
+    assert want.item() == pytest.approx(plain.item(), rel=1e-5)     # the guideline's own loop says so too
     loss, norm, bins = train.train_step(model, train.make_optimizers(model, cfg, 'cpu'),
                                         train.micro_batches(corpus, cfg, 3, tok), cfg, 3, me)
     assert loss.item() == pytest.approx(want.item(), rel=1e-5) and norm > 0
