@@ -3,6 +3,8 @@
     python train.py config/docs.py --batch_size=16 --compile true
     python train.py --help                                          # every key, its default and its comment
 
+And how every script behaves: errors of one line, clean exits, a log, a lock on its folder.
+
 The feel is nanoGPT's: a setting is a global variable with a comment, a config file assigns to the same names. But
 nothing is executed: files are parsed, and may hold literals and arithmetic on numbers and known names. An unknown
 name or a wrong type is an error, in a file as on the command line; all errors are reported together, exit code 2.
@@ -11,9 +13,11 @@ name or a wrong type is an error, in a file as on the command line; all errors a
 import ast
 import difflib
 import io
+import json
 import math
 import operator
 import os
+import signal
 import sys
 import time
 import tokenize
@@ -193,6 +197,70 @@ def user_errors():
     except (ValueError, OSError, OverflowError, MemoryError, RuntimeError) as e:       # the last: torch cannot allocate
         named = isinstance(e, OSError) and e.strerror and e.filename
         fail(f'{e.filename}: {e.strerror}' if named else str(e) or type(e).__name__)
+
+
+class Stop:
+    """Ctrl-C and SIGTERM ask for a checkpoint after the running update; a second one leaves at once."""
+
+    def __enter__(self):
+        self.signal = None
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, frame):
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+
+
+@contextmanager
+def alone(run):
+    """Holds a lock on the run folder (where the system has such locks): a second run in it is refused."""
+    with (run / '.lock').open('w') as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass                                                            # Windows
+        except OSError:
+            fail(f'{run}: another process is training here')
+        yield
+
+
+class Log:
+    """log.jsonl: one object a line, flushed at once. On resume, lines of iterations to be repeated are dropped."""
+
+    def __init__(self, path, iteration, writes=True):
+        self.path, self.lines, self.file = path, [], None
+        if not writes:                                              # only rank 0 does
+            return
+        if iteration is not None and path.is_file():
+            for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
+                try:
+                    entry = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue                                                # a line cut by a kill
+                at = entry.get('iter', 0) if isinstance(entry, dict) else None
+                if isinstance(at, int) and at <= iteration:
+                    self.lines.append(entry)
+        aside = path.with_suffix('.tmp')
+        aside.write_text(''.join(json.dumps(entry) + '\n' for entry in self.lines), encoding='utf-8')
+        os.replace(aside, path)
+        self.file = path.open('a', encoding='utf-8')
+
+    def write(self, **entry):
+        self.lines.append(entry)
+        if self.file:
+            self.file.write(json.dumps(entry) + '\n')
+            self.file.flush()
+
+    def bound_at(self, it):
+        """The validation entry of an iteration, if it is already in the log."""
+        return next((e for e in self.lines if e.get('iter') == it and 'val_nats' in e), None)
 
 
 def command(main, config):

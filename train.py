@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +35,7 @@ from tqdm import tqdm
 import data
 import diffusion
 import model as models
-from configurator import command, configure, fail, user_errors
+from configurator import Log, Stop, alone, command, configure, fail, user_errors
 
 # --- run
 out_dir = 'out/docs'            # checkpoints (iter_*/) and log.jsonl
@@ -113,20 +113,15 @@ SHAPE = ('seq_len', 'n_layer', 'n_head', 'n_kv_head', 'd_model', 'd_ff', 'rope_t
 def check(cfg):
     """Ranges of the settings; raises ValueError with every problem, one a line."""
     wrong = []
-    for key in ('seq_len', 'max_iters', 'batch_size', 'eval_interval', 'eval_windows', 'eval_draws', 'log_interval',
-                'keep_last', 'learning_rate', 'muon_lr', 'gpu_gb', 'assumed_mfu'):
-        if not getattr(cfg, key) > 0:
-            wrong.append(f'{key} must be above 0, got {getattr(cfg, key)}')
-    for key in ('seed', 'warmup_iters', 'decay_iters', 'grad_clip', 'weight_decay', 'sample_tokens', 'emb_std',
-                'locality', 'global_batch', 'vocab_size', 'gpus'):
-        if not getattr(cfg, key) >= 0:
-            wrong.append(f'{key} must be 0 or more, got {getattr(cfg, key)}')
-    for key in ('mask_eps', 'min_lr_ratio', 'beta1', 'beta2'):
-        if not 0 <= getattr(cfg, key) < 1:
-            wrong.append(f'{key} must lie in [0, 1), got {getattr(cfg, key)}')
-    for key in ('random_length', 'random_split', 'act_memory'):
-        if not 0 <= getattr(cfg, key) <= 1:
-            wrong.append(f'{key} must lie in [0, 1], got {getattr(cfg, key)}')
+    for keys, fits, says in (
+            ('seq_len max_iters batch_size eval_interval eval_windows eval_draws log_interval keep_last learning_rate '
+             'muon_lr gpu_gb assumed_mfu', lambda v: v > 0, 'above 0'),
+            ('seed warmup_iters decay_iters grad_clip weight_decay sample_tokens emb_std locality global_batch '
+             'vocab_size gpus', lambda v: v >= 0, '0 or more'),
+            ('mask_eps min_lr_ratio beta1 beta2', lambda v: 0 <= v < 1, 'in [0, 1)'),
+            ('random_length random_split act_memory', lambda v: 0 <= v <= 1, 'in [0, 1]')):
+        wrong += [f'{key} must be {says}, got {getattr(cfg, key)}' for key in keys.split()
+                  if not fits(getattr(cfg, key))]
     for key, allowed in (('optimizer', ('muon', 'adamw')), ('schedule', ('cosine', 'wsd', 'points'))):
         if getattr(cfg, key) not in allowed:
             wrong.append(f'{key} must be one of {", ".join(allowed)}, got {getattr(cfg, key)!r}')
@@ -219,9 +214,21 @@ def join(cfg):
     if me.world > 1 and not dist.is_initialized():
         if device == 'cuda':
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
+        # a restarted group must not meet the addresses of the one before, which torchrun's store still holds
+        store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(dist.rendezvous('env://'))[0])
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo', store=store, rank=me.rank,
+                                world_size=me.world)
+    me.skipped = torch.zeros((), device=device)                     # updates whose gradients were not finite
     me.saver = dist.new_group(backend='gloo') if me.world > 1 else None     # saving in a thread needs its own line
     return me
+
+
+def stop_asked(me, stop):
+    """The signal that any of the processes has got, known to all of them; 0 for none."""
+    number = torch.tensor(stop.signal or 0)
+    if me.world > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)                  # on the host: the GPU's queue is not waited for
+    return int(number)
 
 
 def agree(me, value):
@@ -259,7 +266,7 @@ def build(cfg, me, vocab_size):
         me.autocast = nullcontext()                                 # the policy narrows instead
     model.to_empty(device=me.device)
     if me.world > 1 and not cfg.fsdp:
-        return model, torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        return model, torch.nn.parallel.DistributedDataParallel(model)
     return model, model
 
 
@@ -329,6 +336,7 @@ def train_step(net, optimizers, pieces, cfg, it, me):
     norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
     bad = ~(norm.isfinite() & loss.isfinite())
     later = me.device == 'cuda' and cfg.optimizer == 'adamw'
+    me.skipped += bad
     if not later and bad.item():
         raise FloatingPointError(f'iteration {it + 1}: loss {loss.item()}, gradient norm {norm.item()}; '
                                  'no update was made')
@@ -389,47 +397,40 @@ def sample_text(model, cfg, tok, me, it):
     return ''.join(c if c.isprintable() else '\\n' if c == '\n' else ' ' for c in text)
 
 
-def needs(cfg, config, gpus):
+def needs(cfg, model, gpus):
     """What a run on `gpus` GPUs needs, reckoned: a list of (what, GB on each GPU), good to a tenth or so.
 
     Activations are counted in units of d_model * 2 bytes per token and layer, as measured for a compiled block: 19 all
     kept, 8 with act_memory 0.5, 6 with 0.2, 1 with 0 (and one block recomputed); without compile 28.
     """
-    with torch.device('meta'):
-        model = models.Transformer(config)
-    n, block = model.num_params(), model.num_params(non_embedding=True) / config.n_layer
+    c, n, block = model.config, model.num_params(), model.num_params(non_embedding=True) / model.config.n_layer
     shard = 1 if not cfg.fsdp or gpus == 1 else gpus if cfg.fsdp < 0 else cfg.fsdp
-    rows = cfg.batch_size * cfg.seq_len
-    full = 19 if cfg.compile else 28
-    eager = 28 if cfg.act_memory == 1 else 1
-    units = np.interp(cfg.act_memory, [0, 0.2, 0.5, 1], [1, 6, 8, 19]) if cfg.compile else eager
-    kept = units * config.n_layer + (full if units == 1 else 0)
-    head = config.vocab_size * (min(2048, rows) * 8 + config.d_model * 6)
-    copies = 2 * (n - block * config.n_layer) + 12 * block if shard > 1 else 2 * n
+    rows, full = cfg.batch_size * cfg.seq_len, 19 if cfg.compile else 28
+    units = np.interp(cfg.act_memory, [0, 0.2, 0.5, 1], [1, 6, 8, 19]) if cfg.compile else full ** (cfg.act_memory == 1)
+    kept = units * c.n_layer + (full if units == 1 else 0)
+    copies = 2 * (n - block * c.n_layer) + 12 * block if shard > 1 else 2 * n
     return [('parameters, float32', 4 * n / shard / 1e9), ('gradients, float32', 4 * n / shard / 1e9),
             ('optimizer', (8 if cfg.optimizer == 'adamw' else 5) * n / shard / 1e9),
-            ('bfloat16 copies and shards in flight', copies / 1e9), ('logits and gradient of the head', head / 1e9),
-            ('activations', kept * rows * config.d_model * 2 / 1e9), ('CUDA, NCCL, fragmentation', 5.0)]
+            ('bfloat16 copies and shards in flight', copies / 1e9),
+            ('logits and gradient of the head', c.vocab_size * (min(2048, rows) * 8 + c.d_model * 6) / 1e9),
+            ('activations', kept * rows * c.d_model * 2 / 1e9), ('CUDA, NCCL, fragmentation', 5.0)]
 
 
 def dry_run_report(cfg, world):
     """Prints what the settings would take; nothing is allocated or written."""
-    config = models.ModelConfig(vocab_size=cfg.vocab_size or 2 ** 15, **{f: getattr(cfg, f) for f in SHAPE})
     with torch.device('meta'):
-        model = models.Transformer(config)
+        model = models.Transformer(models.ModelConfig(cfg.vocab_size or 2 ** 15, **{f: getattr(cfg, f) for f in SHAPE}))
     gpus = cfg.gpus or world
     passes, size = accumulation(cfg, gpus), (cfg.global_batch or cfg.batch_size) * cfg.seq_len
-    outside = model.num_params(non_embedding=True)
+    outside, parts = model.num_params(non_embedding=True), needs(cfg, model, gpus)
     print(f'parameters        {model.num_params():,} ({outside:,} outside embedding and head)')
-    total, parts = 0.0, needs(cfg, config, gpus)
-    for what, gb in parts:
-        total += gb
-        print(f'{gb:9.1f} GB      {what}')
-    verdict = 'fits into' if total <= cfg.gpu_gb * 1.0737 else 'does not fit into'   # an "80 GB" GPU has 80 GiB
-    print(f'{total:9.1f} GB      on each of {gpus} GPUs: {verdict} {cfg.gpu_gb} GiB')
+    print('\n'.join(f'{gb:9.1f} GB      {what}' for what, gb in parts))
+    total = sum(gb for _, gb in parts)
+    verdict = 'fits into' if total <= cfg.gpu_gb * 2 ** 30 / 1e9 else 'does not fit into'
     flops = model.flops_per_token(1.0 if cfg.causal else 0.5) * cfg.max_iters * size
     seconds = flops / (gpus * 989e12 * cfg.assumed_mfu)
-    print(f'update            {size:,} tokens: {gpus} GPUs x {passes} passes x {cfg.batch_size} windows\n'
+    print(f'{total:9.1f} GB      on each of {gpus} GPUs: {verdict} {cfg.gpu_gb} GiB\n'
+          f'update            {size:,} tokens: {gpus} GPUs x {passes} passes x {cfg.batch_size} windows\n'
           f'run               {cfg.max_iters:,} updates, {cfg.max_iters * size / 1e9:,.1f} G tokens, {flops:.2e} FLOP\n'
           f'time              {seconds / 86400:,.1f} days, {seconds * gpus / 3600:,.0f} GPU hours at '
           f'{cfg.assumed_mfu:.0%} of 989 TFLOP/s (assumed, not measured)')
@@ -449,44 +450,42 @@ def run_state(model, optimizers):
     return state
 
 
-def save_checkpoint(run, it, model, optimizers, cfg, tok, corpus, me):
-    """Writes run/iter_N, aside until it is complete -> a future: waiting for it is waiting for the disk."""
+def save_checkpoint(run, it, model, optimizers, cfg, tok, corpus, me, last=False):
+    """Writes run/iter_N unless it is there, aside until it is complete; with async_save in a thread, but the last."""
     import torch.distributed.checkpoint as dcp
     final, spec = run / f'iter_{it:07d}', corpus.manifest['tokenizer']
     aside = run / f'{final.name}.tmp'
-    tokens = it * (cfg.global_batch or cfg.batch_size) * cfg.seq_len
-    manifest = {'format': 'nanollada 2', 'iteration': it, 'tokens': tokens,
-                'model': vars(model.config), 'config': vars(cfg), 'tokenizer': spec, 'processes': me.world,
+    manifest = {'format': 'nanollada 2', 'iteration': it, 'model': vars(model.config), 'config': vars(cfg),
+                'tokenizer': spec, 'tokens': it * (cfg.global_batch or cfg.batch_size) * cfg.seq_len,
+                'processes': me.world,
                 'ids': {f'{k}_id': getattr(tok, f'{k}_id') for k in ('mask', 'eos', 'pad', 'bos')}}
 
     def complete(written):
-        """On rank 0: what torch wrote gets its checksums, then its name."""
+        """What torch wrote gets its checksums, then its name: on rank 0, when all ranks have written."""
         written()
-        if spec.endswith('.json'):
-            shutil.copyfile(corpus.folder / spec, aside / 'tokenizer.json')
-        manifest['files'] = {f.name: models.file_sha256(f) for f in sorted(aside.iterdir())}
-        (aside / 'manifest.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
+        if me.rank == 0:
+            if spec.endswith('.json'):
+                shutil.copyfile(corpus.folder / spec, aside / 'tokenizer.json')
+            manifest['files'] = {f.name: models.file_sha256(f) for f in sorted(aside.iterdir())}
+            (aside / 'manifest.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(aside, final)
 
-    if me.rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    agree(me, None)                                                 # nobody writes before the folder is there
-    write = dcp.async_save if cfg.async_save else dcp.save
-    with models.quiet(f'{final}: could not be written'):
-        done = write(run_state(model, optimizers), checkpoint_id=aside, no_dist=me.world == 1,
-                     process_group=me.saver)
-    written = done.result if cfg.async_save else (lambda: None)
-    return me.pool.submit(complete, written) if me.rank == 0 else me.pool.submit(written)
-
-
-def wait_for(me, future, what='the checkpoint'):
-    """Waits for a save on all ranks; a disk that is full or gone becomes an OSError."""
-    if future is not None:
-        with models.quiet(f'{what} could not be written'):
-            future.result()
-        agree(me, None)
+    with models.quiet(f'{run}: a checkpoint could not be written'):
+        if me.saving is not None:
+            me.saving.result()                                      # the one before
+        if agree(me, final.exists()):
+            return
+        if me.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        agree(me, None)                                             # nobody writes before the folder is there
+        write = dcp.async_save if cfg.async_save else dcp.save
+        done = write(run_state(model, optimizers), checkpoint_id=aside, no_dist=me.world == 1, process_group=me.saver)
+        me.saving = me.pool.submit(complete, done.result if cfg.async_save else lambda: None)
+        if last or not cfg.async_save or it == cfg.max_iters:
+            me.saving.result()
+            agree(me, None)
 
 
 def load_checkpoint(run, model, optimizers, me):
@@ -507,7 +506,7 @@ def load_checkpoint(run, model, optimizers, me):
     differ = [f'{k} {v} here, {ours[k]} asked' for k, v in manifest['model'].items() if ours.get(k) != v]
     if differ:
         raise ValueError(f'{folder}: another architecture ({"; ".join(differ)})')
-    if manifest['config'].get('optimizer') != optimizers_name(optimizers):
+    if manifest['config'].get('optimizer') != ('muon' if len(optimizers) == 2 else 'adamw'):
         raise ValueError(f'{folder}: made with another optimizer ({manifest["config"].get("optimizer")})')
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -520,88 +519,12 @@ def load_checkpoint(run, model, optimizers, me):
     return manifest['iteration'], manifest['config']
 
 
-def optimizers_name(optimizers):
-    """The setting that made these optimizers."""
-    return 'muon' if len(optimizers) == 2 else 'adamw'
-
-
 def prune(run, keep_last):
     """Removes checkpoints but the newest and the best (best.json); never the one that best.json names."""
     best = json.loads((run / 'best.json').read_text())['iteration'] if (run / 'best.json').is_file() else None
     for folder in models.find_checkpoints(run)[:-keep_last]:
         if int(folder.name[5:]) != best:
             shutil.rmtree(folder)
-
-
-class Log:
-    """log.jsonl: one object a line, flushed at once. On resume, lines of iterations to be repeated are dropped."""
-
-    def __init__(self, path, iteration, writes=True):
-        self.path, self.lines, self.file = path, [], None
-        if not writes:                                              # only rank 0 does
-            return
-        if iteration is not None and path.is_file():
-            for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-                try:
-                    entry = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue                                                # a line cut by a kill
-                at = entry.get('iter', 0) if isinstance(entry, dict) else None
-                if isinstance(at, int) and at <= iteration:
-                    self.lines.append(entry)
-        aside = path.with_suffix('.tmp')
-        aside.write_text(''.join(json.dumps(entry) + '\n' for entry in self.lines), encoding='utf-8')
-        os.replace(aside, path)
-        self.file = path.open('a', encoding='utf-8')
-
-    def write(self, **entry):
-        self.lines.append(entry)
-        if self.file:
-            self.file.write(json.dumps(entry) + '\n')
-            self.file.flush()
-
-    def bound_at(self, it):
-        """The validation entry of an iteration, if it is already in the log."""
-        return next((e for e in self.lines if e.get('iter') == it and 'val_nats' in e), None)
-
-
-@contextmanager
-def alone(run):
-    """Holds a lock on the run folder (where the system has such locks): a second run in it is refused."""
-    with (run / '.lock').open('w') as file:
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass                                                            # Windows
-        except OSError:
-            fail(f'{run}: another process is training here')
-        yield
-
-
-class Stop:
-    """Ctrl-C and SIGTERM ask for a checkpoint after the running update; a second one leaves at once."""
-
-    def __enter__(self):
-        self.signal = None
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def ask(self, number, frame):
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = number
-
-    def asked(self, me):
-        """The signal that any of the processes has got, known to all of them, or None."""
-        number = torch.tensor(self.signal or 0)
-        if me.world > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)              # on the host: the GPU's queue is not waited for
-        return int(number) or None
 
 
 def prepare_run(cfg):
@@ -645,11 +568,7 @@ def prepare_run(cfg):
 
 def report(it, model, optimizers, run, corpus, cfg, tok, windows, me, log, bar):
     """A checkpoint, its validation bound, a sample; then old checkpoints go."""
-    if agree(me, not (run / f'iter_{it:07d}').exists()):
-        wait_for(me, me.saving)
-        me.saving = save_checkpoint(run, it, model, optimizers, cfg, tok, corpus, me)
-        if not cfg.async_save or it == cfg.max_iters:
-            wait_for(me, me.saving)
+    save_checkpoint(run, it, model, optimizers, cfg, tok, corpus, me)
     entry, scale = agree(me, log.bound_at(it)), 1 / math.log(2) / data.bytes_per_token(corpus, 'val')
     if entry is None:
         nats, stderr = validate(model, windows, cfg, tok, me)
@@ -713,6 +632,8 @@ def main(config):
     if me.world > 1:
         dist.destroy_process_group()
     if me.rank == 0 and entry is None:
+        if it:
+            prune(run, cfg.keep_last)
         print(f'saved iteration {it} in {run}/; go on with the same command and --resume' if it
               else 'stopped before the first update')
     if entry is None:
@@ -734,12 +655,9 @@ def loop(it, cfg, model, net, optimizers, run, corpus, tok, windows, me, log, st
                 meter.restart(it)
             if it >= cfg.max_iters:
                 return it, entry
-            if stop.asked(me):
-                wait_for(me, me.saving)
-                if it and agree(me, not (run / f'iter_{it:07d}').exists()):
-                    wait_for(me, save_checkpoint(run, it, model, optimizers, cfg, tok, corpus, me))
-                    if me.rank == 0:
-                        prune(run, cfg.keep_last)
+            if stop_asked(me, stop):
+                if it:
+                    save_checkpoint(run, it, model, optimizers, cfg, tok, corpus, me, last=True)
                 return it, None
             batch = next(pieces)
             loss, norm, bins = train_step(net, optimizers, batch, cfg, it, me)
@@ -757,7 +675,7 @@ def loop(it, cfg, model, net, optimizers, run, corpus, tok, windows, me, log, st
 
 
 class Meter:
-    """Counts between two lines of the log; only reading it makes the host wait for the device."""
+    """Counts between two reports; only reading it makes the host wait for the device."""
 
     def __init__(self, it, cfg, model, corpus, me):
         self.cfg, self.model, self.me = cfg, model, me
@@ -777,23 +695,22 @@ class Meter:
     def read(self, it, loss, norm, bins, lr):
         """The entry of the log for update `it`, its speed since the last report; the same on every process."""
         me, n = self.me, (it - self.since) * self.tokens
-        sums = torch.cat((loss[None], bins.flatten(), loss.new_tensor([self.rows, self.squares])))
+        sums = torch.cat((loss[None], bins.flatten(), me.skipped[None], loss.new_tensor([self.rows, self.squares])))
         if me.world > 1:
             dist.all_reduce(sums)
-        loss, *bins, rows, squares = sums.double().tolist()
-        if not math.isfinite(loss) or not math.isfinite(norm.item()):
-            raise FloatingPointError(f'between iterations {self.since + 1} and {it}: loss {loss}, gradient norm '
-                                     f'{norm.item()}; the updates since then were skipped')
+        loss, *bins, skipped, rows, squares = sums.double().tolist()
+        if skipped:
+            raise FloatingPointError(f'by iteration {it}: loss {loss}, gradient norm {norm.item()}; '
+                                     f'{skipped / me.world:.0f} updates were not made')
         rate = n / (time.perf_counter() - self.started)
         entry = dict(iter=it, tokens=it * self.tokens, loss=loss, grad_norm=norm.item(), lr=lr,
                      tokens_per_second=round(rate))
-        if bins[4]:
+        if any(bins):
             entry['loss_by_t'] = [round(a / b, 4) if b else None for a, b in zip(bins[:4], bins[4:])]
         if me.device == 'cuda':
             entry['gb'] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         if me.peak:
-            flops = self.model.flops_per_token(rows / n, squares / n)
-            entry['mfu'] = round(flops * rate / me.world / me.peak, 4)
+            entry['mfu'] = round(self.model.flops_per_token(rows / n, squares / n) * rate / me.world / me.peak, 4)
         return entry
 
     def line(self, it, smooth, entry):

@@ -280,20 +280,16 @@ def saving_task(cfg, corpus, folder):
         models.init_weights(model)
         tok, optimizers = data.corpus_tokenizer(corpus), train.make_optimizers(model, settings, me.device)
         pieces = train.prefetched(lambda i, s=settings, t=tok, m=me: train.micro_batches(corpus, s, i, t, m), 0, False)
-        saving = None
+        me.saving = None
         with train.ThreadPoolExecutor(1) as me.pool:
             for it in range(105):
                 if it == 5:
                     start = time.perf_counter()
                 train.train_step(net, optimizers, next(pieces), settings, it, me)
                 if changes and it in (53, 103):
-                    train.wait_for(me, saving)
-                    saving = train.save_checkpoint(folder / name, it, model, optimizers, settings, tok, corpus, me)
-                    if not settings.async_save:
-                        train.wait_for(me, saving)
+                    train.save_checkpoint(folder / name, it, model, optimizers, settings, tok, corpus, me)
             sync()
             taken = time.perf_counter() - start
-            train.wait_for(me, saving)
         print(f'{name:<24} {model.num_params() / 1e6:.1f} M parameters, {taken:6.1f} s for 100 updates')
 
 

@@ -33,4 +33,5 @@ def plain_step(model, optimizer, x0, mask_id, autocast):
 def plain_attention(q, k, v, *, causal=False, hidden=None, cu_seqlens=None):
     """model.attention without its choice of kernels: torch's own, always."""
     mask = None if hidden is None else ~hidden
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)

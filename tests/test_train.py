@@ -492,7 +492,7 @@ def test_packed_training_equals_separate_training(corpus_folder):
     (dict(lr_points=[[0, 1.0], [5, 'x']], schedule='points'), 'lr_points'),
     (dict(schedule='points'), 'lr_points goes with'),
     (dict(lr_points=[[5, 1.0], [0, 1.0]], schedule='points'), 'in order of tokens'),
-    (dict(random_split=1.5), 'random_split must lie'), (dict(causal=True, random_length=0.1), 'are for diffusion'),
+    (dict(random_split=1.5), 'random_split must be in'), (dict(causal=True, random_length=0.1), 'are for diffusion'),
     (dict(vocab_size=5), 'vocab_size must hold'), (dict(global_batch=7), '7 windows do not divide'),
     (dict(batch_size=0), 'batch_size must be above 0'), (dict(optimizer='sgd'), "optimizer must be one of"),
     (dict(beta2=1.0), 'beta2'), (dict(n_head=3), 'd_model / n_head'), (dict(seq_len=10 ** 6), 'too short'),
