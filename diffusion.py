@@ -655,11 +655,14 @@ def ar_loss(model, x0, maskable, *, per='token', bos_id=None, total=None):
 
 
 @torch.no_grad()
-def ar_log_prob(model, x0, maskable, *, bos_id=None):
+def ar_log_prob(model, x0, maskable, *, bos_id=None, batch_size=64):
     """Exact log p of the maskable tokens of each row given all tokens before them: (B, T) -> (B,) float64."""
-    ids, targets, counted = shifted(x0, maskable, bos_id)
-    logp = log_prob(logits_of(model, ids, counted), targets[counted])                   # (M,)
-    return logp.new_zeros(len(x0)).index_add_(0, counted.nonzero()[:, 0], logp)
+    out = []
+    for x, m in zip(x0.split(batch_size), maskable.split(batch_size)):
+        ids, targets, counted = shifted(x, m, bos_id)
+        logp = log_prob(logits_of(model, ids, counted), targets[counted])               # (M,)
+        out.append(logp.new_zeros(len(x)).index_add_(0, counted.nonzero()[:, 0], logp))
+    return torch.cat(out)
 
 
 def ar_log_likelihood(model, x0, maskable, *, bos_id=None):

@@ -4,15 +4,13 @@ LLaDA (arXiv 2502.09992v3, Sec. 2.2 and App. B.2): pre-norm blocks, RMSNorm, Swi
 attention without a causal mask. Logit i predicts token i (no shift). The network is not told the mask ratio t: it
 can count the masks. `causal=True` turns the same module into the autoregressive baseline.
 
-    model = Transformer(ModelConfig(vocab_size=1280, seq_len=128, n_layer=4, n_head=4, n_kv_head=4, d_model=256,
-                                    d_ff=704))
-    logits = model(ids)                                             # (B, W) int64 -> (B, W, V)
+    logits = Transformer(ModelConfig(...))(ids)                     # (B, W) int64 -> (B, W, V)
     model, meta = load_model('out/docs')                            # a run of train.py, or a folder of released weights
 
 Letters: B batch, W window (the tokens given), T canvas (the keys attended to; T = W without a cache), V vocabulary,
 C channels (d_model), H heads, D head size, M rows that are read out, N packed tokens.
 
-A few lines over the ceiling: behind one door to weights, every way in which a file can be wrong is met here.
+More lines than 600: behind one door to weights, every way in which a file can be wrong is met here.
 """
 
 import hashlib
@@ -323,8 +321,7 @@ def init_weights(model, seed=0, emb_std=None, locality=0.0, device=None):
     The scheme is the one named in the released LLaDA config ("mitchell"; that pre-training used it is unconfirmed):
     a normal cut at three sigma with std 1/sqrt(fan_in), divided by sqrt(2 * layer) for the two matrices of a block
     that write to the residual stream; the embedding has std 1/sqrt(C) unless `emb_std` says otherwise.
-    locality above 0 lets attention begin with the near neighbours (see look_nearby): not in the papers.
-    device: where each matrix is drawn (default: where it lives); a shard (DTensor) takes its part of the whole.
+    locality above 0: see look_nearby, not in the papers. device: where each matrix is drawn (default: where it lives).
     """
     nearby = look_nearby(model.config, seed, locality * (emb_std or model.config.d_model ** -0.5)) if locality else {}
     for name, p in model.named_parameters():
@@ -353,14 +350,13 @@ def put(parameter, full):
 
 
 def look_nearby(config, seed, size):
-    """Turns fresh weights so that every attention head begins by looking at one near position, whatever stands there.
+    """Changes to fresh weights, name -> function: every attention head begins by looking at one near position.
 
-    All embeddings share one direction of the given size per channel. On that direction q and k answer with a fixed
-    pair (q0, k0), k0 = q0 rotated back by the head's offset d, so that the score of a key d places away is highest
-    whatever the tokens; only fast rotary frequencies (period below about 40 tokens) take part. Offsets go round
-    -1, 1, -2, 2, ... over the heads of all layers, and look only back in a causal model. Why it is worth 20 lines: a
-    masked position carries no content to search by, and from random weights a small masked model spends its first
-    thousand updates at the unigram plateau until it has found its neighbours. Returns name -> function on the matrix.
+    All embeddings share one direction, of the given size per channel. On it q and k answer with a fixed pair (q0, k0),
+    k0 = q0 rotated back by the head's offset, so that the score of the key so far away is highest, whatever the tokens;
+    only fast rotary frequencies (period below about 40 tokens) take part. Offsets go round -1, 1, -2, 2, ... over the
+    heads of all layers, and only back in a causal model. Worth 20 lines: a masked position has no content to search by,
+    and a small model spends its first thousand updates at the unigram plateau until it has found its neighbours.
     """
     c, changes = config, {}
     generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} nearby'.encode()))
@@ -384,14 +380,12 @@ def look_nearby(config, seed, size):
 
 def pick_device(device, dtype):
     """-> (device, context manager for the forward pass). bfloat16 only where the hardware multiplies it."""
-    for key, got, allowed in (('device', device, ('auto', 'cuda', 'mps', 'cpu')),
-                              ('dtype', dtype, ('auto', 'bfloat16', 'float32'))):
+    here = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    for key, got, allowed in (('device', device, ('auto', *here)), ('dtype', dtype, ('auto', 'bfloat16', 'float32'))):
         if got not in allowed:
             raise ValueError(f'{key} must be one of {", ".join(allowed)}, got {got!r}')
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    if ((device == 'cuda' and not torch.cuda.is_available())
-            or (device == 'mps' and not torch.backends.mps.is_available())):
+    device = next(kind for kind in here if here[kind]) if device == 'auto' else device
+    if not here[device]:
         raise ValueError(f'device {device!r} is not available here')
     if dtype == 'auto':
         asks = [getattr(torch.cpu, f'_is_{name}_supported', None) for name in ('amx_tile', 'avx512_bf16')]
@@ -458,6 +452,14 @@ def find_checkpoints(run):
     return sorted(named, key=lambda f: int(f.name[5:]))
 
 
+def read_json(path):
+    """A JSON object from a file, or {} if there is none."""
+    try:
+        return dict(json.loads(path.read_text(encoding='utf-8'))) if path.is_file() else {}
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f'{path}: not a JSON object ({type(e).__name__}: {e})') from None
+
+
 def file_sha256(path):
     """Checksum of a file of any size, without reading it into memory."""
     return hashlib.sha256(np.memmap(path, np.uint8, 'r')).hexdigest()
@@ -466,8 +468,8 @@ def file_sha256(path):
 def read_checkpoint(folder):
     """The manifest of a step folder, after checking every file against its sha256."""
     folder = Path(folder)
+    manifest = read_json(folder / 'manifest.json')
     try:
-        manifest = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
         if manifest['format'] != 'nanollada 2':
             raise ValueError(f"format {manifest['format']!r}, this code reads 'nanollada 2'")
         files, ids, spec = manifest['files'], manifest['ids'], manifest['tokenizer']
@@ -479,29 +481,25 @@ def read_checkpoint(folder):
         if re.fullmatch('iter_[0-9]{7}', folder.name) and manifest['iteration'] != int(folder.name[5:]):
             raise ValueError('the iteration is not the one in the name of the folder')
         manifest['config'].keys()
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
         raise ValueError(f'{folder / "manifest.json"}: not a checkpoint manifest ({type(e).__name__}: {e})') from None
-    for name, sha256 in files.items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size == 0:
-            raise ValueError(f'{file}: missing or empty')
-        if file_sha256(file) != sha256:
-            raise ValueError(f'{file}: damaged (its sha256 is not the one in the manifest)')
+    for file, sha256 in ((folder / name, sha256) for name, sha256 in files.items()):
+        if not file.is_file() or file.stat().st_size == 0 or file_sha256(file) != sha256:
+            raise ValueError(f'{file}: missing, empty or damaged (its sha256 is not the one in the manifest)')
     return manifest
 
 
 class _OnlyTensors(pickle.Unpickler):
     """torch.distributed.checkpoint keeps its table of contents as a pickle: this reads it and builds nothing else."""
 
-    allowed = {'torch.distributed.checkpoint.metadata': {
-                   'Metadata', 'TensorStorageMetadata', 'TensorProperties', '_MEM_FORMAT_ENCODING',
-                   'ChunkStorageMetadata', 'MetadataIndex', 'StorageMeta'},
-               'torch.distributed.checkpoint.filesystem': {'_StorageInfo'}, 'torch.serialization': {'_get_layout'},
-               'torch': {'Size', 'float32', 'bfloat16', 'float16', 'float64', 'int64'},
-               'pathlib': {'PosixPath', 'WindowsPath'}, 'pathlib._local': {'PosixPath', 'WindowsPath'}}
+    dcp = 'torch.distributed.checkpoint.'
+    allowed = {f'{dcp}metadata': 'Metadata TensorStorageMetadata TensorProperties _MEM_FORMAT_ENCODING '
+                                 'ChunkStorageMetadata MetadataIndex StorageMeta', f'{dcp}filesystem': '_StorageInfo',
+               'torch': 'Size float32 bfloat16 float16 float64 int64', 'torch.serialization': '_get_layout',
+               'pathlib': 'PosixPath WindowsPath', 'pathlib._local': 'PosixPath WindowsPath'}
 
     def find_class(self, module, name):
-        if name not in self.allowed.get(module, ()):
+        if name not in self.allowed.get(module, '').split():
             raise ValueError(f'it asks for {module}.{name}')
         return super().find_class(module, name)
 
@@ -510,16 +508,14 @@ def stored_tensors(folder, manifest):
     """What a step folder holds: name -> torch.Size. Anything but tensors in files of the manifest is refused."""
     path = Path(folder) / '.metadata'
     try:
-        with path.open('rb') as f:
-            table = _OnlyTensors(f).load()
-        sizes = {name: entry.size for name, entry in table.state_dict_metadata.items()}
+        table = _OnlyTensors(path.open('rb')).load()
         if not {info.relative_path for info in table.storage_data.values()} <= set(manifest['files']):
             raise ValueError('it points outside the folder')
+        return {name: entry.size for name, entry in table.state_dict_metadata.items()}
     except OSError:
         raise
     except Exception as e:                                          # a pickle has a dozen ways to be broken
         raise ValueError(f'{path}: not a table of tensors ({type(e).__name__}: {e})') from None
-    return sizes
 
 
 def read_tensors(folder, manifest, state):
@@ -529,11 +525,10 @@ def read_tensors(folder, manifest, state):
         if sizes.get(name) != tensor.shape:
             raise ValueError(f'{folder}: {name} is {list(sizes[name]) if name in sizes else "missing"}, '
                              f'the configuration says {list(tensor.shape)}')
-    if all(t.is_meta for t in state.values()):
-        return
-    import torch.distributed.checkpoint as dcp
-    with quiet(f'{folder}: cannot be read'):
-        dcp.load(state, checkpoint_id=folder, no_dist=not torch.distributed.is_initialized())
+    if not all(t.is_meta for t in state.values()):
+        import torch.distributed.checkpoint as dcp
+        with quiet(f'{folder}: cannot be read'):
+            dcp.load(state, checkpoint_id=folder, no_dist=not torch.distributed.is_initialized())
 
 
 @contextmanager
@@ -613,12 +608,9 @@ def release_names(kind, config):
 def release_config(folder):
     """config.json of a released folder -> (kind, ModelConfig, the raw dict); refuses by name what we do not compute."""
     path = Path(folder) / 'config.json'
-    try:
-        raw = json.loads(path.read_text(encoding='utf-8'))
-        kind = raw['model_type']
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise ValueError(f'{path}: not a model configuration ({type(e).__name__}: {e})') from None
-    if str(kind) not in RELEASES:
+    raw = read_json(path)
+    kind = str(raw.get('model_type'))
+    if kind not in RELEASES:
         raise ValueError(f"{path}: model_type {kind!r}; known are {', '.join(RELEASES)}")
     for key, plain in PLAIN[kind].items():
         if raw.get(key, plain) != plain and raw[key] is not None:
@@ -628,48 +620,31 @@ def release_config(folder):
         fields_['rope_fp32'] = False
     elif 'd_ff' not in fields_ and type(raw.get('mlp_ratio')) is int and type(raw.get('d_model')) is int:
         fields_['d_ff'] = raw['mlp_ratio'] * raw['d_model']
-    fields_.setdefault('n_kv_head', fields_.get('n_head'))
-    if kind == 'llada':
-        fields_.setdefault('vocab_size', raw.get('vocab_size'))
-    unknown = [CONFIG_KEYS[kind][k] for k in CONFIG_KEYS[kind] if k not in fields_]
+    for ours, theirs in (('n_kv_head', fields_.get('n_head')), ('vocab_size', raw.get('vocab_size'))):
+        fields_.setdefault(ours, theirs)
+    unknown = [theirs for ours, theirs in CONFIG_KEYS[kind].items() if fields_.get(ours) is None]
     if unknown:                                                     # a guessed theta degrades quietly: never guess
         raise ValueError(f"{path}: {', '.join(unknown)} missing")
     return kind, ModelConfig(**fields_), raw
 
 
-def _safetensors():
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ValueError('released weights need one more package: pip install safetensors') from None
-    return safetensors
-
-
 def release_ids(folder, raw):
     """Special ids of a released folder, as far as its files tell: {'mask_id', 'eos_id', 'pad_id', 'bos_id', 'eot_id'}.
 
-    By id in config.json (raw) or generation_config.json, else by name in the files of the tokenizer. iLLaDA's mask has
-    only a name.
+    By id in config.json (raw) or generation_config.json, else by name in the files of the tokenizer: iLLaDA's mask.
     """
-    def read(name):
-        path = folder / name
-        try:
-            return dict(json.loads(path.read_text(encoding='utf-8'))) if path.is_file() else {}
-        except (ValueError, TypeError, RecursionError) as e:
-            raise ValueError(f'{path}: not a JSON object ({type(e).__name__}: {e})') from None
-
-    names, config, generation = {}, read('tokenizer_config.json'), read('generation_config.json')
+    config, generation = read_json(folder / 'tokenizer_config.json'), read_json(folder / 'generation_config.json')
     try:
         names = {t['content']: int(i) for i, t in (config.get('added_tokens_decoder') or {}).items()}
-        names.update((a['content'], a['id']) for a in read('tokenizer.json').get('added_tokens') or [])
+        names.update((a['content'], a['id']) for a in read_json(folder / 'tokenizer.json').get('added_tokens') or [])
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise ValueError(f'{folder}: a list of added tokens is broken ({type(e).__name__}: {e})') from None
-    ids = {}
-    for role, usual in (('mask', ('<|mdm_mask|>', '<[MASK]>')), ('eos', ()), ('pad', ()), ('bos', ()),
-                        ('eot', ('<|eot_id|>', '<eot_id>'))):
+    ids, usual = {}, {'mask': ('<|mdm_mask|>', '<[MASK]>'), 'eot': ('<|eot_id|>', '<eot_id>')}
+    for role in ('mask', 'eos', 'pad', 'bos', 'eot'):
         told = config.get(f'{role}_token')
         told = str(told.get('content') if isinstance(told, dict) else told)
-        found = [raw.get(f'{role}_token_id'), generation.get(f'{role}_token_id'), *map(names.get, (told, *usual))]
+        found = [raw.get(f'{role}_token_id'), generation.get(f'{role}_token_id'), names.get(told)]
+        found += map(names.get, usual.get(role, ()))
         ids[f'{role}_id'] = next((i for i in found if type(i) is int), None)
     return ids
 
@@ -682,10 +657,10 @@ def release_shards(folder, verify):
             raise FileNotFoundError(f'{folder}: no model.safetensors here')
         return ['model.safetensors']
     try:
-        raw = json.loads(index.read_text(encoding='utf-8'))
+        raw = read_json(index)
         shards = sorted({str(shard) for shard in raw['weight_map'].values()})
         sums = dict((raw.get('metadata') or {}).get('sha256') or {})
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f'{index}: not a safetensors index ({type(e).__name__}: {e})') from None
     for shard in shards:
         if Path(shard).name != shard or not (folder / shard).is_file():
@@ -698,8 +673,7 @@ def release_shards(folder, verify):
 def _load_release(folder, device, dtype, verify):
     """A LLaDA or iLLaDA folder, tensor by tensor: peak memory is the model and one tensor."""
     kind, config, raw = release_config(folder)
-    safetensors = _safetensors()
-    where = {}
+    safetensors, where = _safetensors(), {}
     for shard in release_shards(folder, verify):
         try:
             with safetensors.safe_open(folder / shard, 'pt') as f:
@@ -711,13 +685,13 @@ def _load_release(folder, device, dtype, verify):
         with safetensors.safe_open(folder / where[name][0], 'pt') as f:
             return f.get_tensor(name)
 
-    if len(where) not in (9 * config.n_layer + 2, 9 * config.n_layer + 3):      # before a hostile size is built
-        raise ValueError(f'{folder}: {len(where)} tensors, '
-                         f'{config.n_layer} layers have {9 * config.n_layer + 2 + (not config.tied)}')
+    want = 9 * config.n_layer + 2
     embed, head = (f'{RELEASES[kind][part]}.weight' for part in ('embed', 'head'))
+    if len(where) not in (want, want + 1):                                      # before a hostile size is built
+        raise ValueError(f'{folder}: {len(where)} tensors, {config.n_layer} layers have {want + (not config.tied)}')
     if list(where.get(embed, (0, []))[1]) != [config.vocab_size, config.d_model]:
         raise ValueError(f'{folder}: {embed} is not [{config.vocab_size}, {config.d_model}], as config.json says')
-    if config.tied and head in where:                                          # some shards store the tied head as well
+    if config.tied and head in where:                                           # some shards store the tied head as well
         if not torch.equal(read(head), read(embed)):
             raise ValueError(f'{folder}: the configuration ties {head} to {embed}, but they differ')
         del where[head]
@@ -729,24 +703,27 @@ def _load_release(folder, device, dtype, verify):
                           'folder': str(folder)}
 
 
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError('released weights need one more package: pip install safetensors') from None
+    return safetensors
+
+
 def save_release(model, meta, path, shard_bytes=5_000_000_000):
     """Writes a model in LLaDA's release layout (iLLaDA's if it rotates in its own dtype): load_model reads it.
 
     More than shard_bytes make several files and an index, which also lists their sha256.
     """
-    config = model.config
+    config, state, path, safetensors = model.config, model.state_dict(), Path(path), _safetensors()
+    kind = 'llada' if config.rope_fp32 else 'illada'
     if config.causal:
         raise ValueError('the released layouts are bidirectional: an autoregressive model cannot be saved in them')
-    kind, path = 'llada' if config.rope_fp32 else 'illada', Path(path)
-    safetensors = _safetensors()
     if path.exists() and any(path.iterdir()):                       # an old index would win over the new file
         raise ValueError(f'{path}: not empty; choose a new folder')
     path.mkdir(parents=True, exist_ok=True)
-    raw = {'model_type': kind, 'architectures': [{'llada': 'LLaDAModelLM', 'illada': 'ILLaDAForCausalLM'}[kind]],
-           **PLAIN[kind], **{theirs: getattr(config, ours) for ours, theirs in CONFIG_KEYS[kind].items()},
-           'vocab_size': config.vocab_size, 'torch_dtype': str(model.embed.weight.dtype).removeprefix('torch.'),
-           **{f'{role}_token_id': meta.get(f'{role}_id') for role in ('mask', 'eos', 'pad', 'bos', 'eot')}}
-    state, shards, size = model.state_dict(), [{}], 0
+    shards, size = [{}], 0
     for ours, theirs in release_names(kind, config).items():
         size += state[ours].nbytes
         if shards[-1] and size > shard_bytes:
@@ -756,13 +733,16 @@ def save_release(model, meta, path, shard_bytes=5_000_000_000):
     names = ['model.safetensors'] if len(shards) == 1 else names
     for name, tensors in zip(names, shards):
         safetensors.torch.save_file(tensors, path / name, metadata={'format': 'pt'})
+    index = {'metadata': {'sha256': {name: file_sha256(path / name) for name in names}},
+             'weight_map': {tensor: name for name, tensors in zip(names, shards) for tensor in tensors}}
     if len(shards) > 1:
-        index = {'metadata': {'sha256': {name: file_sha256(path / name) for name in names}},
-                 'weight_map': {tensor: name for name, tensors in zip(names, shards) for tensor in tensors}}
         (path / 'model.safetensors.index.json').write_text(json.dumps(index, indent=1), encoding='utf-8')
-    tokenizer = Path(meta.get('tokenizer') or '')
-    for file in ('tokenizer.json', 'tokenizer_config.json') if tokenizer.name.endswith('.json') else ():
-        source = tokenizer if file == 'tokenizer.json' else tokenizer.with_name(file)
+    tokenizer = Path(meta.get('tokenizer') or 'none')
+    for source in (tokenizer, tokenizer.with_name('tokenizer_config.json')) if tokenizer.suffix == '.json' else ():
         if source.is_file():
-            (path / file).write_bytes(source.read_bytes())
+            (path / source.name.replace(tokenizer.name, 'tokenizer.json')).write_bytes(source.read_bytes())
+    raw = {'model_type': kind, 'architectures': [{'llada': 'LLaDAModelLM', 'illada': 'ILLaDAForCausalLM'}[kind]],
+           **PLAIN[kind], **{theirs: getattr(config, ours) for ours, theirs in CONFIG_KEYS[kind].items()},
+           'vocab_size': config.vocab_size, 'torch_dtype': str(model.embed.weight.dtype).removeprefix('torch.'),
+           **{f'{role}_token_id': meta.get(f'{role}_id') for role in ('mask', 'eos', 'pad', 'bos', 'eot')}}
     (path / 'config.json').write_text(json.dumps(raw, indent=1), encoding='utf-8')       # last: it completes the folder

@@ -1,16 +1,13 @@
 """Trains a mask predictor (or, with --causal=true, the autoregressive baseline), on a laptop or on many GPUs.
 
     python train.py                                     # the default: config/docs.py, minutes on two CPU cores
-    python train.py config/docs_ar.py                   # the same Transformer, left to right
     python train.py --resume                            # goes on where the newest checkpoint of out_dir stopped
     torchrun --nproc-per-node=8 train.py config/llada_8b.py --dataset=data/my
-    python train.py config/llada_8b.py --dry_run --gpus=64
 
-The objective is Eq. 3 of LLaDA (arXiv 2502.09992v3). Data and noise of a row are functions of (seed, iteration, row):
-a run that was stopped and resumed ends with the same bits as one that was not, and any number of processes, and any
-split of the batch, see the same rows under the same masks.
+The objective is Eq. 3 of LLaDA (arXiv 2502.09992v3). Data and noise of a row are functions of (seed, iteration, row): a
+resumed run ends with the same bits, and any number of processes and split of the batch see the same rows and masks.
 
-A few lines over the ceiling: one process or a thousand is the same loop, and a second file for the many would hide it.
+More lines than 600: one process or a thousand is the same loop, and a second file for the many would hide that.
 """
 
 import bisect
@@ -24,6 +21,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,10 +100,9 @@ compile = False                 # torch.compile each block (on CPU needs a C++ c
 fsdp = 0                        # 0: DDP; -1: parameters sharded over all processes; k: over groups of k, copies between
 act_memory = 1.0                # share of a block's activations kept for the backward pass; 0 keeps its input only
 
-PEAKS = (('H100 PCIe', 756e12), ('H100', 989e12), ('H200', 989e12), ('H800', 989e12), ('A100', 312e12),
-         ('A800', 312e12))      # dense bfloat16 FLOP/s by the data sheets (SXM unless named); others print no MFU
-SHAPE = ('seq_len', 'n_layer', 'n_head', 'n_kv_head', 'd_model', 'd_ff', 'rope_theta', 'norm_eps', 'tied', 'causal',
-         'rope_fp32')
+# dense bfloat16 FLOP/s by the data sheets (SXM unless named); others print no MFU
+PEAKS = ('H100 PCIe', 756e12), ('H100', 989e12), ('H200', 989e12), ('H800', 989e12), ('A100', 312e12), ('A800', 312e12)
+SHAPE = [f.name for f in fields(models.ModelConfig) if f.name != 'vocab_size']
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -133,10 +130,10 @@ def check(cfg):
         wrong.append('init_from starts a new run, resume continues one: give only one of them')
     if cfg.causal and (cfg.random_length or cfg.random_split):
         wrong.append('random_length and random_split are for diffusion, causal is not')
-    points = [p for p in cfg.lr_points if isinstance(p, list) and len(p) in (2, 3) and p[2:] in ([], ['cosine'])
+    points = [p for p in cfg.lr_points if isinstance(p, list) and len(p) > 1 and p[2:] in ([], ['cosine'])
               and all(type(x) in (int, float) and x >= 0 for x in p[:2])]
-    if (cfg.schedule == 'points') != bool(points) or len(points) != len(cfg.lr_points) \
-            or [p[0] for p in points] != sorted(p[0] for p in points):
+    ordered = points == cfg.lr_points == sorted(points, key=lambda p: p[0])
+    if not ordered or (cfg.schedule == 'points') != bool(points):
         wrong.append("lr_points goes with schedule = 'points' and holds [tokens, rate] in order of tokens (in a config "
                      f"file), got {cfg.lr_points}")
     if wrong:
@@ -203,7 +200,7 @@ def make_optimizers(model, cfg, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes: who am I, and how are the parameters spread
+# Processes, and one update by all of them
 
 
 def join(cfg):
@@ -216,8 +213,8 @@ def join(cfg):
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         # a restarted group must not meet the addresses of the one before, which torchrun's store still holds
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(dist.rendezvous('env://'))[0])
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo', store=store, rank=me.rank,
-                                world_size=me.world)
+        backend = 'cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo'
+        dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.world)
     me.skipped = torch.zeros((), device=device)                     # updates whose gradients were not finite
     me.saver = dist.new_group(backend='gloo') if me.world > 1 else None     # saving in a thread needs its own line
     return me
@@ -225,9 +222,9 @@ def join(cfg):
 
 def stop_asked(me, stop):
     """The signal that any of the processes has got, known to all of them; 0 for none."""
-    number = torch.tensor(stop.signal or 0)
+    number = torch.tensor(stop.signal or 0)                         # on the host: the GPU's queue is not waited for
     if me.world > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)                  # on the host: the GPU's queue is not waited for
+        dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
 
 
@@ -244,12 +241,10 @@ def build(cfg, me, vocab_size):
     with torch.device('meta'):
         model = models.Transformer(models.ModelConfig(vocab_size=vocab_size, **{f: getattr(cfg, f) for f in SHAPE}))
     model.recompute = cfg.act_memory < 1 and (cfg.act_memory == 0 or not cfg.compile)
-    if cfg.compile:
-        if 0 < cfg.act_memory < 1:
-            from torch._functorch import config as functorch
-            functorch.activation_memory_budget = cfg.act_memory
-        for block in model.blocks:
-            block.compile()
+    for block in model.blocks if cfg.compile else ():
+        from torch._functorch import config as functorch
+        functorch.activation_memory_budget = cfg.act_memory or 1.0
+        block.compile()
     if me.world > 1 and cfg.fsdp:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -270,15 +265,10 @@ def build(cfg, me, vocab_size):
     return model, model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One update
-
-
 def micro_batches(corpus, cfg, it, tok, me=None):
     """Data and noise of update `it` for one process: [(ids, rows, targets, weights, cu_seqlens, t of each target)].
 
-    All on the host. Row r of the global batch is sample it * batch + r of the data stream, with the noise of
-    (seed, it, r): splitting the batch in another way changes nothing.
+    Row r of the global batch is sample it * batch + r of the data stream, with the noise of (seed, it, r).
     """
     rank, world = (me.rank, me.world) if me else (0, 1)
     size, T, out = cfg.global_batch or cfg.batch_size, cfg.seq_len, []
@@ -315,8 +305,8 @@ def prefetched(make, it, pin):
 def train_step(net, optimizers, pieces, cfg, it, me):
     """One update -> (loss in nats per token, gradient norm, cross-entropy sums and counts by t (2, 4)), as tensors.
 
-    If loss or gradients are not finite there is no update: on the CPU FloatingPointError is raised at once, with fused
-    AdamW on a GPU the update is skipped without the host waiting, and the loop raises at its next report.
+    If they are not finite there is no update: FloatingPointError is raised, or on a GPU, where the host would have to
+    wait, fused AdamW skips it and the loop raises at its next report.
     """
     loss, bins = torch.zeros((), device=me.device), torch.zeros(2, 4, device=me.device)
     for i, piece in enumerate(pieces):
@@ -330,12 +320,10 @@ def train_step(net, optimizers, pieces, cfg, it, me):
         (part * me.world).backward()                                # DDP and FSDP average over processes: undo that
         loss += part.detach()
         if t is not None:
-            bin_of = (t * 4).long().clamp(max=3)
-            bins.index_add_(1, bin_of, torch.stack((ce, torch.ones_like(ce))))
+            bins.index_add_(1, (t * 4).long().clamp(max=3), torch.stack((ce, torch.ones_like(ce))))
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
     norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
-    bad = ~(norm.isfinite() & loss.isfinite())
-    later = me.device == 'cuda' and cfg.optimizer == 'adamw'
+    bad, later = ~(norm.isfinite() & loss.isfinite()), me.device == 'cuda' and cfg.optimizer == 'adamw'
     me.skipped += bad
     if not later and bad.item():
         raise FloatingPointError(f'iteration {it + 1}: loss {loss.item()}, gradient norm {norm.item()}; '
@@ -347,10 +335,6 @@ def train_step(net, optimizers, pieces, cfg, it, me):
         o.step()
         o.zero_grad(set_to_none=True)
     return loss, norm, bins
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reports
 
 
 @torch.no_grad()
@@ -365,12 +349,9 @@ def validate(model, windows, cfg, tok, me):
     x0 = windows[mine].to(me.device)
     maskable = torch.ones_like(x0, dtype=torch.bool)
     with me.autocast:
-        if cfg.causal:
-            logp = torch.cat([diffusion.ar_log_prob(model, x, m, bos_id=tok.eos_id)
-                              for x, m in zip(x0.split(64), maskable.split(64))]).cpu()
-        else:
-            logp = diffusion.bound_per_row(model, x0, maskable, tok.mask_id, draws=cfg.eval_draws, batch_size=64,
-                                           first=me.rank * share)
+        logp = diffusion.ar_log_prob(model, x0, maskable, bos_id=tok.eos_id, batch_size=64).cpu() if cfg.causal else \
+            diffusion.bound_per_row(model, x0, maskable, tok.mask_id, draws=cfg.eval_draws, batch_size=64,
+                                    first=me.rank * share)
     if me.world > 1:
         parts = [torch.empty_like(logp) for _ in range(me.world)]
         dist.all_gather(parts, logp)
@@ -393,8 +374,7 @@ def sample_text(model, cfg, tok, me, it):
             x = diffusion.generate(model, x, tok.mask_id, steps=n, temperature=1.0, remasking='random',
                                    generator=generator).x
     model.train()
-    text = tok.decode(x[0].tolist())
-    return ''.join(c if c.isprintable() else '\\n' if c == '\n' else ' ' for c in text)
+    return ''.join(c if c.isprintable() else '\\n' if c == '\n' else ' ' for c in tok.decode(x[0].tolist()))
 
 
 def needs(cfg, model, gpus):
@@ -457,7 +437,6 @@ def save_checkpoint(run, it, model, optimizers, cfg, tok, corpus, me, last=False
     aside = run / f'{final.name}.tmp'
     manifest = {'format': 'nanollada 2', 'iteration': it, 'model': vars(model.config), 'config': vars(cfg),
                 'tokenizer': spec, 'tokens': it * (cfg.global_batch or cfg.batch_size) * cfg.seq_len,
-                'processes': me.world,
                 'ids': {f'{k}_id': getattr(tok, f'{k}_id') for k in ('mask', 'eos', 'pad', 'bos')}}
 
     def complete(written):
@@ -472,7 +451,7 @@ def save_checkpoint(run, it, model, optimizers, cfg, tok, corpus, me, last=False
             os.replace(aside, final)
 
     with models.quiet(f'{run}: a checkpoint could not be written'):
-        if me.saving is not None:
+        if me.saving:
             me.saving.result()                                      # the one before
         if agree(me, final.exists()):
             return
@@ -504,15 +483,15 @@ def load_checkpoint(run, model, optimizers, me):
     folder, manifest = found
     ours = vars(model.config)
     differ = [f'{k} {v} here, {ours[k]} asked' for k, v in manifest['model'].items() if ours.get(k) != v]
-    if differ:
-        raise ValueError(f'{folder}: another architecture ({"; ".join(differ)})')
-    if manifest['config'].get('optimizer') != ('muon' if len(optimizers) == 2 else 'adamw'):
-        raise ValueError(f'{folder}: made with another optimizer ({manifest["config"].get("optimizer")})')
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+    made, asked = manifest['config'].get('optimizer'), 'muon' if len(optimizers) == 2 else 'adamw'
+    if differ or made != asked:
+        raise ValueError(f'{folder}: another architecture ({"; ".join(differ)})' if differ else
+                         f'{folder}: made with another optimizer ({made} here, {asked} asked)')
     for o in optimizers:                                            # an update by nothing gives each its tensors
         for group in o.param_groups:
             group['lr'] = 0.0
+            for p in group['params']:
+                p.grad = torch.zeros_like(p)
         o.step()
         o.zero_grad(set_to_none=True)
     models.read_tensors(folder, manifest, run_state(model, optimizers))
@@ -520,8 +499,8 @@ def load_checkpoint(run, model, optimizers, me):
 
 
 def prune(run, keep_last):
-    """Removes checkpoints but the newest and the best (best.json); never the one that best.json names."""
-    best = json.loads((run / 'best.json').read_text())['iteration'] if (run / 'best.json').is_file() else None
+    """Removes checkpoints but the newest and the one that best.json names."""
+    best = json.loads((run / 'best.json').read_text())['iteration'] if (run / 'best.json').is_file() else 0
     for folder in models.find_checkpoints(run)[:-keep_last]:
         if int(folder.name[5:]) != best:
             shutil.rmtree(folder)
@@ -537,8 +516,8 @@ def prepare_run(cfg):
         cfg.resume = cfg.resume or bool(models.find_checkpoints(run))
     if models.find_checkpoints(run) and not cfg.resume:
         raise ValueError(f'{run} already holds a run: continue it with --resume, or choose another --out_dir')
-    for turn in range(2):                                           # rank 0 first: it may have to make the data
-        if me.rank == 0 and turn == 0 or me.rank > 0 and turn == 1:
+    for turn in (True, False):                                      # rank 0 first: it may have to make the data
+        if (me.rank == 0) == turn:
             corpus = data.open_dataset(cfg.dataset, cfg.verify_data and me.rank == 0)
         agree(me, None)
     tok = data.corpus_tokenizer(corpus)
@@ -584,9 +563,8 @@ def report(it, model, optimizers, run, corpus, cfg, tok, windows, me, log, bar):
         if entry.get('sample'):
             bar.write(f"           | {entry['sample'][:200]}")
         best = min((e for e in log.lines if 'val_nats' in e), key=lambda e: e['val_nats'])
-        aside = run / 'best.tmp'
-        aside.write_text(json.dumps({'iteration': best['iter'], 'val_nats': best['val_nats']}), encoding='utf-8')
-        os.replace(aside, run / 'best.json')
+        (run / 'best.tmp').write_text(json.dumps({'iteration': best['iter'], 'val_nats': best['val_nats']}))
+        os.replace(run / 'best.tmp', run / 'best.json')
         prune(run, cfg.keep_last)
     return entry
 
@@ -595,17 +573,15 @@ def start_log(run, it, cfg, model, me):
     """Opens log.jsonl, with a first line of settings and versions, and tells the terminal what is about to run."""
     log = Log(run / 'log.jsonl', it if cfg.resume else None, me.rank == 0)
     kind = torch.cuda.get_device_name() if me.device == 'cuda' else me.device
-    if log.lines:
-        log.write(resumed=it, processes=me.world, config=vars(cfg))
-    else:
-        log.write(config=vars(cfg), model=vars(model.config), parameters=model.num_params(), device=kind,
-                  processes=me.world, dtype='bfloat16' if me.bf16 else 'float32', torch=torch.__version__,
-                  numpy=np.__version__, python=platform.python_version(), machine=platform.platform())
+    facts = dict(config=vars(cfg), device=kind, processes=me.world, dtype='bfloat16' if me.bf16 else 'float32',
+                 torch=torch.__version__, numpy=np.__version__, python=platform.python_version(),
+                 machine=platform.platform(), model=vars(model.config), parameters=model.num_params())
+    log.write(**({'resumed': it} if log.lines else {}), **facts)
     if me.rank == 0:
         spread = '' if me.world == 1 else f', {me.world} processes, ' + ('copies' if not cfg.fsdp else 'sharded')
         outside = model.num_params(non_embedding=True)
-        print(f'{model.num_params():,} parameters ({outside:,} outside embedding and head), '
-              f'{kind}, {log.lines[0].get("dtype")}, {torch.get_num_threads()} threads{spread}; writing to {run}/')
+        print(f'{model.num_params():,} parameters ({outside:,} outside embedding and head), {kind}, '
+              f'{facts["dtype"]}, {torch.get_num_threads()} threads{spread}; writing to {run}/')
     me.peak = next((peak for name, peak in PEAKS if name in kind), None)
     return log
 

@@ -128,8 +128,9 @@ def children(pid):
 def killed_and_restarted(corpus_folder, run, kills, iters=60):
     """Kills one of two processes `kills` times; torchrun starts them anew, and they go on from the last checkpoint."""
     config = settings(corpus_folder, run, **dict(SMALL, max_iters=iters, eval_interval=5))
-    process = subprocess.Popen(command(2, config, f'--max-restarts={kills}'), cwd=ROOT, stdout=(log := open(f'{run}.log', 'w')),
-                               stderr=log, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    with open(f'{run}.log', 'w') as log:
+        process = subprocess.Popen(command(2, config, f'--max-restarts={kills}'), cwd=ROOT, stdout=log, stderr=log,
+                                   env={**os.environ, 'OMP_NUM_THREADS': '1'})
     for k in range(kills):
         want, end = run / f'iter_{5 * (k + 1):07d}', time.time() + 120
         while not want.exists():

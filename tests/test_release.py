@@ -122,7 +122,7 @@ DOCTORED = {
                        'not a complete'),
     'text file': (lambda f: (f / 'model.safetensors').write_text('hello'), 'not a complete'),
     'wrong type': (lambda f: edit(f, model_type='gpt2'), "model_type 'gpt2'"),
-    'broken config': (lambda f: (f / 'config.json').write_text('{'), 'not a model configuration'),
+    'broken config': (lambda f: (f / 'config.json').write_text('{'), 'not a JSON object'),
     'hostile layers': (lambda f: edit(f, n_layers=10 ** 9), 'tensors, 1000000000 layers have'),
     'hostile width': (lambda f: edit(f, d_model=2 ** 30), 'is not \\['),
     'no theta': (lambda f: edit(f, rope_theta='gone'), 'rope_theta missing'),
