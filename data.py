@@ -10,7 +10,7 @@ windows form iteration i is a function of (seed, i), so a run resumes from a num
 
 Letters: B batch, T window length, N tokens in a split.
 
-A few lines over the ceiling: a tokenizer is part of what a data set is, and neither is of use without the other.
+Too many lines, and known to be: a tokenizer is part of what a data set is, and neither is of use without the other.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import signal
 import sys
 import sysconfig
 import tempfile
+import zlib
 from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 
@@ -434,8 +435,7 @@ def file_text(path):
     if not path.is_file():
         raise FileNotFoundError(f'{path}: no such file')
     found, held, size = False, [], 0
-    for number, raw in enumerate(_parquet_rows(path) if kind == '.parquet' else
-                                 gzip.open(path) if kind.endswith('.gz') else path.open('rb'), 1):
+    for number, raw in enumerate((_parquet_rows if kind == '.parquet' else _lines)(path), 1):
         try:
             text = raw if kind == '.parquet' else raw.decode('utf-8-sig' if number == 1 or kind != '.txt' else 'utf-8')
             if kind.startswith('.jsonl') and text.strip():
@@ -459,6 +459,14 @@ def file_text(path):
         yield path.name, ''.join(held)
     if not found:
         raise ValueError(f'{path}: no text in it')
+
+
+def _lines(path):
+    try:
+        with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as f:
+            yield from f
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise ValueError(f'{path}: not a complete gzip file ({e})') from None
 
 
 def _parquet_rows(path):

@@ -183,8 +183,7 @@ class Block(nn.Module):
 class FusedCrossEntropy(torch.autograd.Function):
     """sum_i weights_i * CE(h_i W^T, targets_i), a few rows at a time: M x V in float32 never exists.
 
-    The gradients are made in forward, chunk by chunk, while the logits of the chunk are at hand, so backward
-    multiplies nothing again (6 FLOPs per weight and row, as without chunks).
+    The gradients are made in forward, while the logits of a chunk are at hand: backward multiplies nothing again.
     """
 
     @staticmethod
@@ -240,12 +239,10 @@ class Transformer(nn.Module):
         pos (W,) int64: where the ids stand on the canvas (default 0 .. W-1; with cu_seqlens counted anew per segment).
         kv (n_layer, 2, B, n_kv_head, T, D): cached keys (rotated) and values; rows `pos` are overwritten, all T seen.
         visible (B, T) bool: keys that may be looked at; False hides left padding.
-        cu_seqlens (n+1,) int32: borders of packed segments, counted over the batch read row by row.
-        rows (B, W) bool, or (M,) int64 flat indices: return only these M positions, (M, V) in row-major order: the head
-            is the widest matrix.
-        targets (M,) int64 and weights (M,): return the scalar sum of weights * cross-entropy over those rows
-            instead of logits; ce (M,) is filled with the cross-entropies. (The head must be read inside this forward:
-            FSDP has it gathered only here.)
+        cu_seqlens (n+1,) int32: borders of packed segments, none longer than a row, counted over the batch row by row.
+        rows (B, W) bool, or (M,) int64 flat indices: return only these, (M, V): the head is the widest matrix.
+        targets (M,) int64 and weights (M,): return the scalar sum of weights * cross-entropy over those rows instead,
+            and fill ce (M,) with the cross-entropies. (FSDP has the head gathered inside this forward only.)
         """
         config = self.config
         if cu_seqlens is not None and (visible is not None or kv is not None):
@@ -305,13 +302,13 @@ class Transformer(nn.Module):
     def flops_per_token(self, masked_fraction=1.0, length=None):
         """FLOPs per token of one forward and backward pass; the head is credited only for the rows it computes.
 
-        The attention term is the full square, exact without a causal mask (a causal kernel may do half of it). length:
-        of the segments that attend to each other, default seq_len; of a mixture sum(length^2) / sum(length).
+        The attention term is the full square, also under a causal mask. length: of the segments that attend to each
+        other, default seq_len; of a mixture sum(length^2) / sum(length).
         """
         c = self.config
         blocks = self.num_params(non_embedding=True) - (2 * c.n_layer + 1) * c.d_model
-        attention = 12 * c.n_layer * c.d_model * (c.seq_len if length is None else length)
-        return 6 * blocks + 6 * c.d_model * c.vocab_size * masked_fraction + attention
+        attention = 2 * c.n_layer * c.d_model * (length or c.seq_len)
+        return 6 * (blocks + c.d_model * c.vocab_size * masked_fraction + attention)
 
 
 @torch.no_grad()
@@ -398,8 +395,7 @@ def pick_device(device, dtype):
 def open_model(path, device='auto', dtype='auto'):
     """load_model for a script's settings: -> (model, meta, device, context manager for the forward pass).
 
-    Weights of train.py are float32 masters, narrowed for each pass. Released weights are computed with in the dtype
-    they are stored in (LLaDA's confidences are bfloat16 numbers), unless `dtype` asks for another.
+    Weights of train.py are float32, narrowed for each pass; released ones stay as stored, unless `dtype` is given.
     """
     device, autocast = pick_device(device, dtype)
     released = (Path(path) / 'config.json').is_file()
@@ -417,19 +413,16 @@ def load_model(path, device='cpu', dtype=None, verify=True):
     path: a step folder or a run folder of train.py (its newest step), or a Hugging Face style folder (config.json and
     *.safetensors) of LLaDA or iLLaDA. dtype None keeps the stored one. meta: mask_id, eos_id, pad_id, bos_id, eot_id
     (None where the folder does not tell), tokenizer (a spec for data.get_tokenizer, or None), config (None for released
-    weights), iteration, folder. verify: check the shards' sha256 where their index lists them.
+    weights), iteration, folder. verify: check a release's sha256 sums where its index lists them.
     Nothing is unpickled but tensors, no remote code is run, every shape is checked. Raises ValueError or OSError.
     """
     path = Path(path)
     if (path / 'config.json').is_file():
         return _load_release(path, device, dtype, verify)
-    folder = path
-    if not (path / 'manifest.json').is_file():
-        steps = find_checkpoints(path)
-        if not steps:
-            raise FileNotFoundError(f'{path}: no checkpoint here '
-                                    '(want a folder of train.py, or config.json with *.safetensors)')
-        folder = steps[-1]
+    steps = [path] if (path / 'manifest.json').is_file() else find_checkpoints(path)
+    if not steps:
+        raise FileNotFoundError(f'{path}: no checkpoint here (want a folder of train.py or of released weights)')
+    folder = steps[-1]
     manifest = read_checkpoint(folder)
     config = ModelConfig(**manifest['model'])
     if 9 * config.n_layer > len(stored_tensors(folder, manifest)):  # before a hostile size is built
@@ -448,8 +441,7 @@ def load_model(path, device='cpu', dtype=None, verify=True):
 
 def find_checkpoints(run):
     """The complete step folders of a run, oldest first (a folder is complete once it bears its final name)."""
-    named = [f for f in Path(run).glob('iter_' + '[0-9]' * 7) if (f / 'manifest.json').is_file()]
-    return sorted(named, key=lambda f: int(f.name[5:]))
+    return sorted(f for f in Path(run).glob('iter_' + '[0-9]' * 7) if (f / 'manifest.json').is_file())
 
 
 def read_json(path):
@@ -512,8 +504,6 @@ def stored_tensors(folder, manifest):
         if not {info.relative_path for info in table.storage_data.values()} <= set(manifest['files']):
             raise ValueError('it points outside the folder')
         return {name: entry.size for name, entry in table.state_dict_metadata.items()}
-    except OSError:
-        raise
     except Exception as e:                                          # a pickle has a dozen ways to be broken
         raise ValueError(f'{path}: not a table of tensors ({type(e).__name__}: {e})') from None
 
@@ -564,17 +554,16 @@ def _fill(model, names, stored, read, device, dtype, where):
 
 
 # The released layouts. LLaDA's gate is `ff_proj` (SiLU goes through it), and `ff_out` is two different matrices.
-RELEASES = {
-    'llada': {
-        'embed': 'model.transformer.wte', 'norm': 'model.transformer.ln_f', 'head': 'model.transformer.ff_out',
-        'block': 'model.transformer.blocks.', 'attn_norm': 'attn_norm', 'ff_norm': 'ff_norm', 'attn.q': 'q_proj',
-        'attn.k': 'k_proj', 'attn.v': 'v_proj', 'attn.out': 'attn_out', 'ff.gate': 'ff_proj', 'ff.up': 'up_proj',
-        'ff.down': 'ff_out'},
-    'illada': {
-        'embed': 'model.embed_tokens', 'norm': 'model.norm', 'head': 'lm_head', 'block': 'model.layers.',
-        'attn_norm': 'input_layernorm', 'ff_norm': 'post_attention_layernorm', 'attn.q': 'self_attn.q_proj',
-        'attn.k': 'self_attn.k_proj', 'attn.v': 'self_attn.v_proj', 'attn.out': 'self_attn.o_proj',
-        'ff.gate': 'mlp.gate_proj', 'ff.up': 'mlp.up_proj', 'ff.down': 'mlp.down_proj'},
+PARTS = ('embed', 'norm', 'head', 'block', 'attn_norm', 'ff_norm', 'attn.q', 'attn.k', 'attn.v', 'attn.out', 'ff.gate',
+         'ff.up', 'ff.down')
+RELEASES = {                # our parts, in this order, by their released names
+    'llada': dict(zip(PARTS, (
+        'model.transformer.wte', 'model.transformer.ln_f', 'model.transformer.ff_out', 'model.transformer.blocks.',
+        'attn_norm', 'ff_norm', 'q_proj', 'k_proj', 'v_proj', 'attn_out', 'ff_proj', 'up_proj', 'ff_out'))),
+    'illada': dict(zip(PARTS, (
+        'model.embed_tokens', 'model.norm', 'lm_head', 'model.layers.', 'input_layernorm', 'post_attention_layernorm',
+        'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj', 'self_attn.o_proj', 'mlp.gate_proj', 'mlp.up_proj',
+        'mlp.down_proj'))),
 }
 CONFIG_KEYS = {             # ours -> the key of config.json
     'llada': dict(vocab_size='embedding_size', seq_len='max_sequence_length', n_layer='n_layers', n_head='n_heads',
@@ -596,12 +585,9 @@ PLAIN = {                   # what the two architectures are, as far as their co
 def release_names(kind, config):
     """Our parameter names -> the names in a released folder."""
     table = RELEASES[kind]
-    names = {f'{part}.weight': f'{table[part]}.weight' for part in ('embed', 'norm', 'head')}
-    if config.tied:
-        del names['head.weight']
+    names = {f'{part}.weight': f'{table[part]}.weight' for part in PARTS[:2 if config.tied else 3]}
     for i in range(config.n_layer):
-        for part in ('attn_norm', 'attn.q', 'attn.k', 'attn.v', 'attn.out', 'ff_norm', 'ff.gate', 'ff.up', 'ff.down'):
-            names[f'blocks.{i}.{part}.weight'] = f"{table['block']}{i}.{table[part]}.weight"
+        names.update({f'blocks.{i}.{part}.weight': f"{table['block']}{i}.{table[part]}.weight" for part in PARTS[4:]})
     return names
 
 
@@ -618,8 +604,8 @@ def release_config(folder):
     fields_ = {ours: raw[theirs] for ours, theirs in CONFIG_KEYS[kind].items() if raw.get(theirs) is not None}
     if kind == 'illada':
         fields_['rope_fp32'] = False
-    elif 'd_ff' not in fields_ and type(raw.get('mlp_ratio')) is int and type(raw.get('d_model')) is int:
-        fields_['d_ff'] = raw['mlp_ratio'] * raw['d_model']
+    elif type(raw.get('mlp_ratio')) is int and type(raw.get('d_model')) is int:
+        fields_.setdefault('d_ff', raw['mlp_ratio'] * raw['d_model'])
     for ours, theirs in (('n_kv_head', fields_.get('n_head')), ('vocab_size', raw.get('vocab_size'))):
         fields_.setdefault(ours, theirs)
     unknown = [theirs for ours, theirs in CONFIG_KEYS[kind].items() if fields_.get(ours) is None]
@@ -691,7 +677,7 @@ def _load_release(folder, device, dtype, verify):
         raise ValueError(f'{folder}: {len(where)} tensors, {config.n_layer} layers have {want + (not config.tied)}')
     if list(where.get(embed, (0, []))[1]) != [config.vocab_size, config.d_model]:
         raise ValueError(f'{folder}: {embed} is not [{config.vocab_size}, {config.d_model}], as config.json says')
-    if config.tied and head in where:                                           # some shards store the tied head as well
+    if config.tied and head in where:                                          # some shards store the tied head as well
         if not torch.equal(read(head), read(embed)):
             raise ValueError(f'{folder}: the configuration ties {head} to {embed}, but they differ')
         del where[head]

@@ -407,6 +407,13 @@ def test_a_bad_line_in_one_of_many_files(files, tmp_path):
     assert not (tmp_path / 'out').exists() and not list(tmp_path.glob('.out*'))
 
 
+def test_a_cut_gzip_file(files, tmp_path):
+    files[2].write_bytes(files[2].read_bytes()[:-20])
+    with pytest.raises(ValueError, match='in2.jsonl.gz: not a complete gzip file'):
+        data.prepare(files, tmp_path / 'out', 'bytes')
+    assert not (tmp_path / 'out').exists() and not list(tmp_path.glob('.out*'))
+
+
 def test_parquet(tmp_path):
     parquet = pytest.importorskip('pyarrow.parquet')
     import pyarrow

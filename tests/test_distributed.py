@@ -52,7 +52,7 @@ def same_losses(run, other, rel=1e-5):
     a, b = losses(run), losses(other)
     assert a.keys() == b.keys() and len(a) == 42
     for key, value in a.items():
-        assert value == pytest.approx(b[key], rel=rel if key[1] != 'grad_norm' else 1e-4), key
+        assert value == pytest.approx(b[key], rel=rel if key[1] != 'grad_norm' else max(1e-4, 10 * rel)), key
 
 
 @pytest.fixture(scope='module')
@@ -83,11 +83,21 @@ def test_ddp_and_hsdp_equal_one_process(corpus_folder, one, tmp_path, n, changes
 
 
 def test_unequal_lengths_on_the_processes(corpus_folder, tmp_path):
-    """Random lengths and splits: the loss is normalised over the global batch, wherever the short windows fall."""
-    cut = dict(SMALL, random_length=0.4, random_split=0.4, max_iters=20)
+    """Random lengths and splits: the loss is normalised over the global batch, wherever the short windows fall.
+
+    With a tied head and grouped queries, as iLLaDA has them.
+    """
+    cut = dict(SMALL, random_length=0.4, random_split=0.4, tied=True, emb_std=0.0, n_kv_head=1)
     train.main(settings(corpus_folder, tmp_path / 'one', **cut))
-    torchrun(2, settings(corpus_folder, tmp_path / 'two', **cut))
+    torchrun(2, settings(corpus_folder, tmp_path / 'two', **cut, fsdp=-1))
     same_losses(tmp_path / 'two', tmp_path / 'one')
+
+
+def test_narrow_parameters_with_wide_gradients(corpus_folder, one, tmp_path):
+    """FSDP in bfloat16: forward and backward in narrow copies, weights, reductions and updates in float32."""
+    torchrun(2, settings(corpus_folder, tmp_path / 'run', **SMALL, fsdp=-1) | {'dtype': 'bfloat16'})
+    same_losses(tmp_path / 'run', one, rel=2e-2)
+    assert all(t.dtype == torch.float32 for t in M.load_model(tmp_path / 'run')[0].state_dict().values())
 
 
 def half(run, target):

@@ -1,5 +1,7 @@
 """Every command of the README runs (on a tiny model and a few kB of text, later flags winning)."""
 
+import gzip
+import json
 import re
 import runpy
 import shlex
@@ -31,8 +33,12 @@ def desk(tmp_path_factory):
     (folder / 'prompts.txt').write_text('the\na word\n', encoding='utf-8')
     (folder / 'questions.jsonl').write_text('{"prompt": "why?"}\n', encoding='utf-8')
     (folder / 'config').symlink_to(ROOT / 'config')
+    data.save_bpe(folder / 'tokenizer.json', [])
+    (folder / 'web').mkdir()
+    for i in range(4):
+        text = json.dumps({'text': f'page {i} of the web\n' * 400}) + '\n'
+        (folder / 'web' / f'{i}.jsonl.gz').write_bytes(gzip.compress(text.encode()))
     if find_spec('safetensors'):                                    # stand-ins for the released models
-        data.save_bpe(folder / 'tokenizer.json', [])
         tok = data.get_tokenizer(folder / 'tokenizer.json')
         ids = {f'{role}_id': getattr(tok, f'{role}_id') for role in data.ROLES}
         for name in RELEASED:
