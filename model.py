@@ -95,8 +95,8 @@ def attention(q, k, v, *, causal=False, hidden=None, cu_seqlens=None):
     """softmax(q k^T / sqrt(D)) v; q (B, H, W, D), k and v (B, Hkv, T, D) -> (B, H, W, D).
 
     hidden: bool, broadcastable to (B, 1, W, T), True = this query must not look at this key.
-    cu_seqlens (n+1,) int32: the batch, read row by row, is n segments end to end; nobody looks across a border. No
-    segment is longer than a row; empty ones may fill up the end.
+    cu_seqlens (n+1,) int32: the batch, read row by row, is n segments end to end, empty ones perhaps at the last; no
+    segment goes on in the next row, and nobody looks across a border.
     """
     if cu_seqlens is not None:
         return packed_attention(q, k, v, cu_seqlens, causal)
@@ -239,7 +239,7 @@ class Transformer(nn.Module):
         pos (W,) int64: where the ids stand on the canvas (default 0 .. W-1; with cu_seqlens counted anew per segment).
         kv (n_layer, 2, B, n_kv_head, T, D): cached keys (rotated) and values; rows `pos` are overwritten, all T seen.
         visible (B, T) bool: keys that may be looked at; False hides left padding.
-        cu_seqlens (n+1,) int32: borders of packed segments, none longer than a row, counted over the batch row by row.
+        cu_seqlens (n+1,) int32: borders of packed segments, each within a row, counted over the batch row by row.
         rows (B, W) bool, or (M,) int64 flat indices: return only these, (M, V): the head is the widest matrix.
         targets (M,) int64 and weights (M,): return the scalar sum of weights * cross-entropy over those rows instead,
             and fill ce (M,) with the cross-entropies. (FSDP has the head gathered inside this forward only.)
@@ -261,7 +261,7 @@ class Transformer(nn.Module):
             cos, sin = (z.view(*pos.shape, -1)[:, None] for z in (cos, sin))            # (B, 1, W, D/2)
         if not config.rope_fp32:
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        hidden = self._hidden(ids.shape[1], pos, kv, visible)
+        hidden, cu_seqlens = self._hidden(ids.shape[1], pos, kv, visible, cu_seqlens)
         for i, block in enumerate(self.blocks):
             context = (cos, sin, pos, None if kv is None else kv[i], hidden, cu_seqlens)
             if self.recompute and torch.is_grad_enabled():
@@ -276,16 +276,23 @@ class Transformer(nn.Module):
             return weighted_cross_entropy(x, head, targets, weights, ce=ce)
         return F.linear(x, head)
 
-    def _hidden(self, W, pos, kv, visible):
-        """Which keys a query must not see, as one mask, or None if SDPA can do without: bool (B or 1, 1, W, T)."""
+    def _hidden(self, W, pos, kv, visible, cu_seqlens):
+        """Which keys a query must not see, as one mask (B or 1, 1, W, T) bool, or None if SDPA can do without.
+
+        And cu_seqlens, unless the mask has taken care of it: short rows are quicker under a mask than a segment a call.
+        """
         hidden = None if visible is None else ~visible[:, None, None, :]
+        if cu_seqlens is not None and pos.device.type == 'cpu' and W <= 512:
+            segment = torch.arange(len(cu_seqlens) - 1).repeat_interleave(cu_seqlens.diff()).view(pos.shape)
+            hidden, cu_seqlens = (segment[:, :, None] != segment[:, None, :])[:, None], None
         if self.config.causal and (kv is not None or hidden is not None):
             T = W if kv is None else kv.shape[-2]
-            future = torch.arange(T, device=pos.device) > pos[:, None]                  # (W, T)
-            hidden = future[None, None] if hidden is None else hidden | future
+            future = torch.arange(T, device=pos.device) > (pos if pos.dim() == 1 else torch.arange(W))[:, None]
+            hidden = future[None, None] if hidden is None else hidden | future          # future (W, T)
         if hidden is None:
-            return None
-        return hidden & ~hidden.all(-1, keepdim=True)   # a query that may see nothing sees all: no NaN, nobody reads it
+            return None, cu_seqlens
+        # a query that may see nothing sees all: no NaN, and nobody reads it
+        return hidden & ~hidden.all(-1, keepdim=True), cu_seqlens
 
     def new_kv(self, batch_size, length):
         """An empty cache for `forward(kv=...)`: (n_layer, 2, B, n_kv_head, T, D) in the dtype of the pass."""
