@@ -79,7 +79,7 @@ def test_packed_equals_separate(causal, lengths):
     model.zero_grad()
     sum(model(part).square().sum() for part in ids.split(lengths, 1)).backward()
     for g, p in zip(grads, model.parameters()):
-        close(g, p.grad, atol=1e-2, rtol=1e-3)
+        close(g, p.grad, atol=1e-3 * g.abs().max().item() + 1e-3)
     two_rows, n = ids.view(2, -1), ids.numel()                                          # borders count row by row
     close(model(two_rows, cu_seqlens=torch.tensor([0, n // 2, n, n], dtype=torch.int32)), model(two_rows))
 
