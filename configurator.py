@@ -200,7 +200,10 @@ def user_errors():
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask for a checkpoint after the running update; a second one leaves at once."""
+    """Ctrl-C and SIGTERM ask for a checkpoint after the running update; Ctrl-C three seconds later leaves at once.
+
+    (Not sooner, and not SIGTERM: torchrun passes on what the terminal or SLURM has sent to every process already.)
+    """
 
     def __enter__(self):
         self.signal = None
@@ -212,9 +215,10 @@ class Stop:
             signal.signal(number, handler)
 
     def ask(self, number, frame):
-        if self.signal is not None:
+        if self.signal is None:
+            self.signal, self.since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.since > 3:
             os._exit(128 + number)
-        self.signal = number
 
 
 @contextmanager
@@ -226,8 +230,10 @@ def alone(run):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:
             pass                                                            # Windows
-        except OSError:
+        except BlockingIOError:
             fail(f'{run}: another process is training here')
+        except OSError:
+            pass                                                            # a file system without locks
         yield
 
 

@@ -507,8 +507,8 @@ def prepare(documents, out, tokenizer, *, val_every=10, workers=1):
     Every val_every-th piece of about 4 kB is held out: a tail split would share long passages with the rest. An EOS
     ends each document, and stands wherever a held-out piece was taken from between its neighbours.
     tokenizer: a spec of get_tokenizer, or 'bpe-N' to learn a vocabulary of N entries from the training pieces.
-    Files are done side by side by `workers` processes; interrupted, the same call takes up what is finished.
-    Returns the manifest.
+    Files are done side by side by `workers` processes; after an interruption or an error the same call takes up what is
+    finished. Returns the manifest.
     """
     out, documents = Path(out).absolute(), list(documents)
     files = bool(documents) and isinstance(documents[0], (str, Path))
@@ -526,8 +526,8 @@ def prepare(documents, out, tokenizer, *, val_every=10, workers=1):
         spec = _place_tokenizer(tokenizer, aside, sources, val_every)
         jobs = [(source, aside, i, spec, val_every) for i, source in enumerate(sources)]
         return _finish(_run_jobs(jobs, workers), aside, out, spec, val_every)
-    except BaseException as e:
-        if not (files and isinstance(e, KeyboardInterrupt)):
+    except BaseException:
+        if not any(aside.glob('part_*.json')) or not files:         # finished files are kept: mend, and go on
             shutil.rmtree(aside, ignore_errors=True)
         raise
 
@@ -574,11 +574,11 @@ def _write_part(job):
     source, folder, number, spec, val_every = job
     tok = get_tokenizer(folder / spec if spec.endswith('.json') else spec)
     made_from = [str(source), source.stat().st_size, source.stat().st_mtime_ns, val_every,
-                 sorted(tok.specials.items())] if isinstance(source, Path) else None
+                 _sha256(folder / spec) if spec.endswith('.json') else spec] if isinstance(source, Path) else None
     done = folder / f'part_{number:05d}.json'
     if made_from and done.is_file():
         before = json.loads(done.read_text(encoding='utf-8'))
-        if before['made_from'] == json.loads(json.dumps(made_from)):
+        if before['made_from'] == made_from:
             return before
     entry = {split: {'file': f'{split}_{number:05d}.bin', 'tokens': 0, 'bytes': 0} for split in ('train', 'val')}
     last = None
@@ -599,7 +599,8 @@ def _write_part(job):
             put(last[1], [tok.eos_id])
     for e in entry.values():
         e['sha256'] = _sha256(folder / e['file'])
-    done.write_text(json.dumps({**entry, 'made_from': made_from}), encoding='utf-8')
+    done.with_suffix('.tmp').write_text(json.dumps({**entry, 'made_from': made_from}), encoding='utf-8')
+    os.replace(done.with_suffix('.tmp'), done)
     return entry
 
 
@@ -623,8 +624,9 @@ def _finish(parts, aside, out, spec, val_every):
                              f'and none is left for {split}')
         manifest['splits'][split] = {'shards': shards, **total}
     (aside / 'manifest.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
-    for part in aside.glob('part_*.json'):
-        part.unlink()
+    named = {shard['file'] for split in manifest['splits'].values() for shard in split['shards']}
+    for leftover in (f for f in aside.iterdir() if f.suffix == '.bin' and f.name not in named or f.match('part_*')):
+        leftover.unlink()
     aside.chmod(0o755)
     old = aside.with_name(aside.name + '.old')
     if out.exists():
@@ -675,6 +677,8 @@ def _mixture(text, verify):
             raise ValueError(f'dataset: {c.folder} and {parts[0].folder} were made with different tokenizers')
     share = np.floor(weights * 1000).astype(int)
     share[np.argsort(share - weights * 1000)[:1000 - share.sum()]] += 1             # the largest remainders round up
+    if share.min() == 0:
+        raise ValueError(f'dataset: a weight in {text!r} is less than a thousandth of the whole')
     turns = np.random.Generator(np.random.Philox(key=[0, 0])).permutation(np.repeat(np.arange(len(parts)), share))
     splits = {split: {'tokens': 1, 'bytes': float(sum(w * bytes_per_token(c, split) for w, c in zip(weights, parts)))}
               for split in ('train', 'val')}
@@ -682,7 +686,10 @@ def _mixture(text, verify):
 
 
 def open_corpus(folder, verify=True):
-    """Opens a prepared folder and checks it: sizes always, checksums unless verify is off -> Corpus."""
+    """Opens a prepared folder and checks it: sizes always, checksums unless verify is off -> Corpus.
+
+    verify may be (k, n): check every n-th shard, from the k-th; n processes share the work.
+    """
     folder = Path(folder)
     path = folder / 'manifest.json'
     if not path.is_file():
@@ -698,8 +705,9 @@ def open_corpus(folder, verify=True):
             entry = manifest['splits'][split]
             if not (entry['bytes'] > 0 and entry['tokens'] == sum(s['tokens'] for s in entry['shards']) > 0):
                 raise KeyError(f'counts of {split}')
-            splits[split] = [_open_shard(folder / Path(s['file']).name, np.dtype(dtype), s, verify,
-                                         manifest['vocab_size']) for s in entry['shards']]
+            k, n = verify if isinstance(verify, tuple) else (0, 1)
+            splits[split] = [_open_shard(folder / Path(s['file']).name, np.dtype(dtype), s, verify and i % n == k,
+                                         manifest['vocab_size']) for i, s in enumerate(entry['shards'])]
     except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ValueError(f'{path}: not a manifest ({type(e).__name__}: {e})') from None
     return Corpus(folder, manifest, splits)

@@ -451,12 +451,16 @@ def find_checkpoints(run):
     return sorted(f for f in Path(run).glob('iter_' + '[0-9]' * 7) if (f / 'manifest.json').is_file())
 
 
+class Damaged(ValueError):
+    """A file is not what was once written."""
+
+
 def read_json(path):
     """A JSON object from a file, or {} if there is none."""
     try:
         return dict(json.loads(path.read_text(encoding='utf-8'))) if path.is_file() else {}
     except (ValueError, TypeError, RecursionError) as e:
-        raise ValueError(f'{path}: not a JSON object ({type(e).__name__}: {e})') from None
+        raise Damaged(f'{path}: not a JSON object ({type(e).__name__}: {e})') from None
 
 
 def file_sha256(path):
@@ -484,7 +488,7 @@ def read_checkpoint(folder):
         raise ValueError(f'{folder / "manifest.json"}: not a checkpoint manifest ({type(e).__name__}: {e})') from None
     for file, sha256 in ((folder / name, sha256) for name, sha256 in files.items()):
         if not file.is_file() or file.stat().st_size == 0 or file_sha256(file) != sha256:
-            raise ValueError(f'{file}: missing, empty or damaged (its sha256 is not the one in the manifest)')
+            raise Damaged(f'{file}: missing, empty or damaged (its sha256 is not the one in the manifest)')
     return manifest
 
 

@@ -115,6 +115,7 @@ def check(cfg):
              'muon_lr gpu_gb assumed_mfu', lambda v: v > 0, 'above 0'),
             ('seed warmup_iters decay_iters grad_clip weight_decay sample_tokens emb_std locality global_batch '
              'vocab_size gpus', lambda v: v >= 0, '0 or more'),
+            ('fsdp', lambda v: v >= -1, '-1, 0 or the size of a group'),
             ('mask_eps min_lr_ratio beta1 beta2', lambda v: 0 <= v < 1, 'in [0, 1)'),
             ('random_length random_split act_memory', lambda v: 0 <= v <= 1, 'in [0, 1]')):
         wrong += [f'{key} must be {says}, got {getattr(cfg, key)}' for key in keys.split()
@@ -144,8 +145,9 @@ def accumulation(cfg, world):
     """Forward passes of each process in one update; refuses a batch that does not divide, and says what would."""
     total = cfg.global_batch or cfg.batch_size
     if total % (cfg.batch_size * world):
-        batches = [b for b in range(1, total + 1) if total % (b * world) == 0]
-        ranks = [n for n in range(1, total + 1) if total % (cfg.batch_size * n) == 0]
+        up_to = range(1, min(total, 10 ** 5) + 1)
+        batches = [b for b in up_to if total % (b * world) == 0]
+        ranks = [n for n in up_to if total % (cfg.batch_size * n) == 0]
         near = sorted(ranks, key=lambda n: abs(n - world))[:2]
         raise ValueError(
             f'global_batch: {total} windows do not divide into {world} processes x batch_size {cfg.batch_size} '
@@ -206,13 +208,17 @@ def make_optimizers(model, cfg, device):
 def join(cfg):
     """This process among the others: rank, world, device, autocast. torchrun tells the numbers."""
     device, autocast = models.pick_device(cfg.device, cfg.dtype)
-    me = SimpleNamespace(rank=int(os.environ.get('RANK', 0)), world=int(os.environ.get('WORLD_SIZE', 1)),
-                         device=device, autocast=autocast, bf16=isinstance(autocast, torch.autocast))
+    restarts = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    me = SimpleNamespace(rank=rank, world=world, restarted=restarts > 0, device=device, autocast=autocast,
+                         bf16=isinstance(autocast, torch.autocast))
     if me.world > 1 and not dist.is_initialized():
         if device == 'cuda':
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-        # a restarted group must not meet the addresses of the one before, which torchrun's store still holds
-        store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(dist.rendezvous('env://'))[0])
+        # A restarted group must not meet the addresses of the one before, which torchrun's store still holds. (Nodes
+        # count restarts each for itself; for many of them README names a switch of torchrun that makes new stores.)
+        turn = restarts if os.environ.get('LOCAL_WORLD_SIZE') == str(me.world) else 0
+        store = dist.PrefixStore(f'turn {turn}', next(dist.rendezvous('env://'))[0])
         backend = 'cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo'
         dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.world)
     me.skipped = torch.zeros((), device=device)                     # updates whose gradients were not finite
@@ -220,17 +226,17 @@ def join(cfg):
     return me
 
 
-def stop_asked(me, stop):
-    """The signal that any of the processes has got, known to all of them; 0 for none."""
-    number = torch.tensor(stop.signal or 0)                         # on the host: the GPU's queue is not waited for
+def any_of(me, number):
+    """The largest of the processes' numbers, known to all: has one of them got a signal?"""
+    number = torch.tensor(int(number or 0))                         # on the host: the GPU's queue is not waited for
     if me.world > 1:
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
 
 
-def agree(me, value):
-    """What rank 0 says, on every rank."""
-    box = [value]
+def agree(me, *value):
+    """What rank 0 says, on every rank; and nobody goes on before it."""
+    box = [*value, None]
     if me.world > 1:
         dist.broadcast_object_list(box)
     return box[0]
@@ -261,7 +267,7 @@ def build(cfg, me, vocab_size):
         me.autocast = nullcontext()                                 # the policy narrows instead
     model.to_empty(device=me.device)
     if me.world > 1 and not cfg.fsdp:
-        return model, torch.nn.parallel.DistributedDataParallel(model)
+        return model, torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     return model, model
 
 
@@ -293,7 +299,6 @@ def prefetched(make, it, pin):
     """make(it), make(it + 1), ...: each is made in a thread while the one before is in use."""
     def work(i):
         return [tuple(z.pin_memory() if pin and z is not None else z for z in piece) for piece in make(i)]
-
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(work, it)
         while True:
@@ -323,7 +328,7 @@ def train_step(net, optimizers, pieces, cfg, it, me):
             bins.index_add_(1, (t * 4).long().clamp(max=3), torch.stack((ce, torch.ones_like(ce))))
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
     norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
-    bad, later = ~(norm.isfinite() & loss.isfinite()), me.device == 'cuda' and cfg.optimizer == 'adamw'
+    bad, later = ~norm.isfinite(), me.device == 'cuda' and cfg.optimizer == 'adamw'       # the norm is everybody's
     me.skipped += bad
     if not later and bad.item():
         raise FloatingPointError(f'iteration {it + 1}: loss {loss.item()}, gradient norm {norm.item()}; '
@@ -339,19 +344,16 @@ def train_step(net, optimizers, pieces, cfg, it, me):
 
 @torch.no_grad()
 def validate(model, windows, cfg, tok, me):
-    """Nats per token on the validation windows and its standard error: exact for the baseline, else the bound Eq. 6.
-
-    Every process takes an equal part (the last windows twice if need be: all must call the model equally often).
-    """
+    """Nats per token of the validation windows, shared by all processes, and its standard error: exact or Eq. 6."""
     model.eval()
-    share = -(-len(windows) // me.world)
+    share = -(-len(windows) // me.world)                            # equal parts: all call the model equally often
     mine = (torch.arange(share) + me.rank * share).clamp(max=len(windows) - 1)
     x0 = windows[mine].to(me.device)
     maskable = torch.ones_like(x0, dtype=torch.bool)
     with me.autocast:
-        logp = diffusion.ar_log_prob(model, x0, maskable, bos_id=tok.eos_id, batch_size=64).cpu() if cfg.causal else \
-            diffusion.bound_per_row(model, x0, maskable, tok.mask_id, draws=cfg.eval_draws, batch_size=64,
-                                    first=me.rank * share)
+        size = dict(batch_size=cfg.batch_size)                      # logits are made: no more than training's passes
+        logp = diffusion.ar_log_prob(model, x0, maskable, bos_id=tok.eos_id, **size).cpu() if cfg.causal else \
+            diffusion.bound_per_row(model, x0, maskable, tok.mask_id, draws=cfg.eval_draws, first=int(mine[0]), **size)
     if me.world > 1:
         parts = [torch.empty_like(logp) for _ in range(me.world)]
         dist.all_gather(parts, logp)
@@ -397,10 +399,12 @@ def needs(cfg, model, gpus):
 
 
 def dry_run_report(cfg, world):
-    """Prints what the settings would take; nothing is allocated or written."""
+    """Prints what the settings would take, without taking it."""
     with torch.device('meta'):
         model = models.Transformer(models.ModelConfig(cfg.vocab_size or 2 ** 15, **{f: getattr(cfg, f) for f in SHAPE}))
     gpus = cfg.gpus or world
+    if gpus % max(cfg.fsdp, 1):
+        raise ValueError(f'fsdp: groups of {cfg.fsdp} do not divide {gpus} GPUs')
     passes, size = accumulation(cfg, gpus), (cfg.global_batch or cfg.batch_size) * cfg.seq_len
     outside, parts = model.num_params(non_embedding=True), needs(cfg, model, gpus)
     print(f'parameters        {model.num_params():,} ({outside:,} outside embedding and head)')
@@ -458,24 +462,25 @@ def save_checkpoint(run, it, model, optimizers, cfg, tok, corpus, me, last=False
         if me.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-        agree(me, None)                                             # nobody writes before the folder is there
+        agree(me)                                                   # nobody writes before the folder is there
         write = dcp.async_save if cfg.async_save else dcp.save
         done = write(run_state(model, optimizers), checkpoint_id=aside, no_dist=me.world == 1, process_group=me.saver)
         me.saving = me.pool.submit(complete, done.result if cfg.async_save else lambda: None)
         if last or not cfg.async_save or it == cfg.max_iters:
             me.saving.result()
-            agree(me, None)
+            agree(me)
 
 
 def load_checkpoint(run, model, optimizers, me):
-    """Restores the newest undamaged checkpoint of a run -> its iteration and settings; says which it passes over."""
+    """Restores the newest undamaged checkpoint of a run -> its iteration and settings."""
     found = None
     for folder in reversed(models.find_checkpoints(run)) if me.rank == 0 else ():
         try:
             found = folder, models.read_checkpoint(folder)
             break
-        except ValueError as e:
+        except models.Damaged as e:
             print(f'passing over {folder}: {e}', file=sys.stderr)
+            shutil.rmtree(folder.with_name(folder.name + '.damaged'), ignore_errors=True)
             os.replace(folder, folder.with_name(folder.name + '.damaged'))      # its iteration will be saved anew
     found = agree(me, found)
     if found is None:
@@ -507,19 +512,16 @@ def prune(run, keep_last):
 
 
 def prepare_run(cfg):
-    """Everything that can be refused is refused here, before the first file is written."""
-    check(cfg)
+    """What can be refused is refused here, before the first file is written."""
     me = join(cfg)
     accumulation(cfg, me.world)
     run = Path(cfg.out_dir)
-    if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):        # torchrun has started all processes anew
-        cfg.resume = cfg.resume or bool(models.find_checkpoints(run))
-    if models.find_checkpoints(run) and not cfg.resume:
+    there = agree(me, bool(models.find_checkpoints(run)))           # as rank 0 sees it: file systems are not in step
+    cfg.resume = cfg.resume or there and any_of(me, me.restarted) > 0                  # torchrun has started all anew
+    if there and not cfg.resume:
         raise ValueError(f'{run} already holds a run: continue it with --resume, or choose another --out_dir')
-    for turn in (True, False):                                      # rank 0 first: it may have to make the data
-        if (me.rank == 0) == turn:
-            corpus = data.open_dataset(cfg.dataset, cfg.verify_data and me.rank == 0)
-        agree(me, None)
+    agree(me, me.rank == 0 and bool(data.open_dataset(cfg.dataset, False)))     # rank 0 first: it may have to make it
+    corpus = data.open_dataset(cfg.dataset, cfg.verify_data and (me.rank, me.world))
     tok = data.corpus_tokenizer(corpus)
     if cfg.vocab_size and cfg.vocab_size < corpus.manifest['vocab_size']:
         raise ValueError(f"vocab_size must hold the {corpus.manifest['vocab_size']} tokens of {cfg.dataset}, "
@@ -531,11 +533,15 @@ def prepare_run(cfg):
             raise ValueError(f'init_from: {cfg.init_from} is {start.config}, the settings say {model.config}')
         for p, q in zip(model.parameters(), start.parameters()):
             models.put(p, q.data)
+        del start, q
     elif not cfg.resume:
         host = 'cpu' if model.num_params() < 3e9 else None          # the same on every device, as long as it is quick
         models.init_weights(model, cfg.seed, cfg.emb_std or None, cfg.locality, device=host)
     optimizers = make_optimizers(model, cfg, me.device)
     it, before = load_checkpoint(run, model, optimizers, me) if cfg.resume else (0, vars(cfg))
+    size = [(c.get('global_batch') or c['batch_size']) * c['seq_len'] for c in (vars(cfg), {**vars(cfg), **before})]
+    if size[0] != size[1]:
+        raise ValueError(f'resume: an update had {size[1]} tokens, now {size[0]}: data and schedule count in updates')
     for key, value in vars(cfg).items() if me.rank == 0 else ():
         if key != 'resume' and before.get(key) != value:
             print(f'resuming with another {key}: {value!r}, it was {before.get(key)!r}', file=sys.stderr)
@@ -589,8 +595,8 @@ def start_log(run, it, cfg, model, me):
 def main(config):
     cfg = SimpleNamespace(**config)
     with user_errors():
+        check(cfg)
         if cfg.dry_run:
-            check(cfg)
             return dry_run_report(cfg, int(os.environ.get('WORLD_SIZE', 1)))
         me, run, corpus, tok, model, net, optimizers, it, windows = prepare_run(cfg)
     with ExitStack() as stack:
@@ -603,20 +609,15 @@ def main(config):
             it, entry = loop(it, cfg, model, net, optimizers, run, corpus, tok, windows, me, log, stop)
         except (FloatingPointError, OSError) as e:
             kept = models.find_checkpoints(run)
-            last = f'the last good checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet'
-            fail(f'stopped: {e}; {last}', 1)
+            fail(f'stopped: {e}; ' + (f'the last good checkpoint: {kept[-1]}' if kept else 'no checkpoint yet'), 1)
     if me.world > 1:
         dist.destroy_process_group()
-    if me.rank == 0 and entry is None:
-        if it:
-            prune(run, cfg.keep_last)
-        print(f'saved iteration {it} in {run}/; go on with the same command and --resume' if it
-              else 'stopped before the first update')
-    if entry is None:
-        sys.exit(128 + (stop.signal or signal.SIGTERM))
     if me.rank == 0:
-        print(f"done: {entry['val_bits_per_byte']:.3f} bits/byte in {run}/iter_{it:07d}; "
-              f'look at it:  python sample.py {run}')
+        prune(run, cfg.keep_last)
+        print(f"done: {entry['val_bits_per_byte']:.3f} bits/byte in {run}/iter_{it:07d}; look at it:  "
+              f'python sample.py {run}' if entry else 'stopped before the first update' if not it else
+              f'saved iteration {it} in {run}/; go on with the same command and --resume')
+    return entry or sys.exit(128 + (stop.signal or signal.SIGTERM))
 
 
 def loop(it, cfg, model, net, optimizers, run, corpus, tok, windows, me, log, stop):
@@ -631,7 +632,7 @@ def loop(it, cfg, model, net, optimizers, run, corpus, tok, windows, me, log, st
                 meter.restart(it)
             if it >= cfg.max_iters:
                 return it, entry
-            if stop_asked(me, stop):
+            if any_of(me, stop.signal):
                 if it:
                     save_checkpoint(run, it, model, optimizers, cfg, tok, corpus, me, last=True)
                 return it, None
@@ -646,13 +647,12 @@ def loop(it, cfg, model, net, optimizers, run, corpus, tok, windows, me, log, st
                 log.write(**entry)
                 bar.set_description_str(meter.line(it, smooth, entry))
                 if bar.disable and me.rank == 0 and it % (10 * cfg.log_interval) == 0:
-                    eta = (cfg.max_iters - it) * meter.tokens / entry['tokens_per_second'] / 60
-                    print(f'{meter.line(it, smooth, entry)} | eta {eta:.1f} min', flush=True)
+                    minutes = (cfg.max_iters - it) * meter.tokens / entry['tokens_per_second'] / 60
+                    print(f'{meter.line(it, smooth, entry)} | eta {minutes:.1f} min', flush=True)
 
 
 class Meter:
     """Counts between two reports; only reading it makes the host wait for the device."""
-
     def __init__(self, it, cfg, model, corpus, me):
         self.cfg, self.model, self.me = cfg, model, me
         self.tokens = (cfg.global_batch or cfg.batch_size) * cfg.seq_len
@@ -669,7 +669,7 @@ class Meter:
             self.squares += dense if cu_seqlens is None else int(cu_seqlens.diff().square().sum())
 
     def read(self, it, loss, norm, bins, lr):
-        """The entry of the log for update `it`, its speed since the last report; the same on every process."""
+        """The entry of the log for update `it`, the same on every process."""
         me, n = self.me, (it - self.since) * self.tokens
         sums = torch.cat((loss[None], bins.flatten(), me.skipped[None], loss.new_tensor([self.rows, self.squares])))
         if me.world > 1:
