@@ -140,6 +140,7 @@ def test_stop_strings_cut_the_text(run, capsys):
 
 def chat_model(folder, seq_len=96, **changes):
     """A released-style folder with a byte tokenizer file and a chat template."""
+    pytest.importorskip('safetensors', reason='released weights need: pip install safetensors')
     data.save_bpe(folder / 't.json', [])
     tok = data.get_tokenizer(folder / 't.json')
     model = tiny_model(vocab_size=tok.vocab_size + 3, seq_len=seq_len, **changes)
@@ -253,6 +254,7 @@ def test_the_format_of_the_guideline(tmp_path):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('rope_fp32', [True, False])
 def test_released_folders_in_the_dtype_they_are_stored_in(tmp_path, capsys, dtype, rope_fp32):
+    pytest.importorskip('safetensors', reason='released weights need: pip install safetensors')
     data.save_bpe(tmp_path / 't.json', [])
     tok = data.get_tokenizer(tmp_path / 't.json')
     model = tiny_model(vocab_size=tok.vocab_size + 5, rope_fp32=rope_fp32, tied=not rope_fp32).to(dtype)
