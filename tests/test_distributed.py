@@ -93,6 +93,15 @@ def test_unequal_lengths_on_the_processes(corpus_folder, tmp_path):
     same_losses(tmp_path / 'two', tmp_path / 'one')
 
 
+@pytest.mark.slow
+def test_compiled_blocks_under_fsdp(corpus_folder, tmp_path):
+    """Each block compiled, then sharded, on windows cut at random; needs a C++ compiler on CPU."""
+    cut = dict(SMALL, random_length=0.2, random_split=0.4)
+    train.main(settings(corpus_folder, tmp_path / 'one', **cut))
+    torchrun(2, settings(corpus_folder, tmp_path / 'two', **cut, fsdp=-1, compile=True))
+    same_losses(tmp_path / 'two', tmp_path / 'one')
+
+
 def test_narrow_parameters_with_wide_gradients(corpus_folder, one, tmp_path):
     """FSDP in bfloat16: forward and backward in narrow copies, weights, reductions and updates in float32."""
     torchrun(2, settings(corpus_folder, tmp_path / 'run', **SMALL, fsdp=-1) | {'dtype': 'bfloat16'})
