@@ -645,7 +645,7 @@ def open_dataset(name, verify=True):
 
     A mixture is a Corpus with parts: of every 1000 windows each gives its share, in an order that is always the same.
     """
-    if ',' in name or ':' in name:
+    if (',' in name or ':' in name) and not Path(name).is_dir():
         return _mixture(name, verify)
     folder = Path(name) if (Path(name) / 'manifest.json').is_file() or '/' in name else Path('data') / name
     if name == 'docs' and not (folder / 'manifest.json').is_file():

@@ -69,8 +69,7 @@ class ModelConfig:
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
         h = x.float()
@@ -511,7 +510,8 @@ def stored_tensors(folder, manifest):
     """What a step folder holds: name -> torch.Size. Anything but tensors in files of the manifest is refused."""
     path = Path(folder) / '.metadata'
     try:
-        table = _OnlyTensors(path.open('rb')).load()
+        with path.open('rb') as f:
+            table = _OnlyTensors(f).load()
         if not {info.relative_path for info in table.storage_data.values()} <= set(manifest['files']):
             raise ValueError('it points outside the folder')
         return {name: entry.size for name, entry in table.state_dict_metadata.items()}

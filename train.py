@@ -374,7 +374,7 @@ def sample_text(model, cfg, tok, me, it):
         else:
             x = torch.full((1, n), tok.mask_id, device=me.device)
             x = diffusion.generate(model, x, tok.mask_id, steps=n, temperature=1.0, remasking='random',
-                                   generator=generator).x
+                                   generator=generator, suppress=tok.unused(model.config.vocab_size)).x
     model.train()
     return ''.join(c if c.isprintable() else '\\n' if c == '\n' else ' ' for c in tok.decode(x[0].tolist()))
 

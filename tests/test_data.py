@@ -467,6 +467,11 @@ def test_a_mixture_keeps_its_shares_and_repeats_nothing(files, tmp_path):
         data.open_dataset(f"{tmp_path / 'a'}:1,{tmp_path / 'c'}:1")
 
 
+def test_a_colon_in_the_name_of_a_folder(files, tmp_path):
+    data.prepare(files, tmp_path / 'a:1', 'bytes')
+    assert not data.open_dataset(str(tmp_path / 'a:1')).parts
+
+
 def test_cuts_have_the_rates_and_lengths_of_the_papers():
     cuts = np.concatenate([data.draw_cuts(1, i, 1000, 64, 0.01, 0.30) for i in range(200)])
     n = len(cuts)

@@ -455,6 +455,15 @@ def test_an_asynchronous_checkpoint_is_of_its_moment(corpus_folder, straight, tm
         same_tensors(tmp_path / 'run' / f'iter_00000{it}', straight / f'iter_00000{it}')
 
 
+def test_a_vocabulary_wider_than_the_tokenizer(corpus_folder, tmp_path):
+    """LLaDA's head has rows that stand for no token: they are trained away, and never shown."""
+    train.main(settings(corpus_folder, tmp_path / 'run', vocab_size=400, max_iters=2, eval_interval=2))
+    model, meta = load_model(tmp_path / 'run')
+    assert model.config.vocab_size == 400 and meta['mask_id'] < 264
+    sample = next(e['sample'] for e in log_of(tmp_path / 'run') if 'sample' in e)
+    assert not re.search(r'<\|\d+\|>', sample)
+
+
 def test_recomputing_changes_nothing(corpus_folder, straight, tmp_path):
     train.main(settings(corpus_folder, tmp_path / 'run', act_memory=0.0))
     same_tensors(tmp_path / 'run' / 'iter_0000040', straight / 'iter_0000040')
