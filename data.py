@@ -14,14 +14,18 @@ Too many lines, and known to be: a tokenizer is part of what a data set is, and 
 """
 
 import argparse
+import array
 import ast
+import functools
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
@@ -30,6 +34,7 @@ import sysconfig
 import tempfile
 import zlib
 from collections import Counter, defaultdict, namedtuple
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +43,8 @@ import torch
 from tqdm import tqdm
 
 Batch = namedtuple('Batch', 'x0 maskable cu_seqlens')               # (B, T) int64, (B, T) bool, (n+1,) int32 or None
-Corpus = namedtuple('Corpus', 'folder manifest splits parts turns', defaults=((), None))       # splits: name -> shards
+Corpus = namedtuple('Corpus', 'folder manifest splits parts turns rows', defaults=((), None, {}))   # by split: shards
+Examples = namedtuple('Examples', 'rows groups left_out')           # (n, 3) int64 start response end, (g+1,), how many
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers: one kind, a tiktoken.Encoding and a table from its ranks to ids; three sources
@@ -69,7 +75,7 @@ class Tokenizer:
 
     def __init__(self, encoding, id_of_rank, specials, spec, spare=None, named=(), chat='\n\n'):
         self.encoding, self.spec, self.specials = encoding, str(spec), dict(specials)
-        self.named, self.chat = set(named), chat
+        self.named, self.chat, self.start = set(named), chat, []        # start: ids that plain text begins with
         self._id_of_rank = np.asarray(id_of_rank, dtype=np.int64)
         self._bytes = {int(self._id_of_rank[r]): encoding.decode_single_token_bytes(r) for r in range(len(id_of_rank))}
         self._bytes.update(spare or {})
@@ -115,6 +121,13 @@ class Tokenizer:
     def unused(self, vocab_size):
         """The ids below vocab_size that stand for no token: rows of a head that nothing was trained to write."""
         return [i for i in range(vocab_size) if i not in self._bytes and i not in self._names]
+
+
+def answer_text(ids, tok, stop=()):
+    """The text of generated ids, up to the first end token or stop string."""
+    end = next((i for i, token in enumerate(ids) if token in (tok.eos_id, tok.eot_id)), len(ids))
+    text = tok.decode(ids[:end])
+    return text[:min((at for at in map(text.find, stop) if at >= 0), default=None)]
 
 
 def _split_long(text):
@@ -191,6 +204,8 @@ def tokenizer_for(meta, mask_id=None):
         if told is not None:
             tok.specials[role] = told
     tok.pad_id = tok.eos_id if tok.pad_id is None else tok.pad_id
+    if (meta['config'] or {}).get('masking') == 'response':         # trained on examples, see turns_of
+        tok.start = [tok.bos_id]
     tok._names = {i: SPECIALS.get(role, f'<|{role}|>') for role, i in tok.specials.items()
                   if not released or role in tok.named or i == getattr(tok, f'{role}_id', None)}
     if released and not {'start_header', 'end_header', 'eot'} <= tok.named:
@@ -420,38 +435,201 @@ def shakespeare_text():
         except Exception as e:                                      # urllib raises a dozen kinds
             raise OSError(f'could not download {url} ({e}); '
                           'get the file by other means and pass it with --input=FILE') from None
-    yield from file_text(path)
+    yield from read_file(path)
 
 
-def file_text(path):
-    """The documents of a file: .txt is one, in pieces; .jsonl(.gz) has one a line and .parquet one a row, in "text".
+# A world of short stories, made up, seeded, and of known probability: what is written can be graded, and a loss can be
+# held against the entropy of its source. A story has one sentence of each line of STORY; alternatives (|) are equally
+# likely. {A} is a person: the first slot of a letter draws a word of its kind (or of the kind named: {B:girl}) that the
+# story has not used, each equally likely; later slots repeat it; {A.he} is the pronoun that fits. Alternatives are
+# equally long, so that a word and its repetition are always equally far apart: that is what a small model learns fast.
 
-    Reads as it goes; errors name the file and the line.
+WORDS = {kind: words.split(', ') for kind, words in {
+    'girl': 'Anna, Bella, Cleo, Dora, Emma, Fay, Greta, Hanna, Ida, Julia, Kate, Lucy',
+    'boy': 'Adam, Ben, Carl, David, Erik, Felix, Gus, Hugo, Ivan, Jack, Leo, Max',
+    'place': 'the castle, the city, the forest, the harbour, the island, the library, the market, the mill, '
+             'the mountains, the museum, the park, the village',
+    'colour': 'black, blue, brown, green, grey, orange, purple, red, white, yellow',
+    'thing': 'ball, bell, boat, book, box, coat, cup, drum, hat, kite, lamp, ring',
+    'animal': 'bear, bird, cat, cow, dog, fox, frog, goat, horse, mouse, rabbit, sheep',
+    'food': 'apples, bread, cake, cheese, grapes, honey, milk, nuts, pears, plums, rice, soup',
+    'day': 'Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday'}.items()}
+WORDS['name'] = WORDS['girl'] + WORDS['boy']
+KINDS = dict(A='name', B='name', C='colour', D='day', F='food', G='food', K='animal', P='place', Q='place', X='thing')
+FORMS = {'girl': dict(He='She', he='she', His='Her', his='her', child='girl'),
+         'boy': dict(He='He', he='he', His='His', his='his', child='boy')}
+STORY = [line.split(' | ') for line in (
+    '{A} lives in {P}. | {A} works in {P}. | {A} comes from {P}.',
+    '{A.He} has a {C} {X}. | {A.He} found a {C} {X}. | {A.He} bought a {C} {X}. | {A.He} likes the {C} {X}.',
+    '{A.His} sister {B:girl} eats {G}. | {A.His} brother {B:boy} eats {G}. | {A.His} friend {B} eats {G}.',
+    'On {D} {A} lost the {X} in {Q}. | On {D} {B} lost the {X} in {Q}. | On {D} {A} hid the {X} in {Q}. | '
+    'On {D} {B} hid the {X} in {Q}. | On {D} {B} took the {X} to {Q}.',
+    'Now {B} has the {C} {X}. | Now {A} has the {C} {X}. | Then {A} ate {G} with {B}. | Then {B} gave {G} to {A}.')]
+SLOT = re.compile(r'\{(\w)(?::(\w+))?(?:\.(\w+))?\}')
+
+
+def _tell(sentence, known, choose):
+    """A sentence with its slots filled -> (text, log p of the words it brings in); `known` (letter -> word) gains them.
+
+    choose(letter, options) -> word.
+    """
+    logp = 0.0
+
+    def fill(slot):
+        nonlocal logp
+        letter, kind, form = slot.groups()
+        if letter not in known:
+            options = [w for w in WORDS[kind or KINDS[letter]] if w not in known.values()]
+            known[letter] = choose(letter, options)
+            logp -= math.log(len(options))
+        return FORMS['girl' if known[letter] in WORDS['girl'] else 'boy'][form] if form else known[letter]
+
+    return SLOT.sub(fill, sentence), logp
+
+
+def world_story(rng):
+    """A story drawn with a random.Random -> (text, its exact log-probability, its words: letter -> word)."""
+    known, total, told = {}, 0.0, []
+    for sentences in STORY:
+        text, logp = _tell(rng.choice(sentences), known, lambda letter, options: rng.choice(options))
+        told.append(text)
+        total += logp - math.log(len(sentences))
+    return ' '.join(told), total, known
+
+
+@functools.lru_cache(None)
+def _sentence_pattern(sentence):
+    """What a sentence looks like with any words in its slots; the first slot of each letter is a group of that name."""
+    seen = set()
+
+    def any_word(slot):
+        letter, kind, form = slot.groups()
+        words = {forms[form] for forms in FORMS.values()} if form else WORDS[kind or KINDS[letter]]
+        named = f'?P<{letter}>' if not form and letter not in seen and not seen.add(letter) else '?:'
+        return f"({named}{'|'.join(words)})"
+
+    return re.compile(SLOT.sub(any_word, sentence).replace('.', r'\.'))
+
+
+def world_readings(text, consistent=True):
+    """The log-probabilities of all ways in which the grammar makes a text: one, or none if it is no story.
+
+    consistent=False grades the grammar alone: names, pronouns and colours need not agree, and the numbers mean nothing.
+    """
+    ways = [(0, 0.0, {})]                                           # read so far: up to where, log p, words
+    for i, sentences in enumerate(STORY):
+        ways, before = [], ways
+        for at, total, known in before:
+            if i:                                                   # one space between sentences
+                at = at + 1 if text.startswith(' ', at) else len(text) + 1
+            for sentence in sentences:
+                match = _sentence_pattern(sentence).match(text, at)
+                if match:
+                    words, new = match.groupdict(), dict(known)
+                    again, logp = _tell(sentence, new, lambda k, left, words=words: words[k] if words[k] in left else '')
+                    if again == match.group() or not consistent:
+                        ways.append((match.end(), total + logp - math.log(len(sentences)), new))
+    return [total for at, total, _ in ways if at == len(text)]
+
+
+def stories(n=20000, seed=0):
+    """The world to read: n stories, each an example of its own."""
+    rng = random.Random(f'stories {seed}')
+    return ({'response': world_story(rng)[0]} for _ in range(n))
+
+
+def dialogues(n=24000, seed=0):
+    """Instructions over the same world, with answers that can be checked: n records {'task', 'messages', ['accept']}.
+
+    Questions about a story, letters to sort or to reverse, "name two", and follow-ups that need the turn before.
+    accept: a regular expression for the last answer where several are right; else it is right word for word.
+    """
+    rng = random.Random(f'dialogues {seed}')
+    kinds = {'animals': 'animal', 'colours': 'colour', 'girls': 'girl', 'boys': 'boy', 'days': 'day', 'things': 'thing'}
+
+    def about_story(count):
+        text, _, w = world_story(rng)
+        asked = [('Where does {A} live?', '{A} lives in {P}.'), ('What colour is the {X}?', 'The {X} is {C}.'),
+                 ('What does {B} eat?', '{B} eats {G}.'), ('On which day was it?', 'It was on {D}.'),
+                 ('Who is a friend of {A} or in the family?', 'It is {B}.')]
+        asked = [[_tell(part, w, None)[0] for part in pair] for pair in rng.sample(asked, count)]
+        return [(f'{text} {asked[0][0]}', asked[0][1]), *((f'And this: {q}', a) for q, a in asked[1:])]
+
+    def letters(count):
+        drawn = rng.sample('abcdefghijklmnopqrstuvwxyz', rng.randint(3, 6))
+        first = rng.choice(('Sort', 'Reverse'))
+        answer = sorted(drawn) if first == 'Sort' else drawn[::-1]
+        turns = [(f"{first}: {' '.join(drawn)}", ' '.join(answer)), ('Now reverse that.', ' '.join(answer[::-1]))]
+        return turns[:count]
+
+    for _ in range(n):
+        task = rng.choice(('story', 'story', 'letters', 'letters', 'two', 'follow-up'))
+        turns, accept = about_story(1) if task == 'story' else letters(1), {}
+        if task == 'two':
+            many = rng.choice(list(kinds))
+            turns = [(f'Name two different {many}.', ' and '.join(rng.sample(WORDS[kinds[many]], 2)))]
+            one = '|'.join(WORDS[kinds[many]])
+            accept = {'accept': rf'({one}) and (?!\1$)({one})'}
+        elif task == 'follow-up':
+            turns = rng.choice((about_story, letters))(2)
+        name = turns[0][0].split(':')[0].lower() if task == 'letters' else task
+        yield {'task': name, **accept, 'messages': [
+            {'role': role, 'content': text} for turn in turns for role, text in zip(('user', 'assistant'), turn)]}
+
+
+def facts(pairs=64, seed=0):
+    """Who is whose mother, in statements to be learned by heart: records {'first', 'join', 'second', 'seen'}.
+
+    Half of the pairs are stated in both ways ("A is the mother of B", "B is the child of A"), a quarter each in one
+    way only; the statement that is not made is yielded too, with seen=False: no training text, but a question.
+    """
+    rng = random.Random(f'facts {seed}')
+    letters = ('bdfgklmnprstvz', 'aeiou') * 2
+    names = rng.sample([''.join(word).capitalize() for word in itertools.product(*letters)], 2 * pairs)
+    for i in range(pairs):
+        mother, child = names[2 * i:2 * i + 2]
+        yield {'first': mother, 'join': ' is the mother of ', 'second': child, 'seen': i % 4 != 3}
+        yield {'first': child, 'join': ' is the child of ', 'second': mother, 'seen': i % 4 != 2}
+
+
+def read_file(path, complain=None, accept=None):
+    """What a file holds, as it goes: (name, text) of documents, or (name, record) of examples to be fine-tuned on.
+
+    .txt is one document, in pieces; .parquet has one a row, in "text"; a line of .jsonl(.gz), or an item of a list in
+    .json, is a document with "text", or an example: see check_record. What cannot be read raises ValueError with file
+    and line, or, given complain(message), is reported there and left out. accept: another check_record.
     """
     path = Path(path)
     kind = ''.join(path.suffixes[-2:] if path.suffix == '.gz' else path.suffixes[-1:])
-    if kind not in ('.txt', '.jsonl', '.jsonl.gz', '.parquet'):
-        raise ValueError(f'{path}: input must be .txt, .jsonl, .jsonl.gz or .parquet')
+    if kind not in READERS:
+        raise ValueError(f'{path}: input must be .txt, .jsonl, .jsonl.gz, .json or .parquet')
     if not path.is_file():
         raise FileNotFoundError(f'{path}: no such file')
-    found, held, size = False, [], 0
-    for number, raw in enumerate((_parquet_rows if kind == '.parquet' else _lines)(path), 1):
+    found, held, size = None, [], 0
+    for number, raw in enumerate(READERS[kind](path), 1):
         try:
-            text = raw if kind == '.parquet' else raw.decode('utf-8-sig' if number == 1 or kind != '.txt' else 'utf-8')
-            if kind.startswith('.jsonl') and text.strip():
-                text = json.loads(text)['text']
-            if not isinstance(text, str):
-                raise TypeError('text is not a string')
-            text.encode()                                           # half a surrogate pair is no text
-        except UnicodeDecodeError as e:
-            raise ValueError(f'{path}:{number}: not UTF-8 (byte {e.start} of the line)') from None
+            item = raw
+            if isinstance(raw, bytes):
+                item = raw.decode('utf-8-sig' if number == 1 or kind != '.txt' else 'utf-8')
+            if kind.startswith('.jsonl') and item.strip():
+                item = json.loads(item, object_pairs_hook=_no_key_twice)
+            if isinstance(item, dict):
+                item = accept(item) if accept else item['text'] if 'text' in item else check_record(item)
+            if not isinstance(item, (str, dict)):
+                raise TypeError('want a JSON object with "text", or an example')
+            json.dumps(item, ensure_ascii=False).encode()           # half a surrogate pair is no text
+            if item and not isinstance(item, found or object):
+                raise TypeError('a file holds documents ("text") or examples, not both')
         except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise ValueError(f'{path}:{number}: want a JSON object with "text" ({type(e).__name__}: {e})') from None
-        found = found or bool(text.strip())
-        if kind != '.txt' and text.strip():
-            yield f'{path.name}:{number}', text
+            said = f'not UTF-8 (byte {e.start} of the line)' if isinstance(e, UnicodeDecodeError) else str(e)
+            (complain or _refuse)(f'{path}:{number}: {said}')
+            continue
+        if isinstance(item, dict) or item.strip():
+            found = type(item)
+        if kind != '.txt' and (isinstance(item, dict) or item.strip()):
+            yield f'{path.name}:{number}', item
         elif kind == '.txt':
-            held, size = [*held, text], size + len(text)
+            held, size = [*held, item], size + len(item)
             if size > 1 << 16:
                 yield path.name, ''.join(held)
                 held, size = [], 0
@@ -459,6 +637,49 @@ def file_text(path):
         yield path.name, ''.join(held)
     if not found:
         raise ValueError(f'{path}: no text in it')
+
+
+def _refuse(message):
+    raise ValueError(message)
+
+
+def _no_key_twice(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f'a key stands twice: {[k for k, _ in pairs]}')
+    return dict(pairs)
+
+
+def check_record(record, longest=1 << 20):
+    """An example as it is, or ValueError: "prompt" and "response"; "messages" ("role", "content"); "first", "second".
+
+    The prompt may be missing; couplets may have a "join", the text between their halves (default: a line end), and
+    "seen": false, if they are a question only. longest: characters in all.
+    """
+    def text(of, key, may_be_empty=False):
+        value = of.get(key) if isinstance(of, dict) else None
+        if not isinstance(value, str) or not (may_be_empty or value.strip()):
+            raise ValueError(f'"{key}" must be a text that is not empty, got {json.dumps(value)[:60]}')
+        return len(value)
+
+    size = 0
+    if 'messages' in record:
+        messages = record['messages']
+        if not isinstance(messages, list) or not messages:
+            raise ValueError(f'"messages" must be a list of messages, got {json.dumps(messages)[:60]}')
+        size = sum(text(m, 'role') + text(m, 'content') for m in messages)
+        roles = [m['role'] for m in messages]
+        if 'assistant' not in roles[1:]:
+            raise ValueError(f'"messages" needs an answer by "assistant" to something before it, got roles {roles[:9]}')
+    elif {'prompt', 'response'} & set(record):
+        size = text({'prompt': 'none', **record}, 'prompt') + text(record, 'response')
+    elif {'first', 'second'} & set(record):
+        size = text(record, 'first') + text(record, 'second') + text({'join': '\n', **record}, 'join', True)
+    else:
+        raise ValueError(f'want "text", "prompt" and "response", "messages", or "first" and "second"; got the keys '
+                         f'{list(record)[:9]}')
+    if size > longest:
+        raise ValueError(f'an example of {size:,} characters; the limit is {longest:,}')
+    return record
 
 
 def _lines(path):
@@ -481,9 +702,23 @@ def _parquet_rows(path):
         raise ValueError(f'{path}: not a parquet file with a column "text" ({str(e).splitlines()[0][:100]})') from None
 
 
-DATASETS = {                # name -> (documents, default tokenizer, what it is)
+def _json_items(path):
+    try:
+        items = json.loads(path.read_text(encoding='utf-8-sig'), object_pairs_hook=_no_key_twice)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{path}: not JSON ({e})') from None
+    if not isinstance(items, list):
+        raise ValueError(f'{path}: a .json file must be one list of objects; a file of lines is called .jsonl')
+    return items
+
+
+READERS = {'.txt': _lines, '.jsonl': _lines, '.jsonl.gz': _lines, '.json': _json_items, '.parquet': _parquet_rows}
+DATASETS = {                # name -> (documents or records, default tokenizer, what it is)
     'docs': (docs_text, 'bpe-2048', 'documentation that every Python carries, about 1 MB; needs no network'),
     'shakespeare': (shakespeare_text, 'bpe-1024', 'tiny Shakespeare, 1.1 MB; downloaded, or --input=input.txt'),
+    'world': (stories, 'world', 'made-up stories of known probability; like the next two, made on the spot'),
+    'instruct': (dialogues, 'world', 'questions and tasks over the same world, with answers that can be checked'),
+    'facts': (facts, 'bytes', 'who is whose mother, stated in two directions, for the reversal experiment'),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -501,30 +736,34 @@ def chunks(documents, size=4096):
             start = end
 
 
-def prepare(documents, out, tokenizer, *, val_every=10, workers=1):
-    """Tokenizes (name, text) documents, or a list of paths of files, into the folder `out`, whole or not at all.
+def prepare(documents, out, tokenizer, *, val_every=10, workers=1, on_error='stop'):
+    """Tokenizes (name, text) documents, example records, or a list of paths of files, into the folder `out`.
 
-    Every val_every-th piece of about 4 kB is held out: a tail split would share long passages with the rest. An EOS
-    ends each document, and stands wherever a held-out piece was taken from between its neighbours.
-    tokenizer: a spec of get_tokenizer, or 'bpe-N' to learn a vocabulary of N entries from the training pieces.
-    Files are done side by side by `workers` processes; after an interruption or an error the same call takes up what is
-    finished. Returns the manifest.
+    Of documents, every val_every-th piece of about 4 kB is held out: a tail split would share long passages with the
+    rest. An EOS ends each, and stands wherever a held-out piece was taken from between its neighbours. Of examples,
+    every val_every-th question is held out, chosen by its text: none is asked in both splits (val.jsonl keeps them as
+    they were). Couplets are to be learned by heart: both splits have them all.
+    tokenizer: a spec of get_tokenizer, 'bpe-N' to learn a vocabulary of N entries from the training pieces, 'chars'
+    for one token a character, 'world' for the words of the made-up world. on_error 'skip' reports a bad line and leaves
+    it out, 'stop' ends with it. Files are done side by side by `workers` processes; after an interruption or an error
+    the same call takes up what is finished. The folder is whole or not there. Returns the manifest.
     """
     out, documents = Path(out).absolute(), list(documents)
     files = bool(documents) and isinstance(documents[0], (str, Path))
     sources = [Path(f) for f in documents] if files else [documents]
     if out.exists() and not (out.is_dir() and ((out / 'manifest.json').is_file() or not any(out.iterdir()))):
         raise ValueError(f'{out}: something else is here; choose another --out')
-    for source in sources if files else ():
-        next(file_text(source))                                     # missing, wrong kind, broken at once: said now
+    first = [next(_documents(s, on_error, quiet=True), ('', ''))[1] for s in sources]   # broken at once: said now
+    if len({isinstance(item, dict) for item in first}) > 1:
+        raise ValueError('some of the files hold documents ("text"), some examples: prepare them apart')
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f'.{out.name}.unfinished')
     if not files:                                                   # nothing to take up: a place of its own
         aside = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))
     aside.mkdir(exist_ok=True)
     try:
-        spec = _place_tokenizer(tokenizer, aside, sources, val_every)
-        jobs = [(source, aside, i, spec, val_every) for i, source in enumerate(sources)]
+        spec = _place_tokenizer(tokenizer, aside, sources, val_every, on_error)
+        jobs = [(source, aside, i, spec, val_every, on_error) for i, source in enumerate(sources)]
         return _finish(_run_jobs(jobs, workers), aside, out, spec, val_every)
     except BaseException:
         if not any(aside.glob('part_*.json')) or not files:         # finished files are kept: mend, and go on
@@ -532,21 +771,26 @@ def prepare(documents, out, tokenizer, *, val_every=10, workers=1):
         raise
 
 
-def _place_tokenizer(tokenizer, folder, sources, val_every):
+def _place_tokenizer(tokenizer, folder, sources, val_every, on_error):
     """Learns or copies the tokenizer into the folder, if it has a file -> what the manifest calls it."""
-    if tokenizer.startswith('bpe-'):
-        n = int(tokenizer[4:]) if tokenizer[4:].isdecimal() else 0
-        if not 256 + len(SPECIALS) <= n <= 65536:
-            raise ValueError(f'tokenizer bpe-N: N must lie between {256 + len(SPECIALS)} and 65536, '
-                             f'got {tokenizer[4:]!r}')
+    learned = tokenizer.removeprefix('bpe-') if tokenizer.startswith('bpe-') else ''
+    if learned or tokenizer in ('chars', 'world'):
+        n = int(learned) if learned.isdecimal() else 0
+        if learned and not 256 + len(SPECIALS) <= n <= 65536:
+            raise ValueError(f'tokenizer bpe-N: N must lie between {256 + len(SPECIALS)} and 65536, got {learned!r}')
         sample, size = [], 0
-        for i, (_, text) in enumerate(chunks(d for s in sources for d in _documents(s))):
-            if i % val_every != val_every - 1:
+        if tokenizer == 'world':                                    # all words of it, the same for all its sets
+            sources = [[*itertools.islice(stories(), 2000), *itertools.islice(dialogues(), 2000)]]
+        pieces = chunks((name, _text_of(item)) for s in sources for name, item in _documents(s, on_error, quiet=True))
+        for i, (_, text) in enumerate(pieces):
+            if i % val_every != val_every - 1 or tokenizer == 'chars':
                 sample.append(text)
                 size += len(text)
             if size > 50_000_000:                                   # enough to learn words from
                 break
-        save_bpe(folder / 'tokenizer.json', train_bpe('\n'.join(sample), n - 256 - len(SPECIALS)))
+        merges = _spell_out(sorted(set(''.join(sample)))) if tokenizer == 'chars' else \
+            train_bpe('\n'.join(sample), n - 256 - len(SPECIALS) if learned else 2 ** 16)
+        save_bpe(folder / 'tokenizer.json', merges)
         return 'tokenizer.json'
     get_tokenizer(tokenizer)                                        # refuse before copying
     if tokenizer.endswith('.json'):
@@ -555,8 +799,30 @@ def _place_tokenizer(tokenizer, folder, sources, val_every):
     return tokenizer
 
 
-def _documents(source):
-    return file_text(source) if isinstance(source, Path) else source
+def _spell_out(words):
+    """Merges that make one token of each word, from left to right."""
+    merges = {}
+    for raw in (word.encode() for word in words):
+        for i in range(1, len(raw)):
+            merges.setdefault(raw[:i + 1], (raw[:i], raw[i:i + 1]))
+    return list(merges.values())
+
+
+def _text_of(item):
+    """The text of a document or of an example."""
+    if isinstance(item, str):
+        return item
+    if 'messages' in item:
+        return '\n\n'.join(text for m in item['messages'] for text in (m['role'], m['content']))
+    return ''.join(couplet(item)) if 'first' in item else f"{item.get('prompt', '')}\n\n{item['response']}"
+
+
+def _documents(source, on_error='stop', quiet=False):
+    """(name, text or record) of a file, or of a list of texts or records; quiet: bad lines have been reported."""
+    if isinstance(source, Path):
+        say = (lambda m: None) if quiet else lambda m: tqdm.write(f'skipped {m}', file=sys.stderr)
+        return read_file(source, say if on_error == 'skip' else None)
+    return (item if isinstance(item, tuple) else (f'record {i}', item) for i, item in enumerate(source))
 
 
 def _run_jobs(jobs, workers):
@@ -570,10 +836,10 @@ def _run_jobs(jobs, workers):
 
 
 def _write_part(job):
-    """Tokenizes one source to a shard for each split -> {split: {'file', 'tokens', 'bytes', 'sha256'}}."""
-    source, folder, number, spec, val_every = job
+    """Tokenizes one source to a shard for each split -> {split: {'file', 'tokens', 'bytes', 'sha256', ['rows']}}."""
+    source, folder, number, spec, val_every, on_error = job
     tok = get_tokenizer(folder / spec if spec.endswith('.json') else spec)
-    made_from = [str(source), source.stat().st_size, source.stat().st_mtime_ns, val_every,
+    made_from = [str(source), source.stat().st_size, source.stat().st_mtime_ns, val_every, on_error,
                  _sha256(folder / spec) if spec.endswith('.json') else spec] if isinstance(source, Path) else None
     done = folder / f'part_{number:05d}.json'
     if made_from and done.is_file():
@@ -581,27 +847,82 @@ def _write_part(job):
         if before['made_from'] == made_from:
             return before
     entry = {split: {'file': f'{split}_{number:05d}.bin', 'tokens': 0, 'bytes': 0} for split in ('train', 'val')}
-    last = None
-    with (folder / entry['train']['file']).open('wb') as train, (folder / entry['val']['file']).open('wb') as val:
+    rows, last, special = {'train': array.array('q'), 'val': array.array('q')}, None, set(tok.specials.values())
+    progress = dict(desc='tokenizing', leave=False, disable=None if number == 0 else True)
+    with ExitStack() as stack:
+        files = {split: stack.enter_context((folder / e['file']).open('wb')) for split, e in entry.items()}
+        held_out = stack.enter_context((folder / f'val_{number:05d}.jsonl').open('w', encoding='utf-8'))
+
         def put(split, ids, n_bytes=0):
-            (train if split == 'train' else val).write(np.array(ids, dtype=_dtype(tok)).tobytes())
+            files[split].write(np.array(ids, dtype=_dtype(tok)).tobytes())
             entry[split]['tokens'] += len(ids)
             entry[split]['bytes'] += n_bytes
 
-        for i, (name, text) in enumerate(tqdm(chunks(_documents(source)), desc='tokenizing', leave=False,
-                                              disable=None if number == 0 else True)):
+        pieces = _chunks_or_records(_documents(source, on_error))
+        for i, (name, item) in enumerate(tqdm(pieces, **progress)):
+            if isinstance(item, dict):
+                splits, last = _splits_of(item, val_every), None
+                for split in splits:
+                    for prompt, response in turns_of(item, tok):
+                        start = entry[split]['tokens']
+                        ids = [*prompt, *response]
+                        put(split, [*ids, tok.eos_id], len(tok.decode_bytes(i for i in ids if i not in special)))
+                        rows[split].extend((start, start + len(prompt), entry[split]['tokens'], i))
+                if 'val' in splits:
+                    held_out.write(json.dumps(item, ensure_ascii=False) + '\n')
+                continue
             split = 'val' if (i + number) % val_every == val_every - 1 else 'train'
             if last not in (None, (name, split)):
                 put(last[1], [tok.eos_id])
-            put(split, tok.encode(text), len(text.encode()))
+            put(split, tok.encode(item), len(item.encode()))
             last = name, split
         if last:
             put(last[1], [tok.eos_id])
-    for e in entry.values():
+    for split, e in entry.items():
         e['sha256'] = _sha256(folder / e['file'])
+        if rows[split]:
+            e['rows'] = {'file': f'{split}_{number:05d}.rows.bin', 'count': len(rows[split]) // 4}
+            (folder / e['rows']['file']).write_bytes(rows[split].tobytes())
+            e['rows']['sha256'] = _sha256(folder / e['rows']['file'])
     done.with_suffix('.tmp').write_text(json.dumps({**entry, 'made_from': made_from}), encoding='utf-8')
     os.replace(done.with_suffix('.tmp'), done)
     return entry
+
+
+def _chunks_or_records(documents):
+    for name, item in documents:
+        yield from [(name, item)] if isinstance(item, dict) else chunks([(name, item)])
+
+
+def _splits_of(record, val_every):
+    """Where an example goes: couplets everywhere, unless unseen; else by its question, so that none is in both."""
+    if 'first' in record:
+        return ('train', 'val') if record.get('seen', True) else ()
+    question = _text_of({**record, 'response': ''} if 'messages' not in record else
+                        {'messages': record['messages'] if 'accept' in record else record['messages'][:-1]})
+    question = question if record.get('prompt') or 'messages' in record else record['response']
+    return ('val',) if zlib.crc32(question.encode()) % val_every == 0 else ('train',)
+
+
+def turns_of(record, tok):
+    """An example as (prompt ids, response ids), one for each answer in it; the prompt begins with BOS.
+
+    A dialogue of n answers is n examples, each with the whole history as its prompt (LLaDA, App. B.1). BOS also stands
+    before what has no prompt: a canvas of masks alone looks the same from everywhere, and needs an edge to count from.
+    """
+    if 'messages' in record:
+        history = record['messages']
+        return [(tok.encode_chat(history[:i]), tok.encode(m['content'].strip()))
+                for i, m in enumerate(history) if i and m['role'] == 'assistant']
+    if 'first' in record:
+        return [([tok.bos_id], [i for part in couplet(record) for i in tok.encode(part)])]
+    prompt = tok.encode_chat([{'role': 'user', 'content': record['prompt']}]) if 'prompt' in record else [tok.bos_id]
+    return [(prompt, tok.encode(record['response'].strip()))]
+
+
+def couplet(record):
+    """The three parts of a couplet: first half, what joins them, second half."""
+    return record['first'], record.get('join', '\n'), record['second']
 
 
 def _dtype(tok):
@@ -620,12 +941,18 @@ def _finish(parts, aside, out, spec, val_every):
         shards = [part[split] for part in parts if part[split]['tokens']]
         total = {key: sum(shard[key] for shard in shards) for key in ('tokens', 'bytes')}
         if not shards:
-            raise ValueError(f'{out.name}: too little text: of its pieces of 4 kB every {val_every}th is held out, '
-                             f'and none is left for {split}')
+            raise ValueError(f'{out.name}: too little text: of its pieces of 4 kB (or examples) every {val_every}th is '
+                             f'held out, and none is left for {split}')
         manifest['splits'][split] = {'shards': shards, **total}
     (aside / 'manifest.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
-    named = {shard['file'] for split in manifest['splits'].values() for shard in split['shards']}
-    for leftover in (f for f in aside.iterdir() if f.suffix == '.bin' and f.name not in named or f.match('part_*')):
+    with (aside / 'val.jsonl').open('w', encoding='utf-8') as held_out:
+        for part in sorted(aside.glob('val_*.jsonl')):
+            held_out.write(part.read_text(encoding='utf-8'))
+    shards = [shard for split in manifest['splits'].values() for shard in split['shards']]
+    named = {'val.jsonl'} if (aside / 'val.jsonl').stat().st_size else set()
+    named |= {s['file'] for s in shards} | {s['rows']['file'] for s in shards if 'rows' in s}
+    for leftover in (f for f in aside.iterdir() if f.suffix in ('.bin', '.jsonl') and f.name not in named
+                     or f.match('part_*')):
         leftover.unlink()
     aside.chmod(0o755)
     old = aside.with_name(aside.name + '.old')
@@ -641,16 +968,16 @@ def _finish(parts, aside, out, spec, val_every):
 
 
 def open_dataset(name, verify=True):
-    """The corpus of a name, folder or mixture 'a:0.7,b:0.3'; `docs`, which needs no network, is made on first use.
+    """The corpus of a name, folder or mixture 'a:0.7,b:0.3'; sets that need no network are made on first use.
 
     A mixture is a Corpus with parts: of every 1000 windows each gives its share, in an order that is always the same.
     """
     if (',' in name or ':' in name) and not Path(name).is_dir():
         return _mixture(name, verify)
     folder = Path(name) if (Path(name) / 'manifest.json').is_file() or '/' in name else Path('data') / name
-    if name == 'docs' and not (folder / 'manifest.json').is_file():
-        print('preparing data/docs (once): the documentation that this Python carries')
-        documents, tokenizer, _ = DATASETS['docs']
+    if name in DATASETS and name != 'shakespeare' and not (folder / 'manifest.json').is_file():
+        documents, tokenizer, what = DATASETS[name]
+        print(f'preparing data/{name} (once): {what}')
         try:
             prepare(documents(), folder, tokenizer)
         except OSError:
@@ -698,7 +1025,8 @@ def open_corpus(folder, verify=True):
         raise FileNotFoundError(f'{folder}: no data set here{known}')
     try:
         manifest = json.loads(path.read_text(encoding='utf-8'))
-        splits, spec, dtype = {}, manifest['tokenizer'], {'uint16': np.uint16, 'uint32': np.uint32}[manifest['dtype']]
+        splits, rows, spec = {}, {}, manifest['tokenizer']
+        dtype = {'uint16': np.uint16, 'uint32': np.uint32}[manifest['dtype']]
         if not 0 < manifest['vocab_size'] < 2 ** 31 or spec.endswith('.json') and spec != 'tokenizer.json':
             raise KeyError('vocab_size or tokenizer')
         for split in ('train', 'val'):
@@ -706,24 +1034,30 @@ def open_corpus(folder, verify=True):
             if not (entry['bytes'] > 0 and entry['tokens'] == sum(s['tokens'] for s in entry['shards']) > 0):
                 raise KeyError(f'counts of {split}')
             k, n = verify if isinstance(verify, tuple) else (0, 1)
-            splits[split] = [_open_shard(folder / Path(s['file']).name, np.dtype(dtype), s, verify and i % n == k,
-                                         manifest['vocab_size']) for i, s in enumerate(entry['shards'])]
+            shards = list(enumerate(entry['shards']))
+            splits[split] = [_open_shard(folder, s['file'], s['tokens'], dtype, verify and i % n == k and s['sha256'],
+                                         manifest['vocab_size']) for i, s in shards]
+            rows[split] = [_open_shard(folder, r['file'], 4 * r['count'], np.int64, verify and i % n == k and
+                                       r['sha256'], s['tokens'] + r['count']).reshape(-1, 4)
+                           for i, s in shards for r in [s.get('rows')] if r]
     except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ValueError(f'{path}: not a manifest ({type(e).__name__}: {e})') from None
-    return Corpus(folder, manifest, splits)
+    return Corpus(folder, manifest, splits, rows=rows)
 
 
-def _open_shard(path, dtype, entry, verify, vocab_size):
-    size, want = path.stat().st_size if path.exists() else -1, entry['tokens'] * dtype.itemsize
+def _open_shard(folder, name, count, dtype, sha256, limit):
+    """A file of `count` numbers below `limit`, mapped; checked if its sha256 is given."""
+    path, want = folder / Path(name).name, count * np.dtype(dtype).itemsize
+    size = path.stat().st_size if path.exists() else -1
     if size != want:
         raise ValueError(f'{path}: {"missing" if size < 0 else f"{size} bytes"}, the manifest says {want}; '
                          'prepare the data again')
     shard = np.memmap(path, dtype=dtype, mode='r')
-    if verify and _sha256(path) != entry['sha256']:
+    if sha256 and _sha256(path) != sha256:
         raise ValueError(f'{path}: damaged (its sha256 is not the one in the manifest); prepare the data again')
-    if verify and shard.max() >= vocab_size:
+    if sha256 and shard.max() >= limit:
         at = int(shard.argmax())
-        raise ValueError(f'{path}: token {shard[at]} at {at}, but the vocabulary ends at {vocab_size - 1}')
+        raise ValueError(f'{path}: token {shard[at]} at {at}, but the vocabulary ends at {limit - 1}')
     return shard
 
 
@@ -731,6 +1065,13 @@ def corpus_tokenizer(corpus):
     """The tokenizer that made a corpus."""
     spec = corpus.manifest['tokenizer']
     return get_tokenizer(corpus.folder / spec if spec.endswith('.json') else spec)
+
+
+def same_tokenizer(theirs, ours, name, folder):
+    """ValueError if the tokenizer of a checkpoint is not the one of a data set."""
+    probe = 'The quick brown fox: 1234\n\n    def f(x) ...'
+    if theirs.encode(probe) != ours.encode(probe) or theirs.mask_id != ours.mask_id or theirs.eos_id != ours.eos_id:
+        raise ValueError(f'{name}: its tokenizer is not the one of {folder}')
 
 
 def bytes_per_token(corpus, split='val'):
@@ -799,17 +1140,22 @@ def _window(corpus, split, sample, seq_len, seed):
     return read_window(corpus, split, offset + shuffled(index, n, key) * seq_len, seq_len)
 
 
-def batch(corpus, split, rows, seq_len, seed=0, cuts=None):
+def batch(corpus, split, rows, seq_len, seed=0, cuts=None, eos_id=None):
     """Windows for global sample numbers `rows` (iteration * global batch + row of the batch) -> Batch.
 
     Every window of the split is drawn once per epoch, in an order and with a starting offset that are the epoch's own.
     cuts: one number for each row, see draw_cuts; what is cut off is not maskable, and out of sight of the rest.
+    eos_id: documents are out of each other's sight as well, with borders behind each EOS (iLLaDA packs them so).
     """
     x0 = torch.from_numpy(np.stack([_window(corpus, split, int(row), seq_len, seed) for row in rows]))
     maskable, cu_seqlens = torch.ones_like(x0, dtype=torch.bool), None
-    if cuts is not None and any(cuts):
-        borders = {*range(0, x0.numel() + 1, seq_len), *(i * seq_len + abs(int(c)) for i, c in enumerate(cuts))}
-        borders = sorted(borders) + [x0.numel()] * (2 * len(rows) + 1 - len(borders))       # one shape: one graph
+    cuts = [0] * len(rows) if cuts is None else cuts
+    inside = [] if eos_id is None else ((x0.flatten() == eos_id).nonzero()[:, 0] + 1).tolist()
+    if inside or any(cuts):
+        inside += [i * seq_len + abs(int(c)) for i, c in enumerate(cuts)]
+        borders = {*range(0, x0.numel() + 1, seq_len), *inside}
+        shape = 2 * len(rows) + 1 if eos_id is None else -(-len(borders) // 64) * 64    # few shapes: few graphs
+        borders = sorted(borders) + [x0.numel()] * (shape - len(borders))
         cu_seqlens = torch.tensor(borders, dtype=torch.int32)
         maskable = torch.arange(seq_len) < torch.tensor([-int(c) if c < 0 else seq_len for c in cuts])[:, None]
     return Batch(x0, maskable, cu_seqlens)
@@ -828,6 +1174,57 @@ def all_windows(corpus, split, seq_len, limit=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Examples, one a row: a prompt that is never hidden, a response, EOS up to the longest row (LLaDA's fine-tuning)
+
+
+def open_examples(corpus, split, seq_len):
+    """Where the examples of a split stand -> Examples; those longer than seq_len are left out, and counted."""
+    if not corpus.rows.get(split):
+        raise ValueError(f"{corpus.folder}: no examples here, but a stream of documents: masking = 'response' needs "
+                         '"prompt" and "response", "messages", or couplets')
+    tables, at, group = [], 0, 0
+    for shard, rows in zip(corpus.splits[split], corpus.rows[split]):
+        tables.append(rows + np.array([at, at, at, group]))
+        at, group = at + len(shard), group + 1 + int(rows[-1, 3])
+    table = np.concatenate(tables)
+    short = table[:, 2] - table[:, 0] <= seq_len
+    if not short.any():
+        raise ValueError(f'{corpus.folder}: all {len(table)} examples of {split} are longer than seq_len = {seq_len}')
+    table = table[short]
+    borders = np.flatnonzero(np.diff(table[:, 3], prepend=-1))
+    return Examples(table[:, :3], np.append(borders, len(table)), int((~short).sum()))
+
+
+def draw_examples(examples, samples, seed=0):
+    """Rows (n, 3) for global sample numbers: every dialogue once an epoch, shuffled, and of each one turn by chance.
+
+    The other turns of that dialogue have to wait for another epoch (LLaDA, issue 77 of the official repository).
+    """
+    n, chosen = len(examples.groups) - 1, []
+    for sample in samples:
+        epoch, index = divmod(int(sample), n)
+        key = np.random.Generator(np.random.Philox(key=[seed, epoch])).integers(2 ** 63, size=4)
+        group = shuffled(index, n, [int(k) for k in key])
+        first, end = (int(i) for i in examples.groups[group:group + 2])
+        turn = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 1, group])).integers(first, end)
+        chosen.append(examples.rows[turn])
+    return np.stack(chosen)
+
+
+def example_batch(corpus, split, rows, eos_id, length=None):
+    """Examples (n, 3) padded with EOS to the longest (or to `length`) -> Batch.                               Eq. 5
+
+    The response, its EOS and the padding are maskable, hence counted as L' (LLaDA, App. B.1); the prompt is not.
+    """
+    longest = int((rows[:, 2] - rows[:, 0]).max()) if length is None else length
+    x0 = torch.full((len(rows), longest), eos_id)
+    maskable = torch.arange(longest) >= torch.from_numpy(rows[:, 1] - rows[:, 0])[:, None]
+    for i, (start, _, end) in enumerate(rows.tolist()):
+        x0[i, :end - start] = torch.from_numpy(read_window(corpus, split, start, end - start))
+    return Batch(x0, maskable, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
@@ -836,12 +1233,13 @@ def main(argv=None):
         epilog='data sets:\n' + '\n'.join(f'  {n:<12} {d[2]}' for n, d in DATASETS.items()))
     parser.error = lambda message: sys.exit(print(f'data.py: {message}', file=sys.stderr) or 2)
     parser.add_argument('name', nargs='?', help='a data set from the list below')
-    parser.add_argument('--input', help='.txt, .jsonl(.gz) or .parquet files or patterns, separated by commas')
+    parser.add_argument('--input', help='.txt, .jsonl(.gz), .json or .parquet files or patterns, separated by commas')
     parser.add_argument('--out', help='folder to write (default data/NAME)')
-    parser.add_argument('--tokenizer', help="'bytes', bpe-N (learned here), a tiktoken name, or a tokenizer.json "
-                                            '(default bpe-1024)')
+    parser.add_argument('--tokenizer', help="'bytes', 'chars' or bpe-N (learned here), a tiktoken name, or a "
+                                            'tokenizer.json (default bpe-1024)')
     parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='processes, for several files')
-    parser.add_argument('--val_every', type=int, default=10, help='hold out every N-th piece of 4 kB (default 10)')
+    parser.add_argument('--val_every', type=int, default=10, help='hold out every N-th piece or question (default 10)')
+    parser.add_argument('--on_error', choices=('stop', 'skip'), default='stop', help='what a bad line does')
     args = parser.parse_args(argv)
     if not args.name and args.input is None:
         return parser.print_help()
@@ -861,7 +1259,7 @@ def main(argv=None):
         out = args.out or f'data/{args.name}'
         default = DATASETS[args.name][1] if args.name else 'bpe-1024'
         manifest = prepare(documents, out, args.tokenizer or default, val_every=args.val_every,
-                           workers=args.workers)
+                           workers=args.workers, on_error=args.on_error)
     except (ValueError, OSError) as e:
         print(f'data.py: {e}', file=sys.stderr)
         sys.exit(2)

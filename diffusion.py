@@ -608,6 +608,33 @@ def generate_variable_length(model, prompts, mask_id, eos_id, *, block_length, s
     return ids, n_forward
 
 
+def complete(model, prompts, gen_length, special, *, steps=0, block_length=0, variable_length=False, stop=None,
+             generator=None, on_step=None, **settings):
+    """Prompts, lists of ids, continued (or their gaps filled) -> (lists of ids, prompt included; n_forward).
+
+    special has mask_id, eos_id, eot_id and pad_id. steps and block_length 0 are one token a step and the whole canvas.
+    A causal model writes from left to right, greedily or at a temperature, and needs none of the other settings.
+    """
+    device = next(model.parameters()).device
+    if getattr(getattr(model, 'config', None), 'causal', False):
+        noise = generator if isinstance(generator, (list, tuple)) else [generator] * len(prompts)
+        made = [ar_generate(model, torch.tensor([[special.eos_id, *p]], device=device), gen_length, generator=g,
+                            temperature=settings['temperature'], eos_id=special.eos_id) for p, g in zip(prompts, noise)]
+        return [z.x[0, 1:].tolist() for z in made], sum(z.n_forward for z in made)
+    settings.update(eot_id=special.eot_id, generator=generator, on_step=on_step)
+    if variable_length:
+        return generate_variable_length(model, prompts, special.mask_id, special.eos_id, block_length=block_length,
+                                        steps_per_block=steps or block_length, max_length=gen_length, stop=stop,
+                                        pad_id=special.pad_id, **settings)
+    gaps = any(special.mask_id in p for p in prompts)
+    x, visible, given = (z.to(device) for z in canvas(prompts, 0 if gaps else gen_length, special.mask_id,
+                                                      special.pad_id))
+    made = generate(model, x, special.mask_id, steps=steps or int((x == special.mask_id).sum(1).max()),
+                    block_length=block_length or None, prompt=given, visible=None if visible.all() else visible,
+                    eos_id=special.eos_id, **settings)
+    return [row[seen].tolist() for row, seen in zip(made.x, visible)], made.n_forward
+
+
 def end_think(ids, gen_length, boost=100.0, power=3.0):
     """A hook for `adjust`: makes the tokens `ids` of "</think>" ever more likely (iLLaDA's evaluation).
 

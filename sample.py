@@ -21,7 +21,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 from tqdm import tqdm
 
 import data
@@ -76,7 +75,7 @@ def prompt_ids(text, tok, gap):
     """Ids of a prompt in which each ___ stands for `gap` masks; the space before a gap belongs to what fills it."""
     if not text.strip():
         raise ValueError('the prompt is empty (without any prompt, samples come out of nothing)')
-    ids, parts = [], text.split(GAP)
+    ids, parts = list(tok.start), text.split(GAP)
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
         ids += tok.encode(part if last else part.removesuffix(' ')) + ([] if last else [tok.mask_id] * gap)
@@ -201,48 +200,27 @@ def sampler_settings(cfg, tok, vocab_size, new):
                   cache=cfg.cache or None, logits_eos_inf=cfg.logits_eos_inf,
                   confidence_eos_eot_inf=cfg.confidence_eos_eot_inf, threshold=cfg.threshold or None)
     diffusion.check_sampler(cfg.steps or new or 1, eos_id=tok.eos_id, **shared)
-    return dict(shared, eot_id=tok.eot_id, adjust=adjust, suppress=tok.unused(vocab_size))
+    return dict(shared, adjust=adjust, suppress=tok.unused(vocab_size))
 
 
 def write(model, cfg, tok, prompts, new, noise, screen=None):
     """Continues (or fills) a batch of prompts, lists of ids -> (list of ids with the prompt, forward passes)."""
-    where, vocab_size = model.embed.weight.device, model.config.vocab_size
-    if model.config.causal:
-        rows, forwards = [], 0
-        for p, generator in zip(prompts, noise):
-            start = torch.tensor([[tok.eos_id, *p]], device=where)
-            made = diffusion.ar_generate(model, start, new, temperature=cfg.temperature, eos_id=tok.eos_id,
-                                         generator=generator)
-            rows.append(made.x[0, 1:].tolist())
-            forwards += made.n_forward
-        return rows, forwards
-    settings = sampler_settings(cfg, tok, vocab_size, new)
-    if cfg.variable_length:
-        def stop(ids):
-            return tok.eot_id in ids or any(s in tok.decode(ids) for s in cfg.stop)
-        return diffusion.generate_variable_length(
-            model, prompts, tok.mask_id, tok.eos_id, block_length=cfg.block_length, max_length=new, stop=stop,
-            steps_per_block=cfg.steps or cfg.block_length, pad_id=tok.pad_id, on_step=screen, generator=noise,
-            **settings)
-    gaps = any(tok.mask_id in p for p in prompts)
-    x, visible, given = (z.to(where) for z in diffusion.canvas(prompts, 0 if gaps else new, tok.mask_id, tok.pad_id))
-    made = diffusion.generate(model, x, tok.mask_id, steps=cfg.steps or new, block_length=cfg.block_length or None,
-                              prompt=given, visible=None if visible.all() else visible, eos_id=tok.eos_id,
-                              on_step=screen, generator=noise, **settings)
-    return [row[seen].tolist() for row, seen in zip(made.x, visible)], made.n_forward
+    def stop(ids):
+        return tok.eot_id in ids or any(s in tok.decode(ids) for s in cfg.stop)
+    return diffusion.complete(model, prompts, new, tok, steps=cfg.steps, block_length=cfg.block_length, stop=stop,
+                              variable_length=cfg.variable_length, generator=noise, on_step=screen,
+                              **sampler_settings(cfg, tok, model.config.vocab_size, new))
 
 
 def finished(ids, prompt, tok, stop):
     """(the prompt's text and what was written, what was written alone): up to its end token or stop string."""
     ends = {tok.eos_id, tok.eot_id} - {None}
     if tok.mask_id in prompt:                                       # in a gap an end means nothing: what follows stands
-        text = tok.decode([i for i, before in zip(ids, prompt) if before != tok.mask_id or i not in ends])
-        return text, text
-    start = len(prompt)
-    end = next((i for i in range(start, len(ids)) if ids[i] in ends), len(ids))         # nothing counts after the end
-    new = tok.decode(ids[start:end])
-    cut = min((at for at in map(new.find, stop) if at >= 0), default=None)
-    return (tok.decode(ids[:end]) if cut is None else tok.decode(ids[:start]) + new[:cut]), new[:cut]
+        kept = [i for i, before in zip(ids, prompt) if before != tok.mask_id or i not in ends]
+        return (tok.decode(kept[len(tok.start):]),) * 2
+    new = data.answer_text(ids[len(prompt):], tok, stop)            # nothing counts after the end
+    before = prompt[len(tok.start) * (prompt[:1] == tok.start):]    # BOS is no text
+    return tok.decode(before) + new, new
 
 
 def talk(model, cfg, tok, autocast):
@@ -308,7 +286,7 @@ def prepare(cfg):
         raise ValueError('instruct needs a prompt')
     if not 0 < cfg.num_samples < 10 ** 6 or not all(isinstance(p, (str, list)) for _, p in given):
         raise ValueError(f'num_samples lies in 1 .. 999999 and prompts are texts, got {cfg.num_samples}, {cfg.prompt}')
-    prompts = [] if given else [[]] * cfg.num_samples
+    prompts = [] if given else [list(tok.start)] * cfg.num_samples
     for where, entry in given:
         try:
             prompts.append(to_ids(entry, cfg, tok, config.vocab_size))

@@ -4,7 +4,8 @@
     python train.py --resume                            # goes on where the newest checkpoint of out_dir stopped
     torchrun --nproc-per-node=8 train.py config/llada_8b.py --dataset=data/my
 
-The objective is Eq. 3 of LLaDA (arXiv 2502.09992v3). Data and noise of a row are functions of (seed, iteration, row): a
+The objective is Eq. 3 of LLaDA (arXiv 2502.09992v3), or Eq. 5 on examples (masking = 'response', config/sft_toy.py).
+Data and noise of a row are functions of (seed, iteration, row): a
 resumed run ends with the same bits, and any number of processes and split of the batch see the same rows and masks.
 
 More lines than 600: one process or a thousand is the same loop, and a second file for the many would hide that.
@@ -21,7 +22,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +46,8 @@ dataset = 'docs'                # a name that `python data.py` lists, a folder t
 verify_data = True              # check the sha256 of every shard at the start (1-2 GB/s)
 random_length = 0.0             # share of windows of which only a random length is kept (LLaDA: 0.01)
 random_split = 0.0              # share of windows split into two that do not see each other (iLLaDA: 0.3)
+isolate = False                 # attention stays within a document or example of the window (iLLaDA's packing)
+masking = 'unified'             # 'unified': windows, all tokens may be hidden; 'response': examples, prompts are not
 # --- model (the fields of model.ModelConfig)
 seq_len = 128                   # tokens in a training window
 n_layer = 4                     # blocks
@@ -120,7 +123,8 @@ def check(cfg):
             ('random_length random_split act_memory', lambda v: 0 <= v <= 1, 'in [0, 1]')):
         wrong += [f'{key} must be {says}, got {getattr(cfg, key)}' for key in keys.split()
                   if not fits(getattr(cfg, key))]
-    for key, allowed in (('optimizer', ('muon', 'adamw')), ('schedule', ('cosine', 'wsd', 'points'))):
+    for key, allowed in (('optimizer', ('muon', 'adamw')), ('schedule', ('cosine', 'wsd', 'points')),
+                         ('masking', ('unified', 'response'))):
         if getattr(cfg, key) not in allowed:
             wrong.append(f'{key} must be one of {", ".join(allowed)}, got {getattr(cfg, key)!r}')
     if cfg.seed >= 2 ** 62 or not cfg.out_dir:
@@ -129,8 +133,10 @@ def check(cfg):
         wrong.append(f'a tied head is as large as the embedding: set emb_std=0, got {cfg.emb_std}')
     if cfg.init_from and cfg.resume:
         wrong.append('init_from starts a new run, resume continues one: give only one of them')
-    if cfg.causal and (cfg.random_length or cfg.random_split):
-        wrong.append('random_length and random_split are for diffusion, causal is not')
+    if cfg.causal and (cfg.random_length or cfg.random_split or cfg.isolate):
+        wrong.append('random_length, random_split and isolate are for diffusion, causal is not')
+    if cfg.masking == 'response' and (cfg.random_length or cfg.random_split or cfg.isolate):
+        wrong.append("random_length, random_split and isolate cut windows; masking = 'response' has one example a row")
     points = [p for p in cfg.lr_points if isinstance(p, list) and len(p) > 1 and p[2:] in ([], ['cosine'])
               and all(type(x) in (int, float) and x >= 0 for x in p[:2])]
     ordered = points == cfg.lr_points == sorted(points, key=lambda p: p[0])
@@ -221,7 +227,7 @@ def join(cfg):
         store = dist.PrefixStore(f'turn {turn}', next(dist.rendezvous('env://'))[0])
         backend = 'cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo'
         dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.world)
-    me.skipped = torch.zeros((), device=device)                     # updates whose gradients were not finite
+    me.examples, me.skipped = None, torch.zeros((), device=device)  # updates whose gradients were not finite
     me.saver = dist.new_group(backend='gloo') if me.world > 1 else None     # saving in a thread needs its own line
     return me
 
@@ -271,27 +277,34 @@ def build(cfg, me, vocab_size):
     return model, model
 
 
-def micro_batches(corpus, cfg, it, tok, me=None):
+def micro_batches(corpus, cfg, it, tok, me=None, examples=None):
     """Data and noise of update `it` for one process: [(ids, rows, targets, weights, cu_seqlens, t of each target)].
 
-    Row r of the global batch is sample it * batch + r of the data stream, with the noise of (seed, it, r).
+    Row r of the global batch is sample it * batch + r of the data stream, with the noise of (seed, it, r). examples: of
+    data.open_examples, for masking = 'response'.
     """
     rank, world = (me.rank, me.world) if me else (0, 1)
     size, T, out = cfg.global_batch or cfg.batch_size, cfg.seq_len, []
-    cuts = data.draw_cuts(cfg.seed, it, size, T, cfg.random_length, cfg.random_split)
-    total = size * T - int((T + cuts[cuts < 0]).sum())              # b L of Eq. 3 over the global batch, less cut tails
+    samples = [it * size + r for r in range(size)]
+    if examples is None:
+        cuts = data.draw_cuts(cfg.seed, it, size, T, cfg.random_length, cfg.random_split)
+        norm = dict(per='token', total=size * T - int((T + cuts[cuts < 0]).sum()))      # b L of Eq. 3, less cut tails
+    else:
+        drawn, norm = data.draw_examples(examples, samples, cfg.seed), dict(per='sequence', total=size)         # Eq. 5
+        T = int((drawn[:, 2] - drawn[:, 0]).max())                  # the longest of the update, on whatever process
     t = diffusion.sample_t(size, 0.0 if cfg.count_form else cfg.mask_eps, cfg.stratified,
                            diffusion.keyed_generator(cfg.seed, it))
     for start in range(rank * cfg.batch_size, size, world * cfg.batch_size):
-        rows = range(start, start + cfg.batch_size)
-        x0, maskable, cu_seqlens = data.batch(corpus, 'train', [it * size + r for r in rows], T, cfg.seed, cuts[rows])
+        rows = slice(start, start + cfg.batch_size)
+        x0, maskable, cu_seqlens = data.example_batch(corpus, 'train', drawn[rows], tok.eos_id, T) if examples else \
+            data.batch(corpus, 'train', samples[rows], T, cfg.seed, cuts[rows], tok.eos_id if cfg.isolate else None)
         if cfg.causal:
-            out.append((*diffusion.ar_terms(x0, maskable, tok.eos_id, total=total), None, None))
+            out.append((*diffusion.ar_terms(x0, maskable, tok.eos_id, **norm), None, None))
             continue
-        part, u = t[start:start + cfg.batch_size], diffusion.row_noise(cfg.seed, it, rows, T)
-        _, masked = diffusion.forward_process(x0, part, tok.mask_id, maskable, exact=cfg.count_form, u=u)
-        terms = diffusion.loss_terms(x0, maskable, tok.mask_id, part, masked, exact=cfg.count_form, total=total)
-        out.append((*terms, cu_seqlens, part[terms[1] // T]))
+        u = diffusion.row_noise(cfg.seed, it, range(start, start + cfg.batch_size), T)
+        _, masked = diffusion.forward_process(x0, t[rows], tok.mask_id, maskable, exact=cfg.count_form, u=u)
+        terms = diffusion.loss_terms(x0, maskable, tok.mask_id, t[rows], masked, exact=cfg.count_form, **norm)
+        out.append((*terms, cu_seqlens, t[rows][terms[1] // T]))
     return out
 
 
@@ -344,12 +357,12 @@ def train_step(net, optimizers, pieces, cfg, it, me):
 
 @torch.no_grad()
 def validate(model, windows, cfg, tok, me):
-    """Nats per token of the validation windows, shared by all processes, and its standard error: exact or Eq. 6."""
+    """Nats per maskable token of validation rows (x0, maskable), shared by all processes, with its standard error."""
     model.eval()
-    share = -(-len(windows) // me.world)                            # equal parts: all call the model equally often
-    mine = (torch.arange(share) + me.rank * share).clamp(max=len(windows) - 1)
-    x0 = windows[mine].to(me.device)
-    maskable = torch.ones_like(x0, dtype=torch.bool)
+    n = len(windows[0])
+    share = -(-n // me.world)                                    # equal parts: all call the model equally often
+    mine = (torch.arange(share) + me.rank * share).clamp(max=n - 1)
+    x0, maskable = (z[mine].to(me.device) for z in windows)
     with me.autocast:
         size = dict(batch_size=cfg.batch_size)                      # logits are made: no more than training's passes
         logp = diffusion.ar_log_prob(model, x0, maskable, bos_id=tok.eos_id, **size).cpu() if cfg.causal else \
@@ -357,9 +370,9 @@ def validate(model, windows, cfg, tok, me):
     if me.world > 1:
         parts = [torch.empty_like(logp) for _ in range(me.world)]
         dist.all_gather(parts, logp)
-        logp = torch.cat(parts)[:len(windows)]
+        logp = torch.cat(parts)[:n]
     model.train()
-    nats = -logp / windows.shape[1]
+    nats = -logp / windows[1].sum(1)
     return nats.mean().item(), (nats.std() / len(nats) ** 0.5).item() if len(nats) > 1 else math.nan
 
 
@@ -368,11 +381,12 @@ def sample_text(model, cfg, tok, me, it):
     generator, n = diffusion.keyed_generator(cfg.seed, it, device=me.device), min(cfg.sample_tokens, cfg.seq_len)
     model.eval()
     with me.autocast, torch.compiler.set_stance('force_eager'):     # other shapes: not worth compiling
+        start = [tok.bos_id] if cfg.masking == 'response' else []
         if cfg.causal:
-            start = torch.full((1, 1), tok.eos_id, device=me.device)
+            start = torch.tensor([[tok.eos_id, *start]], device=me.device)
             x = diffusion.ar_generate(model, start, n, generator=generator).x[:, 1:]
         else:
-            x = torch.full((1, n), tok.mask_id, device=me.device)
+            x = torch.tensor([start + [tok.mask_id] * (n - len(start))], device=me.device)
             x = diffusion.generate(model, x, tok.mask_id, steps=n, temperature=1.0, remasking='random',
                                    generator=generator, suppress=tok.unused(model.config.vocab_size)).x
     model.train()
@@ -528,8 +542,9 @@ def prepare_run(cfg):
                          f'got {cfg.vocab_size}')
     model, net = build(cfg, me, cfg.vocab_size or corpus.manifest['vocab_size'])
     if cfg.init_from:
-        start, _ = models.load_model(cfg.init_from)
-        if start.config != model.config:
+        start, meta = models.load_model(cfg.init_from)
+        data.same_tokenizer(data.tokenizer_for(meta), tok, cfg.init_from, corpus.folder)
+        if replace(start.config, seq_len=1) != replace(model.config, seq_len=1):        # rotary positions know no end
             raise ValueError(f'init_from: {cfg.init_from} is {start.config}, the settings say {model.config}')
         for p, q in zip(model.parameters(), start.parameters()):
             models.put(p, q.data)
@@ -545,8 +560,19 @@ def prepare_run(cfg):
     for key, value in vars(cfg).items() if me.rank == 0 else ():
         if key != 'resume' and before.get(key) != value:
             print(f'resuming with another {key}: {value!r}, it was {before.get(key)!r}', file=sys.stderr)
-    windows = data.all_windows(corpus, 'val', cfg.seq_len, cfg.eval_windows)
-    data.batch(corpus, 'train', [0], cfg.seq_len, cfg.seed)                             # too little text shows here
+    if cfg.masking == 'response':
+        me.examples, held_out = (data.open_examples(corpus, split, cfg.seq_len) for split in ('train', 'val'))
+        if me.rank == 0 and me.examples.left_out + held_out.left_out:
+            print(f'{corpus.folder}: {me.examples.left_out} examples of train and {held_out.left_out} of val are left '
+                  f'out: longer than seq_len = {cfg.seq_len}', file=sys.stderr)
+        n = len(held_out.rows)
+        chosen = held_out.rows[[i * n // cfg.eval_windows for i in range(cfg.eval_windows)] if n > cfg.eval_windows
+                               else slice(None)]
+        windows = data.example_batch(corpus, 'val', chosen, tok.eos_id)[:2]
+    else:
+        windows = data.all_windows(corpus, 'val', cfg.seq_len, cfg.eval_windows)
+        windows = windows, torch.ones_like(windows, dtype=torch.bool)
+        data.batch(corpus, 'train', [0], cfg.seq_len, cfg.seed)                         # too little text shows here
     run.mkdir(parents=True, exist_ok=True)
     return me, run, corpus, tok, model, net, optimizers, it, windows
 
@@ -623,7 +649,7 @@ def main(config):
 def loop(it, cfg, model, net, optimizers, run, corpus, tok, windows, me, log, stop):
     """Updates from iteration `it` to the end -> (iteration, last report), or (iteration, None) if asked to stop."""
     smooth, meter = None, Meter(it, cfg, model, corpus, me)
-    pieces = prefetched(lambda i: micro_batches(corpus, cfg, i, tok, me), it, me.device == 'cuda')
+    pieces = prefetched(lambda i: micro_batches(corpus, cfg, i, tok, me, me.examples), it, me.device == 'cuda')
     with tqdm(total=cfg.max_iters, initial=it, disable=None if me.rank == 0 else True, dynamic_ncols=True,
               bar_format='{desc} | eta {remaining}') as bar:
         while True:

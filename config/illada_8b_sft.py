@@ -1,0 +1,56 @@
+"""Fine-tuning iLLaDA 8B (arXiv 2606.25331): 25 B tokens, 12 epochs, masked like pre-training, packed.
+
+    python data.py --input='sft/*.jsonl' --out=data/sft --tokenizer=iLLaDA-8B-Base/tokenizer.json
+    torchrun --nnodes=32 --nproc-per-node=8 ... train.py config/illada_8b_sft.py --init_from=iLLaDA-8B-Base
+
+Second-hand throughout, as config/illada_8b.py. Its chat template is unconfirmed: data.py refuses any that it does not
+know, and then takes "text", each conversation written out by other means.
+"""
+
+out_dir = 'out/illada_8b_sft'
+init_from = 'iLLaDA-8B-Base'
+dataset = 'data/sft'            # prompt, response, one EOS; all examples one stream, every token may be hidden
+isolate = True                  # packed: attention does not cross from one example into the next
+random_split = 0.3              # as in pre-training; that fine-tuning does it too is unconfirmed
+
+vocab_size = 155136
+seq_len = 8192
+n_layer = 32
+n_head = 32
+n_kv_head = 8
+d_model = 4096
+d_ff = 14336
+tied = True
+rope_theta = 500000.0           # unconfirmed: read it from the release's config.json
+norm_eps = 1e-5                 # unconfirmed: likewise
+rope_fp32 = False
+locality = 0.0                  # not in the papers
+emb_std = 0.0
+
+count_form = False
+stratified = True
+mask_eps = 1e-3
+
+optimizer = 'adamw'
+beta1 = 0.9                     # unconfirmed, SMDM's
+beta2 = 0.95                    # unconfirmed, SMDM's
+weight_decay = 0.1
+grad_clip = 1.0                 # unconfirmed, SMDM's
+
+batch_size = 2                  # for each GPU
+global_batch = 512              # unconfirmed: no source names the batch
+max_iters = 12 * 25000000000 // (512 * 8192)        # 12 epochs of 25 B tokens
+learning_rate = 5e-6
+schedule = 'wsd'                # warm up to 5e-6, constant, linear to 5e-7 over the last 10 %
+warmup_iters = 50               # unconfirmed, LLaDA's
+decay_iters = max_iters // 10
+min_lr_ratio = 0.1
+
+eval_interval = 1000
+log_interval = 10
+sample_tokens = 0
+async_save = True
+dtype = 'bfloat16'
+compile = True
+fsdp = -1
+act_memory = 0.5

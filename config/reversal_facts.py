@@ -1,0 +1,17 @@
+"""The reversal experiment on made-up facts ("Nilo is the mother of Rasi"): learn by heart, then fill either end.
+
+Half of the 64 pairs are stated in both directions, a quarter each in one only; diffusion is asked for the later and for
+the earlier name of the statements it has seen, and for the statement that it has not. Afterwards:
+python evaluate.py reversal out/reversal_facts out/reversal_facts_ar
+"""
+
+out_dir = 'out/reversal_facts'
+dataset = 'facts'
+masking = 'response'
+seq_len = 28
+d_model = 128
+d_ff = 384
+batch_size = 64
+max_iters = 1500
+eval_interval = 500
+sample_tokens = 28

@@ -1,0 +1,13 @@
+"""The autoregressive baseline of world.py: the same but for the causal mask, on the same updates and tokens."""
+
+out_dir = 'out/world_ar'
+dataset = 'world'
+masking = 'response'
+causal = True
+seq_len = 37
+d_model = 128
+d_ff = 384
+batch_size = 32
+max_iters = 2600
+eval_interval = 650
+sample_tokens = 37
