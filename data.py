@@ -526,7 +526,7 @@ def world_readings(text, consistent=True):
                 match = _sentence_pattern(sentence).match(text, at)
                 if match:
                     words, new = match.groupdict(), dict(known)
-                    again, logp = _tell(sentence, new, lambda k, left, words=words: words[k] if words[k] in left else '')
+                    again, logp = _tell(sentence, new, lambda k, left, w=words: w[k] if w[k] in left else '')
                     if again == match.group() or not consistent:
                         ways.append((match.end(), total + logp - math.log(len(sentences)), new))
     return [total for at, total, _ in ways if at == len(text)]
@@ -578,7 +578,7 @@ def dialogues(n=24000, seed=0):
 
 
 def facts(pairs=64, seed=0):
-    """Who is whose mother, in statements to be learned by heart: records {'first', 'join', 'second', 'seen'}.
+    """Who is whose mother, in statements to be learned by heart: {'first', 'join', 'second', 'seen', 'both'}.
 
     Half of the pairs are stated in both ways ("A is the mother of B", "B is the child of A"), a quarter each in one
     way only; the statement that is not made is yielded too, with seen=False: no training text, but a question.
@@ -588,8 +588,8 @@ def facts(pairs=64, seed=0):
     names = rng.sample([''.join(word).capitalize() for word in itertools.product(*letters)], 2 * pairs)
     for i in range(pairs):
         mother, child = names[2 * i:2 * i + 2]
-        yield {'first': mother, 'join': ' is the mother of ', 'second': child, 'seen': i % 4 != 3}
-        yield {'first': child, 'join': ' is the child of ', 'second': mother, 'seen': i % 4 != 2}
+        yield {'first': mother, 'join': ' is the mother of ', 'second': child, 'seen': i % 4 != 3, 'both': i % 4 < 2}
+        yield {'first': child, 'join': ' is the child of ', 'second': mother, 'seen': i % 4 != 2, 'both': i % 4 < 2}
 
 
 def read_file(path, complain=None, accept=None):
@@ -652,8 +652,9 @@ def _no_key_twice(pairs):
 def check_record(record, longest=1 << 20):
     """An example as it is, or ValueError: "prompt" and "response"; "messages" ("role", "content"); "first", "second".
 
-    The prompt may be missing; couplets may have a "join", the text between their halves (default: a line end), and
-    "seen": false, if they are a question only. longest: characters in all.
+    The prompt may be missing; "prompt_ids" and "response_ids" are for templates that Tokenizer does not know. Couplets
+    may have a "join", the text between their halves (default: a line end), and "seen": false, if they are a question
+    only. longest: characters in all.
     """
     def text(of, key, may_be_empty=False):
         value = of.get(key) if isinstance(of, dict) else None
@@ -670,6 +671,12 @@ def check_record(record, longest=1 << 20):
         roles = [m['role'] for m in messages]
         if 'assistant' not in roles[1:]:
             raise ValueError(f'"messages" needs an answer by "assistant" to something before it, got roles {roles[:9]}')
+    elif {'prompt_ids', 'response_ids'} & set(record):
+        for key in ('prompt_ids', 'response_ids'):
+            ids = record.get(key)
+            if not (isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)):
+                raise ValueError(f'"{key}" must be a list of ids that is not empty, got {json.dumps(ids)[:60]}')
+            size += len(ids)
     elif {'prompt', 'response'} & set(record):
         size = text({'prompt': 'none', **record}, 'prompt') + text(record, 'response')
     elif {'first', 'second'} & set(record):
@@ -753,7 +760,7 @@ def prepare(documents, out, tokenizer, *, val_every=10, workers=1, on_error='sto
     sources = [Path(f) for f in documents] if files else [documents]
     if out.exists() and not (out.is_dir() and ((out / 'manifest.json').is_file() or not any(out.iterdir()))):
         raise ValueError(f'{out}: something else is here; choose another --out')
-    first = [next(_documents(s, on_error, quiet=True), ('', ''))[1] for s in sources]   # broken at once: said now
+    first = [next(_documents(s, on_error), ('', ''))[1] for s in sources]   # broken at once: said now
     if len({isinstance(item, dict) for item in first}) > 1:
         raise ValueError('some of the files hold documents ("text"), some examples: prepare them apart')
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -781,7 +788,7 @@ def _place_tokenizer(tokenizer, folder, sources, val_every, on_error):
         sample, size = [], 0
         if tokenizer == 'world':                                    # all words of it, the same for all its sets
             sources = [[*itertools.islice(stories(), 2000), *itertools.islice(dialogues(), 2000)]]
-        pieces = chunks((name, _text_of(item)) for s in sources for name, item in _documents(s, on_error, quiet=True))
+        pieces = chunks((name, _text_of(item)) for s in sources for name, item in _documents(s, on_error))
         for i, (_, text) in enumerate(pieces):
             if i % val_every != val_every - 1 or tokenizer == 'chars':
                 sample.append(text)
@@ -812,16 +819,17 @@ def _text_of(item):
     """The text of a document or of an example."""
     if isinstance(item, str):
         return item
+    if 'prompt_ids' in item:
+        return ' '.join(map(str, item['prompt_ids']))
     if 'messages' in item:
         return '\n\n'.join(text for m in item['messages'] for text in (m['role'], m['content']))
     return ''.join(couplet(item)) if 'first' in item else f"{item.get('prompt', '')}\n\n{item['response']}"
 
 
-def _documents(source, on_error='stop', quiet=False):
-    """(name, text or record) of a file, or of a list of texts or records; quiet: bad lines have been reported."""
+def _documents(source, on_error='stop', complain=lambda message: None):
+    """(name, text or record) of a file, or of a list of texts or records; complain: see read_file."""
     if isinstance(source, Path):
-        say = (lambda m: None) if quiet else lambda m: tqdm.write(f'skipped {m}', file=sys.stderr)
-        return read_file(source, say if on_error == 'skip' else None)
+        return read_file(source, complain if on_error == 'skip' else None)
     return (item if isinstance(item, tuple) else (f'record {i}', item) for i, item in enumerate(source))
 
 
@@ -847,10 +855,11 @@ def _write_part(job):
         if before['made_from'] == made_from:
             return before
     entry = {split: {'file': f'{split}_{number:05d}.bin', 'tokens': 0, 'bytes': 0} for split in ('train', 'val')}
+    entry['skipped'] = 0
     rows, last, special = {'train': array.array('q'), 'val': array.array('q')}, None, set(tok.specials.values())
     progress = dict(desc='tokenizing', leave=False, disable=None if number == 0 else True)
     with ExitStack() as stack:
-        files = {split: stack.enter_context((folder / e['file']).open('wb')) for split, e in entry.items()}
+        files = {split: stack.enter_context((folder / entry[split]['file']).open('wb')) for split in rows}
         held_out = stack.enter_context((folder / f'val_{number:05d}.jsonl').open('w', encoding='utf-8'))
 
         def put(split, ids, n_bytes=0):
@@ -858,7 +867,11 @@ def _write_part(job):
             entry[split]['tokens'] += len(ids)
             entry[split]['bytes'] += n_bytes
 
-        pieces = _chunks_or_records(_documents(source, on_error))
+        def complain(message):
+            entry['skipped'] += 1
+            tqdm.write(f'skipped {message[:200]}', file=sys.stderr)
+
+        pieces = _chunks_or_records(_documents(source, on_error, complain))
         for i, (name, item) in enumerate(tqdm(pieces, **progress)):
             if isinstance(item, dict):
                 splits, last = _splits_of(item, val_every), None
@@ -878,7 +891,7 @@ def _write_part(job):
             last = name, split
         if last:
             put(last[1], [tok.eos_id])
-    for split, e in entry.items():
+    for split, e in ((split, entry[split]) for split in rows):
         e['sha256'] = _sha256(folder / e['file'])
         if rows[split]:
             e['rows'] = {'file': f'{split}_{number:05d}.rows.bin', 'count': len(rows[split]) // 4}
@@ -900,7 +913,7 @@ def _splits_of(record, val_every):
         return ('train', 'val') if record.get('seen', True) else ()
     question = _text_of({**record, 'response': ''} if 'messages' not in record else
                         {'messages': record['messages'] if 'accept' in record else record['messages'][:-1]})
-    question = question if record.get('prompt') or 'messages' in record else record['response']
+    question = record['response'] if question == '\n\n' else question
     return ('val',) if zlib.crc32(question.encode()) % val_every == 0 else ('train',)
 
 
@@ -916,6 +929,10 @@ def turns_of(record, tok):
                 for i, m in enumerate(history) if i and m['role'] == 'assistant']
     if 'first' in record:
         return [([tok.bos_id], [i for part in couplet(record) for i in tok.encode(part)])]
+    if 'prompt_ids' in record:
+        if max(record['prompt_ids'] + record['response_ids']) >= tok.vocab_size:
+            raise ValueError(f'an id is not below {tok.vocab_size}: {json.dumps(record)[:99]}')
+        return [(record['prompt_ids'], record['response_ids'])]
     prompt = tok.encode_chat([{'role': 'user', 'content': record['prompt']}]) if 'prompt' in record else [tok.bos_id]
     return [(prompt, tok.encode(record['response'].strip()))]
 
@@ -936,7 +953,8 @@ def _sha256(path):
 def _finish(parts, aside, out, spec, val_every):
     """Writes the manifest, which ends the work, and moves the folder to its place -> the manifest."""
     tok = get_tokenizer(aside / spec if spec.endswith('.json') else spec)
-    manifest = {'version': 1, 'dtype': _dtype(tok), 'vocab_size': tok.vocab_size, 'tokenizer': spec, 'splits': {}}
+    manifest = {'version': 1, 'dtype': _dtype(tok), 'vocab_size': tok.vocab_size, 'tokenizer': spec, 'splits': {},
+                'skipped': sum(part['skipped'] for part in parts)}
     for split in ('train', 'val'):
         shards = [part[split] for part in parts if part[split]['tokens']]
         total = {key: sum(shard[key] for shard in shards) for key in ('tokens', 'bytes')}
@@ -1266,6 +1284,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print('data.py: interrupted; the same command goes on with the files that are left', file=sys.stderr)
         sys.exit(130)
+    if manifest['skipped']:
+        print(f"{manifest['skipped']} bad lines were left out", file=sys.stderr)
     for split, entry in manifest['splits'].items():
         print(f"{out}/{split}: {entry['tokens']:,} tokens, {entry['bytes'] / max(entry['tokens'], 1):.2f} bytes each, "
               f"{len(entry['shards'])} shard(s)")

@@ -535,14 +535,17 @@ def reversal(cfg):
             items = spread(list(data.facts()), cfg.limit) if made_up and not cfg.input else \
                 items_of(cfg, corpus_of([run], cfg).folder / 'val.jsonl')
         seen, unseen = ([item for item in items if item.get('seen', True) == truth] for truth in (True, False))
-        cells = [share(fill(run, seen, which, cfg)) for which in ('second', 'first')]
-        cells.append(share(ranked(run, spread(seen, 128), 'first', cfg)) if run.causal else None)
-        cells.append(share(fill(run, unseen, 'second', cfg)) if unseen else None)
+        once = [item for item in seen if not item.get('both')]      # nowhere said the other way round
+        cells = [share(hits) if hits else None for hits in (
+            fill(run, seen, 'second', cfg), fill(run, seen, 'first', cfg), fill(run, once, 'first', cfg),
+            ranked(run, spread(seen, 128), 'first', cfg) if run.causal else None,
+            fill(run, unseen, 'second', cfg) if unseen else None)]
         rows.append([f'{run.name} ({run.kind})', len(seen),
                      *('' if c is None else f'{100 * c[0]:.1f} +- {100 * c[1]:.1f}' for c in cells)])
-    print(f'ranked: the earlier half among {cfg.candidates}, by likelihood; unstated: the statement turned round',
-          file=sys.stderr)
-    table(rows, cfg, ['checkpoint', 'statements', 'later half %', 'earlier half %', 'earlier, ranked %', 'unstated %'])
+    print('one way: the earlier half where nothing states the two in the other order; ranked: the earlier half among '
+          f'{cfg.candidates}, by likelihood; unstated: the statement turned round', file=sys.stderr)
+    table(rows, cfg, ['checkpoint', 'statements', 'later half %', 'earlier half %', 'earlier, one way %',
+                      'earlier, ranked %', 'unstated %'])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -685,7 +688,7 @@ llada-instruct   mbpp_instruct                                                  
 llada-instruct   humaneval_instruct                                              gen_length=512 logits_eos_inf=1
 illada-base      arc_challenge:0 hellaswag:0                                     method=confidence pad_eos=1 add_bos=1
 illada-base      mmlu:5 cmmlu:5                                                  mc_num=1 pad_eos=1 add_bos=1
-illada-base      bbh minerva_math mbpp gsm8k_cot:8             gen_length=1024 variable_length=1 block_length=32 steps=32
+illada-base      bbh minerva_math mbpp gsm8k_cot:8            gen_length=1024 variable_length=1 block_length=32 steps=32
 illada-base      humaneval                                                       gen_length=512
 illada-instruct  mmlu_redux_generative:5                                         gen_length=4
 illada-instruct  mmlu_generative:5                                               gen_length=3

@@ -77,6 +77,7 @@ weight_decay = 0.1              # on matrices; with Muon on those of the blocks 
 grad_clip = 1.0                 # largest gradient norm; 0 turns clipping off
 # --- schedule
 max_iters = 1500                # optimizer updates
+flops = 0.0                     # above 0: as many updates as this many training FLOPs pay for, whatever max_iters says
 batch_size = 16                 # windows in one forward pass of one process
 global_batch = 0                # windows in one update, over all processes and forward passes; 0: batch_size
 schedule = 'cosine'             # 'cosine'; 'wsd': warm up, stay, decay linearly over decay_iters; 'points': lr_points
@@ -92,6 +93,7 @@ log_interval = 10               # iterations between lines of log.jsonl
 keep_last = 2                   # newest checkpoints to keep, besides the best
 sample_tokens = 64              # length of the sample shown at each evaluation; 0 shows none
 async_save = False              # write checkpoints in a thread, from a copy in host memory
+then = ''                       # what to type next, shown at the end
 dry_run = False                 # print parameters, memory, steps and days, allocate nothing, and stop
 gpus = 0                        # GPUs in the dry run; 0: as many as there are processes
 gpu_gb = 80                     # memory of one of them in GB, for the dry run
@@ -541,6 +543,9 @@ def prepare_run(cfg):
         raise ValueError(f"vocab_size must hold the {corpus.manifest['vocab_size']} tokens of {cfg.dataset}, "
                          f'got {cfg.vocab_size}')
     model, net = build(cfg, me, cfg.vocab_size or corpus.manifest['vocab_size'])
+    if cfg.flops:
+        update = (cfg.global_batch or cfg.batch_size) * cfg.seq_len * model.flops_per_token(1.0 if cfg.causal else 0.5)
+        cfg.max_iters = max(1, round(cfg.flops / update))
     if cfg.init_from:
         start, meta = models.load_model(cfg.init_from)
         data.same_tokenizer(data.tokenizer_for(meta), tok, cfg.init_from, corpus.folder)
@@ -569,7 +574,10 @@ def prepare_run(cfg):
         chosen = held_out.rows[[i * n // cfg.eval_windows for i in range(cfg.eval_windows)] if n > cfg.eval_windows
                                else slice(None)]
         windows = data.example_batch(corpus, 'val', chosen, tok.eos_id)[:2]
+        text = tok.decode_bytes(i for i in windows[0][windows[1]].tolist() if i not in (tok.eos_id, tok.pad_id))
+        me.bits_per_byte = dict.fromkeys(('train', 'val'), int(windows[1].sum()) / len(text) / math.log(2))
     else:
+        me.bits_per_byte = {k: 1 / math.log(2) / data.bytes_per_token(corpus, k) for k in ('train', 'val')}
         windows = data.all_windows(corpus, 'val', cfg.seq_len, cfg.eval_windows)
         windows = windows, torch.ones_like(windows, dtype=torch.bool)
         data.batch(corpus, 'train', [0], cfg.seq_len, cfg.seed)                         # too little text shows here
@@ -580,7 +588,7 @@ def prepare_run(cfg):
 def report(it, model, optimizers, run, corpus, cfg, tok, windows, me, log, bar):
     """A checkpoint, its validation bound, a sample; then old checkpoints go."""
     save_checkpoint(run, it, model, optimizers, cfg, tok, corpus, me)
-    entry, scale = agree(me, log.bound_at(it)), 1 / math.log(2) / data.bytes_per_token(corpus, 'val')
+    entry, scale = agree(me, log.bound_at(it)), me.bits_per_byte['val']
     if entry is None:
         nats, stderr = validate(model, windows, cfg, tok, me)
         entry = {'iter': it, 'val_nats': nats, 'val_nats_stderr': stderr, 'val_bits_per_byte': nats * scale,
@@ -640,15 +648,16 @@ def main(config):
         dist.destroy_process_group()
     if me.rank == 0:
         prune(run, cfg.keep_last)
-        print(f"done: {entry['val_bits_per_byte']:.3f} bits/byte in {run}/iter_{it:07d}; look at it:  "
-              f'python sample.py {run}' if entry else 'stopped before the first update' if not it else
+        after = cfg.then or f'python sample.py {run}'
+        print(f"done: {entry['val_bits_per_byte']:.3f} bits/byte in {run}/iter_{it:07d}; next:  {after}" if entry else
+              'stopped before the first update' if not it else
               f'saved iteration {it} in {run}/; go on with the same command and --resume')
     return entry or sys.exit(128 + (stop.signal or signal.SIGTERM))
 
 
 def loop(it, cfg, model, net, optimizers, run, corpus, tok, windows, me, log, stop):
     """Updates from iteration `it` to the end -> (iteration, last report), or (iteration, None) if asked to stop."""
-    smooth, meter = None, Meter(it, cfg, model, corpus, me)
+    smooth, meter = None, Meter(it, cfg, model, me)
     pieces = prefetched(lambda i: micro_batches(corpus, cfg, i, tok, me, me.examples), it, me.device == 'cuda')
     with tqdm(total=cfg.max_iters, initial=it, disable=None if me.rank == 0 else True, dynamic_ncols=True,
               bar_format='{desc} | eta {remaining}') as bar:
@@ -679,10 +688,9 @@ def loop(it, cfg, model, net, optimizers, run, corpus, tok, windows, me, log, st
 
 class Meter:
     """Counts between two reports; only reading it makes the host wait for the device."""
-    def __init__(self, it, cfg, model, corpus, me):
+    def __init__(self, it, cfg, model, me):
         self.cfg, self.model, self.me = cfg, model, me
         self.tokens = (cfg.global_batch or cfg.batch_size) * cfg.seq_len
-        self.per_byte = 1 / math.log(2) / data.bytes_per_token(corpus, 'train')        # nats per token -> bits per byte
         self.restart(it)
 
     def restart(self, it):
@@ -718,7 +726,7 @@ class Meter:
     def line(self, it, smooth, entry):
         rate, extra = entry['tokens_per_second'], f" | MFU {entry['mfu']:.1%}" if 'mfu' in entry else ''
         each = f' ({rate / self.me.world / 1e3:.1f}k each)' if self.me.world > 1 else ''
-        return (f'iter {it}/{self.cfg.max_iters} | loss {smooth:.3f} | {smooth * self.per_byte:.3f} bits/byte | '
+        return (f'iter {it}/{self.cfg.max_iters} | loss {smooth:.3f} | {smooth * self.me.bits_per_byte['train']:.3f} bits/byte | '
                 f"lr {entry['lr']:.2e} | {rate / 1e3:.1f}k tok/s{each}{extra}")
 
 

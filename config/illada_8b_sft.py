@@ -4,7 +4,7 @@
     torchrun --nnodes=32 --nproc-per-node=8 ... train.py config/illada_8b_sft.py --init_from=iLLaDA-8B-Base
 
 Second-hand throughout, as config/illada_8b.py. Its chat template is unconfirmed: data.py refuses any that it does not
-know, and then takes "text", each conversation written out by other means.
+know; then give it "prompt_ids" and "response_ids", tokenized by other means.
 """
 
 out_dir = 'out/illada_8b_sft'

@@ -15,3 +15,4 @@ batch_size = 64
 max_iters = 2000
 eval_interval = 500
 sample_tokens = 20
+then = 'python evaluate.py reversal out/reversal_poems'

@@ -22,3 +22,4 @@ decay_iters = max_iters // 10
 min_lr_ratio = 0.1
 eval_interval = 600
 sample_tokens = 0
+then = 'python evaluate.py exact out/sft_toy'

@@ -13,3 +13,4 @@ batch_size = 32
 max_iters = 2600
 eval_interval = 650
 sample_tokens = 37
+then = 'python evaluate.py world out/world'

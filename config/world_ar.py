@@ -11,3 +11,4 @@ batch_size = 32
 max_iters = 2600
 eval_interval = 650
 sample_tokens = 37
+then = 'python evaluate.py bound out/world out/world_ar'
