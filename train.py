@@ -649,6 +649,7 @@ def main(config):
     if me.rank == 0:
         prune(run, cfg.keep_last)
         after = cfg.then or f'python sample.py {run}'
+        after = cfg.then or f'python sample.py {run}'
         print(f"done: {entry['val_bits_per_byte']:.3f} bits/byte in {run}/iter_{it:07d}; next:  {after}" if entry else
               'stopped before the first update' if not it else
               f'saved iteration {it} in {run}/; go on with the same command and --resume')
@@ -726,7 +727,8 @@ class Meter:
     def line(self, it, smooth, entry):
         rate, extra = entry['tokens_per_second'], f" | MFU {entry['mfu']:.1%}" if 'mfu' in entry else ''
         each = f' ({rate / self.me.world / 1e3:.1f}k each)' if self.me.world > 1 else ''
-        return (f'iter {it}/{self.cfg.max_iters} | loss {smooth:.3f} | {smooth * self.me.bits_per_byte['train']:.3f} bits/byte | '
+        bits = smooth * self.me.bits_per_byte['train']
+        return (f'iter {it}/{self.cfg.max_iters} | loss {smooth:.3f} | {bits:.3f} bits/byte | '
                 f"lr {entry['lr']:.2e} | {rate / 1e3:.1f}k tok/s{each}{extra}")
 
 

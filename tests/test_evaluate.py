@@ -19,7 +19,8 @@ SHAPES = {
     'ours': {'question': 'Which?', 'choices': ['this', 'that', 'other'], 'answer': 2},
     'letter': {'question': 'Which?', 'choices': ['this', 'that', 'other'], 'answer': 'C'},
     'text': {'question': 'Which?', 'choices': ['this', 'that', 'other'], 'answer': 'other'},
-    'arc': {'question': 'Which?', 'choices': {'text': ['this', 'that', 'other'], 'label': ['1', '2', '3']}, 'answerKey': '3'},
+    'arc': {'question': 'Which?', 'answerKey': '3',
+            'choices': {'text': ['this', 'that', 'other'], 'label': list('123')}},
     'piqa': {'goal': 'Go', 'sol1': 'this', 'sol2': 'that', 'label': 1},
     'hellaswag': {'ctx': 'Go', 'endings': ['this', 'that', 'other', 'more'], 'label': '2'},
     'blimp': {'sentence_good': 'They go.', 'sentence_bad': 'They goes.'},
@@ -34,8 +35,8 @@ def run_of(model, **more):
     """A model in the form that evaluate.load gives."""
     from contextlib import nullcontext
     tok = data.get_tokenizer('bytes')
-    return SimpleNamespace(name='tiny', model=model, meta={'config': None}, tok=tok, autocast=nullcontext(), device='cpu',
-                           causal=model.config.causal, kind='', sign='', **more)
+    return SimpleNamespace(name='tiny', model=model, meta={'config': None}, tok=tok, autocast=nullcontext(),
+                           device='cpu', causal=model.config.causal, kind='', sign='', **more)
 
 
 @pytest.fixture(scope='module')
@@ -51,7 +52,8 @@ def desk(tmp_path_factory):
         for name, flags in (('text', ['--dataset=./text', '--seq_len=96']),
                             ('text_ar', ['--dataset=./text', '--seq_len=96', '--causal=true']),
                             ('world', ['--dataset=world', '--seq_len=37', '--masking=response']),
-                            ('sft', ['--dataset=instruct', '--seq_len=96', '--masking=response', '--init_from=out/world']),
+                            ('sft', ['--dataset=instruct', '--seq_len=96', '--masking=response',
+                                     '--init_from=out/world']),
                             ('uni', ['--dataset=instruct', '--seq_len=96', '--isolate=true']),
                             ('facts', ['--dataset=facts', '--seq_len=28', '--masking=response']),
                             ('facts_ar', ['--dataset=facts', '--seq_len=28', '--masking=response', '--causal=true'])):
@@ -69,9 +71,9 @@ def test_shapes_of_multiple_choice(shape):
 
 @pytest.mark.parametrize('item', [
     {}, {'question': 'Which?'}, {'question': 'Which?', 'choices': ['a'], 'answer': 0}, {'sentence_good': 'x'},
-    {'question': 'Which?', 'choices': ['a', ''], 'answer': 0}, {'question': 'Which?', 'choices': ['a', 'b'], 'answer': 2},
-    {'question': 'Which?', 'choices': ['a', 'b'], 'answer': 'c'}, {'question': 'Which?', 'choices': ['a', 'b'], 'answer': True},
-    {'question': 'Which?', 'choices': 'ab', 'answer': 0}, {'goal': 'x', 'sol1': 'a', 'sol2': 'b', 'label': '1'},
+    {'question': 'Q', 'choices': ['a', ''], 'answer': 0}, {'question': 'Q', 'choices': ['a', 'b'], 'answer': 2},
+    {'question': 'Q', 'choices': ['a', 'b'], 'answer': 'c'}, {'question': 'Q', 'choices': ['a', 'b'], 'answer': True},
+    {'question': 'Q', 'choices': 'ab', 'answer': 0}, {'goal': 'x', 'sol1': 'a', 'sol2': 'b', 'label': '1'},
     {'ctx': 'x', 'endings': ['a', 'b'], 'label': 'first'}, {'question': None, 'choices': ['a', 'b'], 'answer': 0}])
 def test_questions_without_a_known_answer_are_refused(item):
     with pytest.raises(ValueError):
@@ -103,7 +105,7 @@ def test_choices_are_ranked_by_the_likelihood_of_the_table():
 def test_a_context_that_is_too_long_loses_its_beginning():
     run = run_of(tiny_model(vocab_size=262, seq_len=16).eval())
     long, short = (evaluate.encode_pair(c, 'abc', run.tok) for c in ('0123456789' * 5, '7890123456789'))
-    assert evaluate.score_pairs(run, [long], settings(mc_num=8)) == evaluate.score_pairs(run, [short], settings(mc_num=8))
+    assert len({evaluate.score_pairs(run, [pair], settings(mc_num=8))[0] for pair in (long, short)}) == 1
     with pytest.raises(ValueError, match='holds 16'):
         evaluate.score_pairs(run, [evaluate.encode_pair('x', 'y' * 17, run.tok)], settings())
 
@@ -132,7 +134,8 @@ def test_presets_are_what_the_papers_say():
     assert known['llada-base']['gsm8k'] == {'gen_length': 1024, 'num_fewshot': 4}
     assert known['llada-base']['truthfulqa_mc2'] == {'cfg_scale': 2.0, 'num_fewshot': 0}
     assert known['llada-instruct']['gsm8k'] == {'gen_length': 512, 'confidence_eos_eot_inf': True}
-    assert known['illada-base']['hellaswag'] == {'method': 'confidence', 'pad_eos': True, 'add_bos': True, 'num_fewshot': 0}
+    assert known['illada-base']['hellaswag'] == {'method': 'confidence', 'pad_eos': True, 'add_bos': True,
+                                                 'num_fewshot': 0}
     assert known['illada-instruct']['mbpp_reasoning'] == {
         'gen_length': 2048, 'variable_length': True, 'block_length': 16, 'steps': 16, 'think_boost': 100.0,
         'think_power': 3.0, 'num_fewshot': 0}
@@ -174,8 +177,9 @@ def test_every_task_runs(desk, monkeypatch, capsys):
     few = ['--mc_num=2', '--samples=4', '--draws=1', '--limit=6']
     for argv, columns in (
             (['bound', 'out/text', 'out/text_ar'], 'nats/token'), (['bound', 'out/world'], 'the source itself'),
-            (['world', 'out/world'], 'consistent %'), (['exact', 'out/sft', '--steps=2', '--show=2'], 'want'), (['flood', 'out/sft', 'out/uni'], '128'),
-            (['exact', 'out/text', 'out/text_ar', '--input=math.jsonl', '--extract=#### (.+)', '--gen_length=4'], 'right %'),
+            (['world', 'out/world'], 'consistent %'), (['exact', 'out/sft', '--steps=2', '--show=2'], 'want'),
+            (['flood', 'out/sft', 'out/uni'], '128'),
+            (['exact', 'out/text', 'out/text_ar', '--input=math.jsonl', '--extract=## (.+)', '--gen_length=4'], 'right %'),
             (['choice', 'out/text', 'out/text_ar', '--input=choice.jsonl'], 'random guess'),
             (['choice', 'out/text', '--input=choice.jsonl', '--method=confidence', '--cfg_scale=0.5'], 'confidence'),
             (['reversal', 'out/facts', 'out/facts_ar'], 'unstated %')):
@@ -185,7 +189,7 @@ def test_every_task_runs(desk, monkeypatch, capsys):
 
 def test_curves_and_scaling_write_tables_and_figures(desk, monkeypatch, capsys):
     monkeypatch.chdir(desk)
-    monkeypatch.setattr(evaluate, 'likelihood_spread', lambda run, cfg: [['x', 'Eq. 6: sd of log p by draws', 4, 0.1, 0.01, 9]])
+    monkeypatch.setattr(evaluate, 'likelihood_spread', lambda run, cfg: [['x', 'Eq. 6: sd by draws', 4, 0.1, 0.01, 9]])
     evaluate.curves(settings(task='curves', checkpoints=['out/world'], samples=2, out='curves.csv', temperature=1.0))
     lines = (desk / 'curves.csv').read_text().splitlines()
     assert lines[0] == 'checkpoint,sweep,setting,%,+-,tokens/s'
@@ -198,11 +202,8 @@ def test_curves_and_scaling_write_tables_and_figures(desk, monkeypatch, capsys):
 def test_the_fit_of_a_power_law_is_found(desk, monkeypatch, capsys):
     """Runs whose bounds lie on 3 C^-0.1 and 6 C^-0.1: diffusion needs 2^10 times the compute."""
     monkeypatch.chdir(desk)
-    for name, factor, causal in (('p', 6, False), ('q', 3, True)):
-        for i in range(3):
-            run = desk / 'fit' / f'{name}{i}'
-            run.mkdir(parents=True)
-            (run / 'log.jsonl').write_text('')
+    for name in ('p0', 'p1', 'p2', 'q0', 'q1', 'q2'):
+        (desk / 'fit' / name).mkdir(parents=True)
     model = tiny_model()
     monkeypatch.setattr(evaluate, 'find_checkpoints', lambda name: [name])
 
@@ -210,7 +211,8 @@ def test_the_fit_of_a_power_law_is_found(desk, monkeypatch, capsys):
         path = desk / name
         causal, n = path.name[0] == 'q', 10 ** int(path.name[1])
         flops = n * 96 * model.flops_per_token(1.0 if causal else 0.5)
-        entry = dict(iter=n, val_nats=1.0, val_bits_per_byte=(3 if causal else 6) * flops ** -0.1, val_bits_per_byte_stderr=0.)
+        entry = dict(iter=n, val_nats=1.0, val_bits_per_byte=(3 if causal else 6) * flops ** -0.1,
+                     val_bits_per_byte_stderr=0.)
         (path / 'log.jsonl').write_text(json.dumps(entry) + '\n')
         return SimpleNamespace(model=model, causal=causal, kind='autoregressive' if causal else 'diffusion', sign='',
                                meta={'config': {'global_batch': 0, 'batch_size': 1, 'seq_len': 96}})
@@ -225,8 +227,9 @@ def test_the_fit_of_a_power_law_is_found(desk, monkeypatch, capsys):
     (['nonsense', 'out/text'], 'task must be one of'), (['bound'], 'at least one checkpoint'),
     (['choice', 'out/text'], 'needs --input'), (['choice', 'out/text', '--input=no.jsonl'], 'no such file'),
     (['exact', 'out/text'], 'trained on examples'), (['flood', 'out/facts_ar'], 'no canvas'),
-    (['bound', 'out/text', '--dataset=instruct'], 'not the one of'), (['exact', 'out/sft', '--extract=('], 'regular expression'),
-    (['lm_eval', 'out/text'], '--tasks'), (['lm_eval', 'out/text', '--preset=llada-base', '--tasks=x'], 'knows no settings'),
+    (['bound', 'out/text', '--dataset=instruct'], 'not the one of'),
+    (['exact', 'out/sft', '--extract=('], 'regular expression'), (['lm_eval', 'out/text'], '--tasks'),
+    (['lm_eval', 'out/text', '--preset=llada-base', '--tasks=x'], 'knows no settings'),
     (['lm_eval', 'out/text', '--preset=gpt'], 'preset must be one of'), (['world', 'out/none'], 'out/none'),
     (['exact', 'out/sft', '--variable_length'], 'needs a block_length'), (['scaling', 'out/no*'], 'no run'),
     (['exact', 'out/sft', '--block_length=3', '--gen_length=8'], 'must divide')])
@@ -240,7 +243,8 @@ def test_bad_requests_get_one_line(desk, monkeypatch, capsys, argv, says):
 
 def test_bad_lines_of_questions_stop_or_are_counted(desk, monkeypatch, capsys):
     monkeypatch.chdir(desk)
-    (desk / 'some.jsonl').write_text(''.join(json.dumps(i) + '\n' for i in (SHAPES['ours'], {'question': 'x'}, SHAPES['arc'])))
+    lines = SHAPES['ours'], {'question': 'x'}, SHAPES['arc']
+    (desk / 'some.jsonl').write_text(''.join(json.dumps(i) + '\n' for i in lines))
     with pytest.raises(SystemExit):
         script('evaluate', 'choice', 'out/text', '--input=some.jsonl')
     assert 'some.jsonl:2: ' in capsys.readouterr().err
@@ -270,7 +274,8 @@ def local_tasks(desk, monkeypatch):
         'task: local_math\n' + head.format(folder / 'math.jsonl') + 'output_type: generate_until\n'
         'doc_to_text: "Q: {{question}}\\nA:"\ndoc_to_target: "{{answer.split(\'#### \')[1]}}"\n'
         'generation_kwargs:\n  until: ["\\n"]\n  max_gen_toks: 8\n'
-        'filter_list:\n- name: number\n  filter:\n  - function: regex\n    regex_pattern: "#### (\\\\d+)"\n  - function: take_first\n'
+        'filter_list:\n- name: number\n  filter:\n  - function: regex\n    regex_pattern: "#### (\\\\d+)"\n'
+        '  - function: take_first\n'
         'metric_list:\n- metric: exact_match\n  aggregation: mean\n  higher_is_better: true\n')
     (folder / 'local_choice.yaml').write_text(
         'task: local_choice\n' + head.format(folder / 'choice.jsonl') + 'output_type: multiple_choice\n'
