@@ -538,7 +538,7 @@ def stories(n=20000, seed=0):
     return ({'response': world_story(rng)[0]} for _ in range(n))
 
 
-def dialogues(n=24000, seed=0):
+def dialogues(n=30000, seed=0):
     """Instructions over the same world, with answers that can be checked: n records {'task', 'messages', ['accept']}.
 
     Questions about a story, letters to sort or to reverse, "name two", and follow-ups that need the turn before.
@@ -557,13 +557,13 @@ def dialogues(n=24000, seed=0):
 
     def letters(count):
         drawn = rng.sample('abcdefghijklmnopqrstuvwxyz', rng.randint(3, 6))
-        first = rng.choice(('Sort', 'Reverse'))
+        first = rng.choice(('Sort', 'Sort', 'Sort', 'Reverse'))     # the harder of the two
         answer = sorted(drawn) if first == 'Sort' else drawn[::-1]
         turns = [(f"{first}: {' '.join(drawn)}", ' '.join(answer)), ('Now reverse that.', ' '.join(answer[::-1]))]
         return turns[:count]
 
     for _ in range(n):
-        task = rng.choice(('story', 'story', 'letters', 'letters', 'two', 'follow-up'))
+        task = rng.choice(('story', 'letters', 'letters', 'two', 'follow-up'))
         turns, accept = about_story(1) if task == 'story' else letters(1), {}
         if task == 'two':
             many = rng.choice(list(kinds))
@@ -1211,6 +1211,13 @@ def open_examples(corpus, split, seq_len):
     table = table[short]
     borders = np.flatnonzero(np.diff(table[:, 3], prepend=-1))
     return Examples(table[:, :3], np.append(borders, len(table)), int((~short).sum()))
+
+
+def all_examples(corpus, split, seq_len, eos_id, limit=None):
+    """The examples of a split in order, padded to the longest: x0 (n, T), maskable (n, T); `limit` of them, evenly."""
+    rows = open_examples(corpus, split, seq_len).rows
+    chosen = [i * len(rows) // limit for i in range(limit)] if limit and limit < len(rows) else slice(None)
+    return example_batch(corpus, split, rows[chosen], eos_id)[:2]
 
 
 def draw_examples(examples, samples, seed=0):

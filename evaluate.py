@@ -240,8 +240,7 @@ def bound(cfg):
     T = cfg.seq_len or min(run.model.config.seq_len for run in loaded)
     masking = {(run.meta['config'] or {}).get('masking', 'unified') for run in loaded}
     if masking == {'response'}:
-        rows = data.open_examples(corpus, cfg.split, T).rows
-        x0, maskable, _ = data.example_batch(corpus, cfg.split, rows[spread(range(len(rows)), cfg.limit)], tok.eos_id)
+        x0, maskable = data.all_examples(corpus, cfg.split, T, tok.eos_id, cfg.limit)
     else:
         x0 = data.all_windows(corpus, cfg.split, T, cfg.limit or None)
         maskable = torch.ones_like(x0, dtype=torch.bool)
@@ -587,8 +586,8 @@ def likelihood_spread(run, cfg, repeats=16):
     """Standard deviation in nats of the estimates of log p of one held-out row, by the forms of Eq. 5 and Eq. 6."""
     corpus = corpus_of([run], cfg)
     if corpus.rows.get('val'):
-        table_of = data.open_examples(corpus, 'val', run.model.config.seq_len).rows[:1]
-        x0, maskable = (z[0].to(run.device) for z in data.example_batch(corpus, 'val', table_of, run.tok.eos_id)[:2])
+        rows = data.all_examples(corpus, 'val', run.model.config.seq_len, run.tok.eos_id, 1)
+        x0, maskable = (z[0].to(run.device) for z in rows)
     else:
         x0 = data.all_windows(corpus, 'val', run.model.config.seq_len, 1)[0].to(run.device)
         maskable = torch.ones_like(x0, dtype=torch.bool)

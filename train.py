@@ -380,19 +380,15 @@ def validate(model, windows, cfg, tok, me):
 
 def sample_text(model, cfg, tok, me, it):
     """A sample on one line: random remasking at temperature 1 draws from the model, where low-confidence would not."""
-    generator, n = diffusion.keyed_generator(cfg.seed, it, device=me.device), min(cfg.sample_tokens, cfg.seq_len)
+    start = [tok.bos_id] if cfg.masking == 'response' else []
     model.eval()
     with me.autocast, torch.compiler.set_stance('force_eager'):     # other shapes: not worth compiling
-        start = [tok.bos_id] if cfg.masking == 'response' else []
-        if cfg.causal:
-            start = torch.tensor([[tok.eos_id, *start]], device=me.device)
-            x = diffusion.ar_generate(model, start, n, generator=generator).x[:, 1:]
-        else:
-            x = torch.tensor([start + [tok.mask_id] * (n - len(start))], device=me.device)
-            x = diffusion.generate(model, x, tok.mask_id, steps=n, temperature=1.0, remasking='random',
-                                   generator=generator, suppress=tok.unused(model.config.vocab_size)).x
+        (row,), _ = diffusion.complete(
+            model, [start], min(cfg.sample_tokens, cfg.seq_len) - len(start), tok, temperature=1.0, remasking='random',
+            generator=diffusion.keyed_generator(cfg.seed, it, device=me.device),
+            suppress=tok.unused(model.config.vocab_size))
     model.train()
-    return ''.join(c if c.isprintable() else '\\n' if c == '\n' else ' ' for c in tok.decode(x[0].tolist()))
+    return ''.join(c if c.isprintable() else '\\n' if c == '\n' else ' ' for c in tok.decode(row[len(start):]))
 
 
 def needs(cfg, model, gpus):
@@ -527,6 +523,23 @@ def prune(run, keep_last):
             shutil.rmtree(folder)
 
 
+def held_out(cfg, corpus, tok, me):
+    """Validation rows (x0, maskable); and me.examples, me.bits_per_byte: what a nat per token is in bits per byte."""
+    if cfg.masking == 'unified':
+        me.bits_per_byte = {k: 1 / math.log(2) / data.bytes_per_token(corpus, k) for k in ('train', 'val')}
+        windows = data.all_windows(corpus, 'val', cfg.seq_len, cfg.eval_windows)
+        data.batch(corpus, 'train', [0], cfg.seq_len, cfg.seed)                         # too little text shows here
+        return windows, torch.ones_like(windows, dtype=torch.bool)
+    me.examples = data.open_examples(corpus, 'train', cfg.seq_len)
+    if me.rank == 0 and me.examples.left_out:
+        print(f'{corpus.folder}: {me.examples.left_out} examples of train are left out, longer than seq_len = '
+              f'{cfg.seq_len}', file=sys.stderr)
+    x0, maskable = data.all_examples(corpus, 'val', cfg.seq_len, tok.eos_id, cfg.eval_windows)
+    text = tok.decode_bytes(i for i in x0[maskable].tolist() if i not in (tok.eos_id, tok.pad_id))
+    me.bits_per_byte = dict.fromkeys(('train', 'val'), int(maskable.sum()) / len(text) / math.log(2))
+    return x0, maskable
+
+
 def prepare_run(cfg):
     """What can be refused is refused here, before the first file is written."""
     me = join(cfg)
@@ -565,22 +578,7 @@ def prepare_run(cfg):
     for key, value in vars(cfg).items() if me.rank == 0 else ():
         if key != 'resume' and before.get(key) != value:
             print(f'resuming with another {key}: {value!r}, it was {before.get(key)!r}', file=sys.stderr)
-    if cfg.masking == 'response':
-        me.examples, held_out = (data.open_examples(corpus, split, cfg.seq_len) for split in ('train', 'val'))
-        if me.rank == 0 and me.examples.left_out + held_out.left_out:
-            print(f'{corpus.folder}: {me.examples.left_out} examples of train and {held_out.left_out} of val are left '
-                  f'out: longer than seq_len = {cfg.seq_len}', file=sys.stderr)
-        n = len(held_out.rows)
-        chosen = held_out.rows[[i * n // cfg.eval_windows for i in range(cfg.eval_windows)] if n > cfg.eval_windows
-                               else slice(None)]
-        windows = data.example_batch(corpus, 'val', chosen, tok.eos_id)[:2]
-        text = tok.decode_bytes(i for i in windows[0][windows[1]].tolist() if i not in (tok.eos_id, tok.pad_id))
-        me.bits_per_byte = dict.fromkeys(('train', 'val'), int(windows[1].sum()) / len(text) / math.log(2))
-    else:
-        me.bits_per_byte = {k: 1 / math.log(2) / data.bytes_per_token(corpus, k) for k in ('train', 'val')}
-        windows = data.all_windows(corpus, 'val', cfg.seq_len, cfg.eval_windows)
-        windows = windows, torch.ones_like(windows, dtype=torch.bool)
-        data.batch(corpus, 'train', [0], cfg.seq_len, cfg.seed)                         # too little text shows here
+    windows = held_out(cfg, corpus, tok, me)
     run.mkdir(parents=True, exist_ok=True)
     return me, run, corpus, tok, model, net, optimizers, it, windows
 

@@ -10,8 +10,8 @@ know; then give it "prompt_ids" and "response_ids", tokenized by other means.
 out_dir = 'out/illada_8b_sft'
 init_from = 'iLLaDA-8B-Base'
 dataset = 'data/sft'            # prompt, response, one EOS; all examples one stream, every token may be hidden
-isolate = True                  # packed: attention does not cross from one example into the next
-random_split = 0.3              # as in pre-training; that fine-tuning does it too is unconfirmed
+random_split = 0.3              # as in pre-training (split windows are packed); unconfirmed for fine-tuning
+isolate = False                 # True: attention does not cross from one example into the next; unconfirmed too
 
 vocab_size = 155136
 seq_len = 8192

@@ -179,7 +179,7 @@ def test_every_task_runs(desk, monkeypatch, capsys):
             (['bound', 'out/text', 'out/text_ar'], 'nats/token'), (['bound', 'out/world'], 'the source itself'),
             (['world', 'out/world'], 'consistent %'), (['exact', 'out/sft', '--steps=2', '--show=2'], 'want'),
             (['flood', 'out/sft', 'out/uni'], '128'),
-            (['exact', 'out/text', 'out/text_ar', '--input=math.jsonl', '--extract=## (.+)', '--gen_length=4'], 'right %'),
+            (['exact', 'out/text', 'out/text_ar', '--input=math.jsonl', '--extract=# (.+)', '--gen_length=4'], 'all'),
             (['choice', 'out/text', 'out/text_ar', '--input=choice.jsonl'], 'random guess'),
             (['choice', 'out/text', '--input=choice.jsonl', '--method=confidence', '--cfg_scale=0.5'], 'confidence'),
             (['reversal', 'out/facts', 'out/facts_ar'], 'unstated %')):

@@ -138,7 +138,7 @@ def test_what_is_too_long_is_left_out_and_told(tmp_path, capsys):
     assert examples.left_out > 5 and len(examples.rows) + examples.left_out > 30
     script('train', *TINY, '--max_iters=2', f'--dataset={tmp_path / "d"}', '--seq_len=64',
            f'--out_dir={tmp_path / "o"}')
-    assert f'{examples.left_out} examples of train and' in capsys.readouterr().err
+    assert f'{examples.left_out} examples of train are left out' in capsys.readouterr().err
 
 
 def test_fine_tuning_resumes_to_the_same_bits(corpora, tmp_path):
