@@ -9,12 +9,11 @@ will do, which is how tests/ checks every formula to machine precision. A model 
 
     loss = diffusion_loss(model, x0, maskable, mask_id)
     logp = log_likelihood(model, x0[0], maskable[0], mask_id)
-    out = generate(model, canvas([prompt], 64, mask_id, pad_id)[0], mask_id, steps=64, remasking='random',
-                   temperature=1.0)
+    out = generate(model, canvas([prompt], 64, mask_id, pad_id)[0], mask_id, steps=64)
 
 Letters: B batch, T canvas length, V vocabulary, M rows read out, L number of maskable tokens of a row.
 
-Longer than other files, at some 660 lines, because a formula and the sampler that relies on it belong on one desk.
+At 700 lines longer than other files, because a formula and the sampler that relies on it belong on one desk.
 """
 
 import inspect
@@ -95,10 +94,9 @@ def row_noise(seed, iteration, rows, T):
 def forward_process(x0, t, mask_id, maskable=None, generator=None, *, exact=False, u=None):
     """Hides tokens: x0 (B, T) int64, t (B,) -> xt (B, T) int64, masked (B, T) bool.                         Eq. 7-8
 
-    Only maskable (B, T) bool positions are ever hidden (default: all). `masked` is what was drawn: a token of the
-    data that happens to be mask_id is not in it. exact: hide exactly ceil(t L) of the L maskable tokens instead of
-    each with probability t: l is then uniform on 1..L, the count form of the same objective (Eq. 6, Eq. 14).
-    u (B, T): use this uniform noise.
+    Only maskable (B, T) bool positions are hidden (default: all). `masked` is what was drawn: a token of the data that
+    happens to be mask_id is not in it. exact: hide exactly ceil(t L) of the L maskable tokens: l is then uniform on
+    1..L, the count form of the same objective (Eq. 6, Eq. 14). u (B, T): use this uniform noise.
     """
     if maskable is None:
         maskable = torch.ones_like(x0, dtype=torch.bool)
@@ -192,8 +190,7 @@ def bound_per_row(model, x0, maskable, mask_id, *, draws=16, batch_size=32, seed
     """Eq. 6 for many rows: x0 (N, T), maskable (N, T) -> lower bounds on log p, (N,) float64, each a mean of `draws`.
 
     The noise is fixed by the seed, and stratified over the draws of a row and over the rows: two checkpoints are
-    compared on the same masks, and nothing is taken from the training stream. first: number of the first row, when
-    the rows are a part of a longer list.
+    compared on the same masks. first: number of the first row, when the rows are a part of a longer list.
     """
     N, T = x0.shape
     index = torch.arange(first * draws, (first + N) * draws)
@@ -285,7 +282,7 @@ def log_likelihood(model, x0, maskable, mask_id, *, mc_num=128, batch_size=16, c
 @torch.no_grad()
 def log_likelihood_eq5(model, x0, maskable, mask_id, *, mc_num=128, batch_size=16, cfg_scale=0., generator=None):
     """The same bound by the form of Eq. 5 (t uniform, Bernoulli masks, weight 1/t): same mean, far larger variance."""
-    total, options = 0.0, {'prompt': (~maskable)[None], 'cfg_scale': cfg_scale}
+    total, options = 0.0, dict(prompt=(~maskable)[None], cfg_scale=cfg_scale)
     for i in range(0, mc_num, batch_size):
         n = min(batch_size, mc_num - i)
         rows = x0.expand(n, -1)
@@ -308,8 +305,7 @@ def log_likelihood_ordered(model, x0, maskable, mask_id, order=None, *, batch_si
     masked = maskable.repeat(len(order), 1)
     for k, position in enumerate(order):
         masked[k + 1:, position] = False                            # evaluation k still sees order[k:] hidden
-    rows, prompt = x0.expand(len(order), -1), (~maskable)[None]
-    total = 0.0
+    rows, prompt, total = x0.expand(len(order), -1), (~maskable)[None], 0.0
     for i in range(0, len(order), batch_size):
         part, now = masked[i:i + batch_size], order[i:i + batch_size]
         xt = torch.where(part, mask_id, rows[:len(part)])
@@ -341,9 +337,9 @@ def confidence_scores(model, x0s, maskables, mask_id, *, eos_id=None, cfg_scale=
 def confidence_score(model, x0, maskable, mask_id, *, eos_id=None, cfg_scale=0.):
     """iLLaDA's multiple-choice score of a candidate: x0 (T,), maskable (T,) -> float.
 
-    All of the candidate starts hidden. Each step adds the log-probability of the candidate's own most probable hidden
-    token and reveals it. Deterministic; a chain rule along an order that the candidate chooses for itself, hence
-    neither a bound nor normalised over candidates. eos_id: a visible, unscored EOS stands after the sequence.
+    Each step adds the log-probability of the candidate's own most probable hidden token and reveals it. A chain rule
+    along an order that the candidate chooses for itself, hence neither a bound nor normalised over candidates.
+    eos_id: a visible, unscored EOS stands after the sequence.
     """
     return confidence_scores(model, [x0], [maskable], mask_id, eos_id=eos_id, cfg_scale=cfg_scale)[0]
 
@@ -418,8 +414,8 @@ def gumbel_argmax(logits, temperature, generator=None, *, u=None):
 def confidence(logits, x0_hat, remasking, *, u=None, generator=None):
     """How much each proposal is trusted: logits (M, V), x0_hat (M,) -> (M,).
 
-    'low_confidence': the probability of the proposal, without noise or temperature, in the dtype of the logits: it
-    decides bfloat16 ties as the official sampler does. 'random': a uniform number.
+    'low_confidence': the probability of the proposal, without noise or temperature, in the dtype of the logits, as the
+    official sampler has it. 'random': a uniform number.
     """
     if remasking == 'low_confidence':
         return logits.softmax(-1).gather(-1, x0_hat[:, None])[:, 0]
@@ -447,8 +443,7 @@ def propose(logits, rows, mask_id, *, temperature, remasking, eos_id, eot_id, lo
     """Proposals and their confidence, (M,) each, for the True positions of rows (B, T) from their logits (M, V).
 
     [MASK] is never proposed, nor is an id in `suppress`. logits_eos_inf: neither is EOS. confidence_eos_eot_inf: EOS
-    and EoT may be proposed but have confidence 0, so they are written down last, at every temperature (App. B.4);
-    random remasking, which asks for no confidence, is left as it is.
+    and EoT have confidence 0: they are written last, at every temperature (App. B.4); random remasking asks for none.
     """
     if logits_eos_inf:
         logits = logits.index_fill(-1, torch.tensor([eos_id], device=logits.device), -math.inf)
@@ -505,12 +500,12 @@ def check_sampler(steps, temperature, cfg_scale, remasking, eos_id=None, logits_
     for name, value in (('temperature', temperature), ('cfg_scale', cfg_scale)):
         if not 0 <= value < math.inf:
             raise ValueError(f'{name} must be 0 or more, got {value}')
-    if remasking not in ('low_confidence', 'random'):
-        raise ValueError(f"remasking must be 'low_confidence' or 'random', got {remasking!r}")
+    for name, value, allowed in (('remasking', remasking, ('low_confidence', 'random')),
+                                 ('cache', cache, (None, 'prefix', 'dual', 'roll'))):
+        if value not in allowed:
+            raise ValueError(f'{name} must be one of {allowed}, got {value!r}')
     if threshold is not None and not (0 < threshold <= 1 and remasking == 'low_confidence'):
         raise ValueError(f'threshold lies in (0, 1] and needs low_confidence remasking, got {threshold}, {remasking}')
-    if cache not in (None, 'prefix', 'dual', 'roll'):
-        raise ValueError(f"cache must be None, 'prefix', 'dual' or 'roll', got {cache!r}")
     if (logits_eos_inf or confidence_eos_eot_inf) and eos_id is None:
         raise ValueError('logits_eos_inf and confidence_eos_eot_inf need eos_id')
 
@@ -524,8 +519,8 @@ def generate(model, x, mask_id, *, steps, block_length=None, temperature=0., cfg
 
     steps: denoising steps for the whole canvas, shared out over its blocks; a step commits an equal part of a block.
     block_length: None is pure diffusion; less is LLaDA's semi-autoregressive remasking: blocks are finished from left
-        to right, later blocks stay in view as masks (in generate_variable_length they do not exist yet).
-        Blocks begin at gen_start (default: the first mask); gaps before it are filled first.
+        to right, later blocks stay in view as masks. They begin at gen_start (default: the first mask); gaps before
+        it are filled first.
     temperature: of the proposals; 0 takes the most probable token. remasking: which proposals survive a step:
         'low_confidence' the most probable ones (Alg. 5: it seeks modes), 'random' any (Alg. 4 with a fixed count).
     cfg_scale, prompt (B, T) bool: guidance away from the canvas without its prompt (default: all that is given).
@@ -533,9 +528,8 @@ def generate(model, x, mask_id, *, steps, block_length=None, temperature=0., cfg
     threshold: approximate parallel decoding: commit every proposal this probable, as many steps as that takes.
     cache: None is exact; 'prefix', 'dual', 'roll' are approximate, see cached_rows; the model needs new_kv, pos and kv.
     on_step(x, committed): called after every step. generator: a torch.Generator, or a list of one for each row.
-    suppress: ids never written, such as vocabulary rows that stand for no token.
-    adjust(logits (M, V), x, masked (B, T), begin) -> logits: a hook, called before the end rules; begin is the first
-        generated column. See end_think.
+    suppress: ids never written, such as vocabulary rows that stand for no token. adjust(logits (M, V), x, masked,
+        begin) -> logits: a hook before the end rules; begin is the first generated column. See end_think.
     """
     check_sampler(steps, temperature, cfg_scale, remasking, eos_id, logits_eos_inf, confidence_eos_eot_inf, cache,
                   threshold)
@@ -579,9 +573,9 @@ def generate_variable_length(model, prompts, mask_id, eos_id, *, block_length, s
     """Block diffusion on a growing canvas (iLLaDA; App. B.4): nothing after the current block exists yet.
 
     prompts: lists of ids -> (prompt + generated ids of each, kept to the end of the block that stopped it; n_forward).
-    Blocks of block_length masks are appended and denoised in steps_per_block steps, up to max_length generated tokens
-    (rounded down to whole blocks), until EOS, or `stop(generated ids) -> bool`, is found in a row; the other rows go
-    on. block_length=1 is the autoregressive sampling of the paper's Table 7. Guidance sees earlier blocks as prompt.
+    Blocks of block_length masks are appended and denoised in steps_per_block steps, at most max_length tokens in whole
+    blocks, until EOS, or `stop(generated ids) -> bool`, is found in a row; the other rows go on. block_length=1 is the
+    autoregressive sampling of the paper's Table 7. Guidance sees earlier blocks as prompt.
     """
     if block_length < 1 or max_length < block_length:
         raise ValueError(f'max_length must hold a block of {block_length}, got {max_length}')
@@ -612,8 +606,8 @@ def complete(model, prompts, gen_length, special, *, steps=0, block_length=0, va
              generator=None, on_step=None, **settings):
     """Prompts, lists of ids, continued (or their gaps filled) -> (lists of ids, prompt included; n_forward).
 
-    special has mask_id, eos_id, eot_id and pad_id. steps and block_length 0 are one token a step and the whole canvas.
-    A causal model writes from left to right, greedily or at a temperature, and needs none of the other settings.
+    special: has mask_id, eos_id, eot_id, pad_id. steps and block_length 0 are one token a step and the whole canvas.
+    A causal model writes from left to right, at settings['temperature'].
     """
     device = next(model.parameters()).device
     if getattr(getattr(model, 'config', None), 'causal', False):
@@ -638,8 +632,8 @@ def complete(model, prompts, gen_length, special, *, steps=0, block_length=0, va
 def end_think(ids, gen_length, boost=100.0, power=3.0):
     """A hook for `adjust`: makes the tokens `ids` of "</think>" ever more likely (iLLaDA's evaluation).
 
-    Until they stand in the generated text, the one of them that would come next gains boost * progress^power at the
-    first mask of the block; progress is how far that position lies in gen_length.
+    Until they stand in the text, the one that would come next gains boost * progress^power at the first mask of the
+    block; progress is how far that position lies in gen_length.
     """
     ids = list(ids)
 

@@ -43,7 +43,8 @@ dataset = ''                    # a data set; default: the one that the first ch
 split = 'val'                   # 'val' or 'train'
 input = []                      # files of questions, choices or couplets (repeat, or patterns); default: see the task
 on_error = 'stop'               # what a bad line of an input does: 'stop', or 'skip' and be counted
-limit = 0                       # how many windows, questions or couplets, evenly spread; 0: all
+windows = 0                     # how many windows of text (bound), evenly spread; 0: all
+limit = 0                       # how many questions, examples or couplets, evenly spread; 0: all
 samples = 256                   # stories to sample (world, curves)
 # --- likelihood
 seq_len = 0                     # tokens in a window (bound); 0: the shortest context among the checkpoints
@@ -88,9 +89,8 @@ SAMPLER = ('steps', 'block_length', 'variable_length', 'remasking', 'temperature
 def check(cfg):
     """Ranges of the settings; ValueError with every problem, one a line."""
     wrong = [f'{key} must be {least} or more, and below 2^31, got {getattr(cfg, key)}'
-             for key, least in (('draws', 1), ('mc_num', 1), ('batch_size', 1), ('limit', 0), ('seq_len', 0),
-                                ('seed', 0), ('samples', 2), ('gen_length', 0), ('steps', 0), ('block_length', 0),
-                                ('candidates', 2))
+             for least, keys in ((0, 'limit windows seq_len seed gen_length steps block_length show'),
+                                 (1, 'draws mc_num batch_size'), (2, 'samples candidates')) for key in keys.split()
              if not least <= getattr(cfg, key) < 2 ** 31]
     for key, allowed in (('task', TASKS), ('method', ('likelihood', 'confidence')), ('on_error', ('stop', 'skip')),
                          ('preset', ('', *presets()))):
@@ -100,6 +100,8 @@ def check(cfg):
         wrong.append('name at least one checkpoint:  python evaluate.py bound out/docs')
     if cfg.variable_length and not cfg.block_length:
         wrong.append('variable_length needs a block_length')
+    if cfg.temperature != -1 and cfg.temperature < 0:
+        wrong.append(f'temperature must be 0 or more (-1: the default of the task), got {cfg.temperature}')
     try:
         re.compile(cfg.extract)
     except re.error as e:
@@ -242,7 +244,7 @@ def bound(cfg):
     if masking == {'response'}:
         x0, maskable = data.all_examples(corpus, cfg.split, T, tok.eos_id, cfg.limit)
     else:
-        x0 = data.all_windows(corpus, cfg.split, T, cfg.limit or None)
+        x0 = data.all_windows(corpus, cfg.split, T, cfg.windows or None)
         maskable = torch.ones_like(x0, dtype=torch.bool)
     print(f'{corpus.folder}, split {cfg.split}: {len(x0)} rows of {x0.shape[1]} tokens, {cfg.draws} masks each',
           file=sys.stderr)
@@ -250,18 +252,15 @@ def bound(cfg):
         sum(len(data.answer_text(x[m].tolist(), tok).encode()) for x, m in zip(x0, maskable)) / len(x0)
     rows, source = [], source_log_probs(x0, maskable, tok) if masking == {'response'} else None
     if source is not None:
-        rows.append(['the source itself', '', ' =', *nats_and_bits(source, maskable, n_bytes), 0.0])
+        rows.append(['the source itself', '', ' =', *nats_and_bits(source, maskable, n_bytes), '1 x', ''])
     for run in loaded:
         start = time.perf_counter()
         logp = log_probs(run, x0, maskable, cfg)
         rows.append([f'{run.name} ({run.kind})', run.meta['iteration'] or '', run.sign,
-                     *nats_and_bits(logp, maskable, n_bytes), round(time.perf_counter() - start, 1)])
-        if source is not None:
-            rows[-1][-1:-1] = [f'{logp.mean() / source.mean():.3f} x']
-    if source is not None:
-        rows[0][-1:-1] = ['1 x']
-    table(rows, cfg, ['checkpoint', 'iteration', '', 'nats/token', '+-', 'bits/byte', '+-',
-                      *(['of the source'] if source is not None else []), 'seconds'])
+                     *nats_and_bits(logp, maskable, n_bytes),
+                     '' if source is None else f'{logp.mean() / source.mean():.3f} x',
+                     round(time.perf_counter() - start, 1)])
+    table(rows, cfg, ['checkpoint', 'iteration', '', 'nats/token', '+-', 'bits/byte', '+-', 'of the source', 'seconds'])
 
 
 def nats_and_bits(logp, maskable, n_bytes):

@@ -693,21 +693,21 @@ class Meter:
         self.restart(it)
 
     def restart(self, it):
-        self.since, self.started, self.rows, self.squares = it, time.perf_counter(), 0, 0
+        self.since, self.started, self.made, self.rows, self.squares = it, time.perf_counter(), 0, 0, 0
 
     def count(self, batch):
         for ids, rows, _, _, cu_seqlens, _ in batch:
-            self.rows += len(rows)
+            self.made, self.rows = self.made + ids.numel(), self.rows + len(rows)
             dense = ids.numel() * ids.shape[1]
             self.squares += dense if cu_seqlens is None else int(cu_seqlens.diff().square().sum())
 
     def read(self, it, loss, norm, bins, lr):
         """The entry of the log for update `it`, the same on every process."""
-        me, n = self.me, (it - self.since) * self.tokens
-        sums = torch.cat((loss[None], bins.flatten(), me.skipped[None], loss.new_tensor([self.rows, self.squares])))
+        me, counts = self.me, loss.new_tensor([self.made, self.rows, self.squares])
+        sums = torch.cat((loss[None], bins.flatten(), me.skipped[None], counts))
         if me.world > 1:
             dist.all_reduce(sums)
-        loss, *bins, skipped, rows, squares = sums.double().tolist()
+        loss, *bins, skipped, n, rows, squares = sums.double().tolist()
         if skipped:
             raise FloatingPointError(f'by iteration {it}: loss {loss}, gradient norm {norm.item()}; '
                                      f'{skipped / me.world:.0f} updates were not made')
