@@ -10,7 +10,8 @@ windows form iteration i is a function of (seed, i), so a run resumes from a num
 
 Letters: B batch, T window length, N tokens in a split.
 
-Too many lines, and known to be: a tokenizer is part of what a data set is, and neither is of use without the other.
+Twice the lines that a file should have, and known to be: tokenizers, a world to train on, preparation, batches. They are
+one concern (a data set is text, its tokenizer and its order), and the project has one file for each concern.
 """
 
 import argparse
@@ -613,9 +614,12 @@ def read_file(path, complain=None, accept=None):
                 item = raw.decode('utf-8-sig' if number == 1 or kind != '.txt' else 'utf-8')
             if kind.startswith('.jsonl') and item.strip():
                 item = json.loads(item, object_pairs_hook=_no_key_twice)
-            if isinstance(item, dict):
-                item = accept(item) if accept else item['text'] if 'text' in item else check_record(item)
-            if not isinstance(item, (str, dict)):
+            blank = isinstance(item, str) and not item.strip()
+            if isinstance(item, dict) and (accept or 'text' not in item):
+                item = (accept or check_record)(item)
+            elif isinstance(item, dict) and isinstance(item['text'], str):
+                item = item['text']
+            elif not blank and (accept or kind.startswith('.json') or not isinstance(item, str)):
                 raise TypeError('want a JSON object with "text", or an example')
             json.dumps(item, ensure_ascii=False).encode()           # half a surrogate pair is no text
             if item and not isinstance(item, found or object):
@@ -669,8 +673,8 @@ def check_record(record, longest=1 << 20):
             raise ValueError(f'"messages" must be a list of messages, got {json.dumps(messages)[:60]}')
         size = sum(text(m, 'role') + text(m, 'content') for m in messages)
         roles = [m['role'] for m in messages]
-        if 'assistant' not in roles[1:]:
-            raise ValueError(f'"messages" needs an answer by "assistant" to something before it, got roles {roles[:9]}')
+        if len(roles) < 2 or roles[-1] != 'assistant' or 'user' not in roles:
+            raise ValueError(f'"messages" must end with an answer by "assistant" to a "user", got roles {roles[:9]}')
     elif {'prompt_ids', 'response_ids'} & set(record):
         for key in ('prompt_ids', 'response_ids'):
             ids = record.get(key)
@@ -875,8 +879,13 @@ def _write_part(job):
         for i, (name, item) in enumerate(tqdm(pieces, **progress)):
             if isinstance(item, dict):
                 splits, last = _splits_of(item, val_every), None
+                try:
+                    turns = turns_of(item, tok)
+                except ValueError as e:                             # an id, or a template, that is not to be had
+                    (complain if on_error == 'skip' else _refuse)(f'{name}: {e}')
+                    continue
                 for split in splits:
-                    for prompt, response in turns_of(item, tok):
+                    for prompt, response in turns:
                         start = entry[split]['tokens']
                         ids = [*prompt, *response]
                         put(split, [*ids, tok.eos_id], len(tok.decode_bytes(i for i in ids if i not in special)))
@@ -908,13 +917,17 @@ def _chunks_or_records(documents):
 
 
 def _splits_of(record, val_every):
-    """Where an example goes: couplets everywhere, unless unseen; else by its question, so that none is in both."""
+    """Where an example goes: couplets everywhere, unless unseen; else by its first question, so that none is in both.
+
+    (But where several answers are right there may be few questions: those go by question and answer.)
+    """
     if 'first' in record:
         return ('train', 'val') if record.get('seen', True) else ()
-    question = _text_of({**record, 'response': ''} if 'messages' not in record else
-                        {'messages': record['messages'] if 'accept' in record else record['messages'][:-1]})
-    question = record['response'] if question == '\n\n' else question
-    return ('val',) if zlib.crc32(question.encode()) % val_every == 0 else ('train',)
+    asked = [m['content'] for m in record.get('messages', ()) if m['role'] == 'user'] or [record.get('prompt', '')]
+    key = record.get('prompt_ids') or asked[0].strip() or record['response']
+    if 'accept' in record:
+        key = json.dumps(record, sort_keys=True)
+    return ('val',) if zlib.crc32(str(key).encode()) % val_every == 0 else ('train',)
 
 
 def turns_of(record, tok):
@@ -964,8 +977,8 @@ def _finish(parts, aside, out, spec, val_every):
         manifest['splits'][split] = {'shards': shards, **total}
     (aside / 'manifest.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
     with (aside / 'val.jsonl').open('w', encoding='utf-8') as held_out:
-        for part in sorted(aside.glob('val_*.jsonl')):
-            held_out.write(part.read_text(encoding='utf-8'))
+        for i in range(len(parts)):
+            held_out.write((aside / f'val_{i:05d}.jsonl').read_text(encoding='utf-8'))
     shards = [shard for split in manifest['splits'].values() for shard in split['shards']]
     named = {'val.jsonl'} if (aside / 'val.jsonl').stat().st_size else set()
     named |= {s['file'] for s in shards} | {s['rows']['file'] for s in shards if 'rows' in s}
@@ -1056,7 +1069,7 @@ def open_corpus(folder, verify=True):
             splits[split] = [_open_shard(folder, s['file'], s['tokens'], dtype, verify and i % n == k and s['sha256'],
                                          manifest['vocab_size']) for i, s in shards]
             rows[split] = [_open_shard(folder, r['file'], 4 * r['count'], np.int64, verify and i % n == k and
-                                       r['sha256'], s['tokens'] + r['count']).reshape(-1, 4)
+                                       r['sha256'], 2 ** 62).reshape(-1, 4)
                            for i, s in shards for r in [s.get('rows')] if r]
     except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ValueError(f'{path}: not a manifest ({type(e).__name__}: {e})') from None
@@ -1197,9 +1210,10 @@ def all_windows(corpus, split, seq_len, limit=None):
 
 def open_examples(corpus, split, seq_len):
     """Where the examples of a split stand -> Examples; those longer than seq_len are left out, and counted."""
-    if not corpus.rows.get(split):
-        raise ValueError(f"{corpus.folder}: no examples here, but a stream of documents: masking = 'response' needs "
-                         '"prompt" and "response", "messages", or couplets')
+    if corpus.parts or not corpus.rows.get(split):
+        what = 'a mixture' if corpus.parts else 'a stream of documents'
+        raise ValueError(f"{corpus.folder}: this is {what}, and masking = 'response' needs one set of examples, made "
+                         'of "prompt" and "response", "messages", or couplets')
     tables, at, group = [], 0, 0
     for shard, rows in zip(corpus.splits[split], corpus.rows[split]):
         tables.append(rows + np.array([at, at, at, group]))
@@ -1208,6 +1222,9 @@ def open_examples(corpus, split, seq_len):
     short = table[:, 2] - table[:, 0] <= seq_len
     if not short.any():
         raise ValueError(f'{corpus.folder}: all {len(table)} examples of {split} are longer than seq_len = {seq_len}')
+    if not short.all() and os.environ.get('RANK', '0') == '0':
+        print(f'{corpus.folder}: {(~short).sum()} examples of {split} are left out, longer than seq_len = {seq_len}',
+              file=sys.stderr)
     table = table[short]
     borders = np.flatnonzero(np.diff(table[:, 3], prepend=-1))
     return Examples(table[:, :3], np.append(borders, len(table)), int((~short).sum()))

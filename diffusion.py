@@ -611,10 +611,17 @@ def complete(model, prompts, gen_length, special, *, steps=0, block_length=0, va
     """
     device = next(model.parameters()).device
     if getattr(getattr(model, 'config', None), 'causal', False):
-        noise = generator if isinstance(generator, (list, tuple)) else [generator] * len(prompts)
-        made = [ar_generate(model, torch.tensor([[special.eos_id, *p]], device=device), gen_length, generator=g,
-                            temperature=settings['temperature'], eos_id=special.eos_id) for p, g in zip(prompts, noise)]
-        return [z.x[0, 1:].tolist() for z in made], sum(z.n_forward for z in made)
+        out, n_forward = [None] * len(prompts), 0
+        for length in sorted({len(p) for p in prompts}):            # rows of one length at a time: nothing to pad
+            part = [i for i, p in enumerate(prompts) if len(p) == length]
+            noise = [generator[i] for i in part] if isinstance(generator, (list, tuple)) else generator
+            x = torch.tensor([[special.eos_id, *prompts[i]] for i in part], device=device)
+            made = ar_generate(model, x, gen_length, temperature=settings['temperature'], eos_id=special.eos_id,
+                               generator=noise)
+            n_forward += made.n_forward
+            for i, row in zip(part, made.x[:, 1:].tolist()):
+                out[i] = row
+        return out, n_forward
     settings.update(eot_id=special.eot_id, generator=generator, on_step=on_step)
     if variable_length:
         return generate_variable_length(model, prompts, special.mask_id, special.eos_id, block_length=block_length,
@@ -698,6 +705,7 @@ def ar_generate(model, prompt, n_new, *, temperature=1., eos_id=None, generator=
     """Continues prompt (B, P) int64 by n_new tokens -> Generated(x (B, P + n_new), n_forward).
 
     Keys and values are cached, so each token costs one row. Rows that produced eos_id keep repeating it.
+    generator: one, or a list of one for each row.
     """
     x, P = prompt, prompt.shape[1]
     kv = model.new_kv(x.shape[0], P + n_new) if hasattr(model, 'new_kv') else None
@@ -708,7 +716,8 @@ def ar_generate(model, prompt, n_new, *, temperature=1., eos_id=None, generator=
         else:
             pos = torch.arange(0 if i == 0 else P + i - 1, P + i, device=x.device)
             logits = model(x[:, pos], pos=pos, kv=kv)[:, -1]                            # (B, V)
-        token = gumbel_argmax(logits, temperature, generator)
+        u = uniform(torch.ones_like(ended)[:, None], logits.shape[-1], generator) if temperature > 0 else None
+        token = gumbel_argmax(logits, temperature, u=u)
         if eos_id is not None:
             token = torch.where(ended, eos_id, token)
             ended |= token == eos_id

@@ -14,7 +14,8 @@ bound: nats per token and bits per byte. For a diffusion model this is an upper 
 LLaDA, arXiv 2502.09992v3), written <=; for the autoregressive baseline it is exact, written =; for made-up stories the
 entropy of their source is known, which no model can beat. Do not read <= and = as the same kind of number.
 
-Some 650 lines: what the tasks share (loading, sampling, errors, tables) would otherwise be written twice.
+Some 860 lines, more than a file should have: eight small tasks and a harness share how a checkpoint is loaded, asked and
+reported, and would each be a file of their own if there were room for files.
 """
 
 import csv
@@ -40,11 +41,11 @@ from model import find_checkpoints, open_model
 task = 'bound'                  # bound, world, exact, flood, choice, reversal, curves, scaling or lm_eval
 checkpoints = []                # runs or steps of train.py, or folders of released weights
 dataset = ''                    # a data set; default: the one that the first checkpoint was trained on
-split = 'val'                   # 'val' or 'train'
+split = 'val'                   # 'val' or 'train' (bound)
 input = []                      # files of questions, choices or couplets (repeat, or patterns); default: see the task
 on_error = 'stop'               # what a bad line of an input does: 'stop', or 'skip' and be counted
-windows = 0                     # how many windows of text (bound), evenly spread; 0: all
-limit = 0                       # how many questions, examples or couplets, evenly spread; 0: all
+windows = 0                     # how many windows of text, or examples (bound), evenly spread; 0: all
+limit = 0                       # how many questions or couplets, evenly spread; 0: all
 samples = 256                   # stories to sample (world, curves)
 # --- likelihood
 seq_len = 0                     # tokens in a window (bound); 0: the shortest context among the checkpoints
@@ -74,6 +75,7 @@ candidates = 64                 # reversal: how many halves an autoregressive mo
 preset = ''                     # settings of a paper: llada-base, llada-instruct, illada-base or illada-instruct
 tasks = []                      # names of lm_eval tasks, or their .yaml files
 num_fewshot = -1                # examples in the prompt; -1: as the preset or the task says
+unsafe_code = False             # let tasks run the code that the model wrote (HumanEval, MBPP): in a sandbox only
 # --- machine and output
 batch_size = 64                 # rows in one forward pass
 seed = 1                        # of masks and samples
@@ -93,6 +95,7 @@ def check(cfg):
                                  (1, 'draws mc_num batch_size'), (2, 'samples candidates')) for key in keys.split()
              if not least <= getattr(cfg, key) < 2 ** 31]
     for key, allowed in (('task', TASKS), ('method', ('likelihood', 'confidence')), ('on_error', ('stop', 'skip')),
+                         ('split', ('val', 'train')),
                          ('preset', ('', *presets()))):
         if getattr(cfg, key) not in allowed:
             wrong.append(f'{key} must be one of {", ".join(filter(None, allowed))}, got {getattr(cfg, key)!r}')
@@ -100,6 +103,8 @@ def check(cfg):
         wrong.append('name at least one checkpoint:  python evaluate.py bound out/docs')
     if cfg.variable_length and not cfg.block_length:
         wrong.append('variable_length needs a block_length')
+    if not all(cfg.stop):
+        wrong.append(f'stop must hold texts that are not empty, got {cfg.stop}')
     if cfg.temperature != -1 and cfg.temperature < 0:
         wrong.append(f'temperature must be 0 or more (-1: the default of the task), got {cfg.temperature}')
     try:
@@ -114,6 +119,8 @@ def load(name, cfg):
     """A checkpoint -> namespace: name, model, meta, tok, autocast, kind, forward sign."""
     model, meta, where, autocast = open_model(name, cfg.device, cfg.dtype)
     tok = data.tokenizer_for(meta)
+    if cfg.add_bos and tok.bos_id is None:
+        raise ValueError(f'{name}: add_bos, but no file tells the id of BOS')
     tok.start = [tok.bos_id] if cfg.add_bos else tok.start
     return SimpleNamespace(name=name, model=model, meta=meta, tok=tok, autocast=autocast, device=where,
                            causal=model.config.causal, sign=' =' if model.config.causal else '<=',
@@ -126,8 +133,6 @@ def corpus_of(loaded, cfg):
     if not (cfg.dataset or trained_on):
         raise ValueError('these weights do not say what they were trained on: give --dataset')
     corpus = data.open_dataset(cfg.dataset or trained_on)
-    if cfg.split not in corpus.splits:
-        raise ValueError(f"split must be one of {', '.join(corpus.splits)}, got {cfg.split!r}")
     for run in loaded:
         data.same_tokenizer(run.tok, data.corpus_tokenizer(corpus), run.name, corpus.folder)
     return corpus
@@ -191,6 +196,9 @@ def answer(run, prompts, new, cfg, **other):
         raise ValueError(f"block_length must divide gen_length, got {settings['block_length']} and {new}")
     if cfg.think_boost:
         settings['adjust'] = diffusion.end_think(tok.encode('</think>'), new, cfg.think_boost, cfg.think_power)
+    longest, seq_len = max(map(len, prompts)) + new, run.model.config.seq_len
+    if longest > seq_len:
+        print(f'{run.name}: canvases of up to {longest} tokens, longer than the {seq_len} of training', file=sys.stderr)
     out, forwards, order = [None] * len(prompts), 0, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
 
     def ended(ids):
@@ -242,7 +250,7 @@ def bound(cfg):
     T = cfg.seq_len or min(run.model.config.seq_len for run in loaded)
     masking = {(run.meta['config'] or {}).get('masking', 'unified') for run in loaded}
     if masking == {'response'}:
-        x0, maskable = data.all_examples(corpus, cfg.split, T, tok.eos_id, cfg.limit)
+        x0, maskable = data.all_examples(corpus, cfg.split, T, tok.eos_id, cfg.windows)
     else:
         x0 = data.all_windows(corpus, cfg.split, T, cfg.windows or None)
         maskable = torch.ones_like(x0, dtype=torch.bool)
@@ -274,18 +282,23 @@ def world(cfg):
     rows = []
     for name in cfg.checkpoints:
         run = load(name, cfg)
-        loose, strict, seconds, texts = graded(run, cfg)
+        new = cfg.gen_length or min(64, run.model.config.seq_len - len(story_start(run)))
+        loose, strict, seconds, texts = graded(run, cfg, new)
         rows.append([f'{run.name} ({run.kind})', len(texts),
                      *(f'{100 * x:.1f}' for z in (loose, strict) for x in share(z)), round(seconds, 1)])
         print(*texts[:cfg.show], sep='\n', end='\n' * bool(cfg.show))
     table(rows, cfg, ['checkpoint', 'samples', 'parse %', '+-', 'consistent %', '+-', 'seconds'])
 
 
-def graded(run, cfg, **settings):
-    """Samples stories out of nothing -> (accepted by the grammar, consistent too, seconds, texts)."""
+def story_start(run):
+    """What stands before a story: BOS, or the end of the story before."""
+    return run.tok.start or [run.tok.eos_id]
+
+
+def graded(run, cfg, new, **settings):
+    """Samples stories of at most `new` tokens -> (accepted by the grammar, consistent too, seconds, texts)."""
     config = {'remasking': cfg.remasking or 'random', **settings}
-    prompts = [run.tok.start or [run.tok.eos_id]] * cfg.samples
-    ids, _, seconds = answer(run, prompts, run.model.config.seq_len - len(prompts[0]), cfg, **config)
+    ids, _, seconds = answer(run, [story_start(run)] * cfg.samples, new, cfg, **config)
     texts = [data.answer_text(row, run.tok) for row in ids]
     return [[bool(data.world_readings(t, strict)) for t in texts] for strict in (False, True)] + [seconds, texts]
 
@@ -320,8 +333,8 @@ def as_choice(item):
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
         raise ValueError(f'want two or more choices that are not empty, got {json.dumps(choices)[:60]}')
     if isinstance(gold, str):
-        known = [*labels[:len(choices)], *choices]
-        gold = known.index(gold) % len(choices) if gold in known else -1
+        named = list(labels[:len(choices)]) if len(labels) >= len(choices) else []
+        gold = named.index(gold) if gold in named else choices.index(gold) if gold in choices else -1
     if not 0 <= gold < len(choices):
         raise ValueError(f'the answer {item.get("answerKey", item.get("answer", item.get("label")))!r} is none of the '
                          f'{len(choices)} choices')
@@ -404,7 +417,7 @@ def as_question(item):
         raise ValueError('want "prompt" and "response", "question" and "answer", or "messages" that end with an answer')
     try:
         re.compile(accept)
-    except (re.error, TypeError) as e:
+    except (re.error, TypeError, OverflowError) as e:
         raise ValueError(f'"accept" is not a regular expression ({e})') from None
     return {'history': [{'role': 'user', 'content': item['prompt']}] if plain else item['messages'][:-1],
             'text': f"Question: {item['prompt']}\nAnswer:" if plain else None, 'task': str(item.get('task', 'all')),
@@ -430,8 +443,7 @@ def questions_of(cfg, run):
     if held_out and not held_out.is_file():
         raise ValueError(f'{held_out}: no such file; {cfg.task} wants a model trained on examples, or --input=FILE')
     items = items_of(cfg, held_out)
-    trained = (run.meta['config'] or {})
-    chat = cfg.instruct or trained.get('dataset') == 'instruct' or trained.get('masking') == 'response'
+    chat = cfg.instruct or not cfg.input or (run.meta['config'] or {}).get('masking') == 'response'
     return items, [run.tok.encode_chat(item['history']) if chat or item['text'] is None else
                    [*run.tok.start, *run.tok.encode(item['text'])] for item in items]
 
@@ -452,7 +464,8 @@ def exact(cfg):
         for kind in (*kinds, *(['all'] if len(kinds) > 1 else [])):
             part = [hit for hit, item in zip(hits, items) if kind in (item['task'], 'all')]
             rows.append([run.name, kind, len(part), *(f'{100 * x:.1f}' for x in share(part))])
-        print(f'{run.name}: {new * len(items) / seconds:.0f} tokens/s, {forwards} forward passes', file=sys.stderr)
+        print(f'{run.name}: canvases of {new} tokens, {sum(map(len, ids)) / seconds:.0f} tokens/s, {forwards} forward '
+              'passes', file=sys.stderr)
     table(rows, cfg, ['checkpoint', 'task', 'questions', 'right %', '+-'])
 
 
@@ -470,6 +483,13 @@ def flood(cfg):
             ends = [sum(i == run.tok.eos_id for i in row) / new for row in ids]
             rows.append([run.name, new, f'{100 * sum(ends) / len(ends):.1f}', *(f'{100 * x:.1f}' for x in share(hits))])
     table(rows, cfg, ['checkpoint', 'gen_length', 'EOS % of canvas', 'right %', '+-'])
+
+
+def as_couplet(item):
+    """A couplet as it is: "first", "second", perhaps "join"."""
+    if 'first' not in data.check_record(item):
+        raise ValueError(f'want "first" and "second", got the keys {list(item)[:9]}')
+    return item
 
 
 def halves_of(item, tok):
@@ -497,6 +517,8 @@ def fill(run, items, which, cfg):
             prompts.append([*tok.start, *[tok.mask_id] * len(first), *join, *second, tok.eos_id])
             wanted.append(first)
         shown.append(len(tok.start) + (len(first) + len(join) if which == 'second' else 0))
+    if not items:
+        return []
     if run.causal:
         ids, _, _ = answer(run, prompts, max(map(len, wanted)), cfg)
         return [row[:len(want)] == want for row, want in zip(ids, wanted)]
@@ -529,9 +551,9 @@ def reversal(cfg):
     for name in cfg.checkpoints:
         run = load(name, cfg)
         if items is None:
-            made_up = (run.meta['config'] or {}).get('dataset') == 'facts'
-            items = spread(list(data.facts()), cfg.limit) if made_up and not cfg.input else \
-                items_of(cfg, corpus_of([run], cfg).folder / 'val.jsonl')
+            folder = Path('given') if cfg.input else corpus_of([run], cfg).folder
+            items = items_of(cfg, folder / 'val.jsonl') if folder.name != 'facts' else \
+                random.Random(cfg.seed).sample(list(data.facts()), cfg.limit or 128)
         seen, unseen = ([item for item in items if item.get('seen', True) == truth] for truth in (True, False))
         once = [item for item in seen if not item.get('both')]      # nowhere said the other way round
         cells = [share(hits) if hits else None for hits in (
@@ -540,8 +562,10 @@ def reversal(cfg):
             fill(run, unseen, 'second', cfg) if unseen else None)]
         rows.append([f'{run.name} ({run.kind})', len(seen),
                      *('' if c is None else f'{100 * c[0]:.1f} +- {100 * c[1]:.1f}' for c in cells)])
-    print('one way: the earlier half where nothing states the two in the other order; ranked: the earlier half among '
-          f'{cfg.candidates}, by likelihood; unstated: the statement turned round', file=sys.stderr)
+    print('earlier half: diffusion fills it in; an autoregressive model is given the later half and the join, which is '
+          'no true statement\none way: the same where nothing states the two in the other order\nranked: the earlier '
+          f'half among {cfg.candidates}, by likelihood\nunstated: the later half of a statement that only its reverse '
+          'implies', file=sys.stderr)
     table(rows, cfg, ['checkpoint', 'statements', 'later half %', 'earlier half %', 'earlier, one way %',
                       'earlier, ranked %', 'unstated %'])
 
@@ -558,8 +582,11 @@ def curves(cfg):
     rows = []
     for name in cfg.checkpoints:
         run = load(name, cfg)
-        stories = (run.meta['config'] or {}).get('dataset') == 'world'
-        items, prompts = ([], [run.tok.start]) if stories else questions_of(cfg, run)
+        if run.causal:
+            raise ValueError(f'{name}: these are settings of diffusion samplers, the model is autoregressive')
+        corpus = corpus_of([run], cfg)                              # missing? better now than after an hour
+        stories = corpus.folder.name == 'world'
+        items, prompts = ([], [story_start(run)]) if stories else questions_of(cfg, run)
         new = cfg.gen_length or min(64, run.model.config.seq_len - max(map(len, prompts)))
         hows, plain = ('random', 'low_confidence'), dict(remasking='low_confidence', steps=0, block_length=0)
         points = [(f'steps, {how}', n, dict(remasking=how, steps=n))
@@ -571,19 +598,18 @@ def curves(cfg):
         for sweep, x, settings in points:
             settings = {**plain, **settings}
             if stories:
-                _, hits, seconds, _ = graded(run, cfg, **settings)
+                _, hits, seconds, _ = graded(run, cfg, new, **settings)
             else:
                 ids, _, seconds = answer(run, prompts, new, cfg, **settings)
                 hits = [right(data.answer_text(row, run.tok), item, cfg.extract) for row, item in zip(ids, items)]
             rows.append([name, sweep, x, *(round(100 * z, 2) for z in share(hits)), round(len(hits) * new / seconds)])
-        rows += likelihood_spread(run, cfg)
+        rows += likelihood_spread(run, cfg, corpus)
     table(rows, cfg, ['checkpoint', 'sweep', 'setting', '%', '+-', 'tokens/s'])
     draw(cfg, [((row[0], row[1]), row[2], row[3], row[4]) for row in rows], ('setting', '%, or standard deviation'))
 
 
-def likelihood_spread(run, cfg, repeats=16):
+def likelihood_spread(run, cfg, corpus, repeats=16):
     """Standard deviation in nats of the estimates of log p of one held-out row, by the forms of Eq. 5 and Eq. 6."""
-    corpus = corpus_of([run], cfg)
     if corpus.rows.get('val'):
         rows = data.all_examples(corpus, 'val', run.model.config.seq_len, run.tok.eos_id, 1)
         x0, maskable = (z[0].to(run.device) for z in rows)
@@ -641,8 +667,11 @@ def scaling(cfg):
         if not find_checkpoints(name):
             raise ValueError(f'{name}: no run of train.py')
         run = load(name, cfg)
-        log = [json.loads(line) for line in (Path(name) / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
-        entry, settings = [e for e in log if 'val_nats' in e][-1], run.meta['config']
+        lines = (Path(name) / 'log.jsonl').read_text(encoding='utf-8').splitlines()
+        bounds = [json.loads(line) for line in lines if '"val_nats"' in line and line.endswith('}')]
+        if not bounds:
+            raise ValueError(f'{name}: this run was stopped before its first validation')
+        entry, settings = bounds[-1], run.meta['config']
         tokens = entry['iter'] * (settings['global_batch'] or settings['batch_size']) * settings['seq_len']
         flops = tokens * run.model.flops_per_token(1.0 if run.causal else 0.5)
         families.setdefault(run.kind, []).append((flops, entry['val_bits_per_byte'], entry['val_bits_per_byte_stderr']))
@@ -724,8 +753,18 @@ class Harness:
 
         is_greedy is not asked of a diffusion model (it would need one forward pass a token) and always False.
         """
-        pairs = [encode_pair(*r.args, self.run.tok) for r in requests]
+        pairs = []
+        for context, continuation in (r.args for r in requests):
+            before = self.conversation(context) if self.cfg.instruct else []
+            pairs.append(([*before, *self.run.tok.encode(continuation)], len(before)) if before else
+                         encode_pair(context, continuation, self.run.tok))
         return [(s, False) for s in score_pairs(self.run, pairs, self.cfg)]
+
+    def conversation(self, context):
+        """Ids of messages as apply_chat_template has left them; what the assistant has begun to say is left open."""
+        messages = json.loads(context)
+        begun = messages.pop()['content'] if messages[-1]['role'] == 'assistant' else ''
+        return [*self.run.tok.encode_chat(messages), *self.run.tok.encode(begun)]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         """[(text,)] -> [log p or its bound], over windows of the model's context that do not overlap."""
@@ -738,25 +777,24 @@ class Harness:
 
     def generate_until(self, requests, disable_tqdm=False):
         """[(context, {'until', 'max_gen_toks'})] -> [text up to a stop string]; contexts are cut on the left."""
-        out, run = [], self.run
-        for r in requests:
-            context, asked = r.args
-            until = asked.get('until') or []
-            until = [until] if isinstance(until, str) else list(until)
-            T, block = run.model.config.seq_len, self.cfg.block_length or 1
-            new = min(self.cfg.gen_length or asked.get('max_gen_toks') or 256, T // 2) // block * block
-            ids = run.tok.encode_chat(json.loads(context)) if self.cfg.instruct else \
-                [*run.tok.start, *run.tok.encode(context)]
-            if len(ids) > T - new:
-                print(f'a prompt of {len(ids)} tokens loses its beginning: {T - new} fit', file=sys.stderr)
-            out.append((ids[-(T - new):], new, until))
-        answers = [None] * len(out)
-        for new in sorted({n for _, n, _ in out}):
-            part = [i for i, (_, n, _) in enumerate(out) if n == new]
-            stops = SimpleNamespace(**{**vars(self.cfg), 'stop': [s for s in out[part[0]][2]]})
-            rows, _, _ = answer(run, [out[i][0] for i in part], new, stops)
+        run, T, block, asked = self.run, self.run.model.config.seq_len, self.cfg.block_length or 1, []
+        for context, wish in (r.args for r in requests):
+            until = wish.get('until') or []
+            until = (until,) if isinstance(until, str) else tuple(until)
+            want = self.cfg.gen_length or wish.get('max_gen_toks') or 256
+            new = max(block, min(want, T // 2) // block * block)
+            ids = self.conversation(context) if self.cfg.instruct else [*run.tok.start, *run.tok.encode(context)]
+            if new < want or len(ids) > T - new:
+                print(f'a context of {T} tokens: {new} of {want} will be written, and the first '
+                      f'{max(0, len(ids) - T + new)} of the prompt are left out', file=sys.stderr)
+            asked.append((ids[-(T - new):], new, until))
+        answers = [None] * len(asked)
+        for new, until in sorted({(n, u) for _, n, u in asked}):    # those that go on and end alike
+            part = [i for i, (_, n, u) in enumerate(asked) if (n, u) == (new, until)]
+            cfg = SimpleNamespace(**{**vars(self.cfg), 'stop': [*until, *self.cfg.stop]})
+            rows, _, _ = answer(run, [asked[i][0] for i in part], new, cfg)
             for i, row in zip(part, rows):
-                answers[i] = data.answer_text(row, run.tok, [*out[i][2], *self.cfg.stop])
+                answers[i] = data.answer_text(row, run.tok, cfg.stop)
         return answers
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
@@ -799,7 +837,8 @@ def lm_eval(cfg):
             result = library.simple_evaluate(
                 model=lm, tasks=[file.stem if file.suffix == '.yaml' else wanted], num_fewshot=shots,
                 limit=cfg.limit or None, task_manager=manager, apply_chat_template=settings.instruct,
-                bootstrap_iters=0, random_seed=cfg.seed, fewshot_as_multiturn=settings.instruct)
+                bootstrap_iters=100, random_seed=cfg.seed, fewshot_as_multiturn=settings.instruct,
+                confirm_run_unsafe_code=cfg.unsafe_code)
             for entry, numbers in result['results'].items():
                 rows += [[name, entry, key.replace(',none', ''), f'{value:.4f}', str(numbers.get(
                     key.replace(',', '_stderr,'), ''))] for key, value in numbers.items()
@@ -809,7 +848,7 @@ def lm_eval(cfg):
 
 TASKS = {f.__name__: f for f in (bound, world, exact, flood, choice, reversal, curves, scaling, lm_eval)}
 NEEDS = {'choice': as_choice, 'exact': as_question, 'flood': as_question, 'curves': as_question,
-         'reversal': data.check_record}
+         'reversal': as_couplet}
 
 
 def main(config):

@@ -217,7 +217,7 @@ def finished(ids, prompt, tok, stop):
     ends = {tok.eos_id, tok.eot_id} - {None}
     if tok.mask_id in prompt:                                       # in a gap an end means nothing: what follows stands
         kept = [i for i, before in zip(ids, prompt) if before != tok.mask_id or i not in ends]
-        return (tok.decode(kept[len(tok.start):]),) * 2
+        return (tok.decode(kept[len(tok.start) * (prompt[:1] == tok.start):]),) * 2
     new = data.answer_text(ids[len(prompt):], tok, stop)            # nothing counts after the end
     before = prompt[len(tok.start) * (prompt[:1] == tok.start):]    # BOS is no text
     return tok.decode(before) + new, new

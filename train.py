@@ -139,6 +139,8 @@ def check(cfg):
         wrong.append('random_length, random_split and isolate are for diffusion, causal is not')
     if cfg.masking == 'response' and (cfg.random_length or cfg.random_split or cfg.isolate):
         wrong.append("random_length, random_split and isolate cut windows; masking = 'response' has one example a row")
+    if cfg.masking == 'response' and cfg.flops:
+        wrong.append("flops counts windows of seq_len tokens; with masking = 'response' give max_iters")
     points = [p for p in cfg.lr_points if isinstance(p, list) and len(p) > 1 and p[2:] in ([], ['cosine'])
               and all(type(x) in (int, float) and x >= 0 for x in p[:2])]
     ordered = points == cfg.lr_points == sorted(points, key=lambda p: p[0])
@@ -359,12 +361,12 @@ def train_step(net, optimizers, pieces, cfg, it, me):
 
 @torch.no_grad()
 def validate(model, windows, cfg, tok, me):
-    """Nats per maskable token of validation rows (x0, maskable), shared by all processes, with its standard error."""
+    """Nats per maskable token and bits per byte of validation rows, each with its standard error, by all processes."""
     model.eval()
     n = len(windows[0])
     share = -(-n // me.world)                                    # equal parts: all call the model equally often
     mine = (torch.arange(share) + me.rank * share).clamp(max=n - 1)
-    x0, maskable = (z[mine].to(me.device) for z in windows)
+    x0, maskable = (z[mine].to(me.device) for z in windows[:2])
     with me.autocast:
         size = dict(batch_size=cfg.batch_size)                      # logits are made: no more than training's passes
         logp = diffusion.ar_log_prob(model, x0, maskable, bos_id=tok.eos_id, **size).cpu() if cfg.causal else \
@@ -374,8 +376,8 @@ def validate(model, windows, cfg, tok, me):
         dist.all_gather(parts, logp)
         logp = torch.cat(parts)[:n]
     model.train()
-    nats = -logp / windows[1].sum(1)
-    return nats.mean().item(), (nats.std() / len(nats) ** 0.5).item() if len(nats) > 1 else math.nan
+    values = [-logp / windows[1].sum(1), -logp / windows[2] / math.log(2)]
+    return [x for z in values for x in (z.mean().item(), (z.std() / n ** 0.5).item() if n > 1 else math.nan)]
 
 
 def sample_text(model, cfg, tok, me, it):
@@ -384,8 +386,8 @@ def sample_text(model, cfg, tok, me, it):
     model.eval()
     with me.autocast, torch.compiler.set_stance('force_eager'):     # other shapes: not worth compiling
         (row,), _ = diffusion.complete(
-            model, [start], min(cfg.sample_tokens, cfg.seq_len) - len(start), tok, temperature=1.0, remasking='random',
-            generator=diffusion.keyed_generator(cfg.seed, it, device=me.device),
+            model, [start], max(1, min(cfg.sample_tokens, cfg.seq_len) - len(start)), tok, temperature=1.0,
+            remasking='random',            generator=diffusion.keyed_generator(cfg.seed, it, device=me.device),
             suppress=tok.unused(model.config.vocab_size))
     model.train()
     return ''.join(c if c.isprintable() else '\\n' if c == '\n' else ' ' for c in tok.decode(row[len(start):]))
@@ -524,20 +526,15 @@ def prune(run, keep_last):
 
 
 def held_out(cfg, corpus, tok, me):
-    """Validation rows (x0, maskable); and me.examples, me.bits_per_byte: what a nat per token is in bits per byte."""
+    """Validation rows (x0, maskable), and how many bytes of text one of them has; me.examples, if rows are examples."""
     if cfg.masking == 'unified':
-        me.bits_per_byte = {k: 1 / math.log(2) / data.bytes_per_token(corpus, k) for k in ('train', 'val')}
         windows = data.all_windows(corpus, 'val', cfg.seq_len, cfg.eval_windows)
         data.batch(corpus, 'train', [0], cfg.seq_len, cfg.seed)                         # too little text shows here
-        return windows, torch.ones_like(windows, dtype=torch.bool)
+        return windows, torch.ones_like(windows, dtype=torch.bool), cfg.seq_len * data.bytes_per_token(corpus, 'val')
     me.examples = data.open_examples(corpus, 'train', cfg.seq_len)
-    if me.rank == 0 and me.examples.left_out:
-        print(f'{corpus.folder}: {me.examples.left_out} examples of train are left out, longer than seq_len = '
-              f'{cfg.seq_len}', file=sys.stderr)
     x0, maskable = data.all_examples(corpus, 'val', cfg.seq_len, tok.eos_id, cfg.eval_windows)
     text = tok.decode_bytes(i for i in x0[maskable].tolist() if i not in (tok.eos_id, tok.pad_id))
-    me.bits_per_byte = dict.fromkeys(('train', 'val'), int(maskable.sum()) / len(text) / math.log(2))
-    return x0, maskable
+    return x0, maskable, len(text) / len(x0)
 
 
 def prepare_run(cfg):
@@ -586,11 +583,10 @@ def prepare_run(cfg):
 def report(it, model, optimizers, run, corpus, cfg, tok, windows, me, log, bar):
     """A checkpoint, its validation bound, a sample; then old checkpoints go."""
     save_checkpoint(run, it, model, optimizers, cfg, tok, corpus, me)
-    entry, scale = agree(me, log.bound_at(it)), me.bits_per_byte['val']
+    entry = agree(me, log.bound_at(it))
     if entry is None:
-        nats, stderr = validate(model, windows, cfg, tok, me)
-        entry = {'iter': it, 'val_nats': nats, 'val_nats_stderr': stderr, 'val_bits_per_byte': nats * scale,
-                 'val_bits_per_byte_stderr': stderr * scale}
+        keys = 'val_nats', 'val_nats_stderr', 'val_bits_per_byte', 'val_bits_per_byte_stderr'
+        entry = {'iter': it, **dict(zip(keys, validate(model, windows, cfg, tok, me)))}
         if cfg.sample_tokens:
             entry['sample'] = sample_text(model, cfg, tok, me, it)
         log.write(**entry)
@@ -647,7 +643,6 @@ def main(config):
     if me.rank == 0:
         prune(run, cfg.keep_last)
         after = cfg.then or f'python sample.py {run}'
-        after = cfg.then or f'python sample.py {run}'
         print(f"done: {entry['val_bits_per_byte']:.3f} bits/byte in {run}/iter_{it:07d}; next:  {after}" if entry else
               'stopped before the first update' if not it else
               f'saved iteration {it} in {run}/; go on with the same command and --resume')
@@ -656,7 +651,7 @@ def main(config):
 
 def loop(it, cfg, model, net, optimizers, run, corpus, tok, windows, me, log, stop):
     """Updates from iteration `it` to the end -> (iteration, last report), or (iteration, None) if asked to stop."""
-    smooth, meter = None, Meter(it, cfg, model, me)
+    smooth, meter = None, Meter(it, cfg, model, corpus, me)
     pieces = prefetched(lambda i: micro_batches(corpus, cfg, i, tok, me, me.examples), it, me.device == 'cuda')
     with tqdm(total=cfg.max_iters, initial=it, disable=None if me.rank == 0 else True, dynamic_ncols=True,
               bar_format='{desc} | eta {remaining}') as bar:
@@ -681,15 +676,16 @@ def loop(it, cfg, model, net, optimizers, run, corpus, tok, windows, me, log, st
                 log.write(**entry)
                 bar.set_description_str(meter.line(it, smooth, entry))
                 if bar.disable and me.rank == 0 and it % (10 * cfg.log_interval) == 0:
-                    minutes = (cfg.max_iters - it) * meter.tokens / entry['tokens_per_second'] / 60
+                    minutes = (cfg.max_iters - it) * meter.seconds / 60
                     print(f'{meter.line(it, smooth, entry)} | eta {minutes:.1f} min', flush=True)
 
 
 class Meter:
     """Counts between two reports; only reading it makes the host wait for the device."""
-    def __init__(self, it, cfg, model, me):
+    def __init__(self, it, cfg, model, corpus, me):
         self.cfg, self.model, self.me = cfg, model, me
         self.tokens = (cfg.global_batch or cfg.batch_size) * cfg.seq_len
+        self.per_byte = None if me.examples else 1 / math.log(2) / data.bytes_per_token(corpus, 'train')
         self.restart(it)
 
     def restart(self, it):
@@ -711,7 +707,8 @@ class Meter:
         if skipped:
             raise FloatingPointError(f'by iteration {it}: loss {loss}, gradient norm {norm.item()}; '
                                      f'{skipped / me.world:.0f} updates were not made')
-        rate = n / (time.perf_counter() - self.started)
+        elapsed = time.perf_counter() - self.started
+        rate, self.seconds = n / elapsed, elapsed / (it - self.since)
         entry = dict(iter=it, tokens=it * self.tokens, loss=loss, grad_norm=norm.item(), lr=lr,
                      tokens_per_second=round(rate))
         if any(bins):
@@ -725,8 +722,8 @@ class Meter:
     def line(self, it, smooth, entry):
         rate, extra = entry['tokens_per_second'], f" | MFU {entry['mfu']:.1%}" if 'mfu' in entry else ''
         each = f' ({rate / self.me.world / 1e3:.1f}k each)' if self.me.world > 1 else ''
-        bits = smooth * self.me.bits_per_byte['train']
-        return (f'iter {it}/{self.cfg.max_iters} | loss {smooth:.3f} | {bits:.3f} bits/byte | '
+        bits = '' if self.per_byte is None else f' | {smooth * self.per_byte:.3f} bits/byte'
+        return (f'iter {it}/{self.cfg.max_iters} | loss {smooth:.3f}{bits} | '
                 f"lr {entry['lr']:.2e} | {rate / 1e3:.1f}k tok/s{each}{extra}")
 
 

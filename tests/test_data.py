@@ -435,10 +435,10 @@ def test_parquet(tmp_path):
     parquet = pytest.importorskip('pyarrow.parquet')
     import pyarrow
     parquet.write_table(pyarrow.table({'text': ['one text', 'two']}), tmp_path / 'a.parquet')
-    assert list(data.file_text(tmp_path / 'a.parquet')) == [('a.parquet:1', 'one text'), ('a.parquet:2', 'two')]
+    assert list(data.read_file(tmp_path / 'a.parquet')) == [('a.parquet:1', 'one text'), ('a.parquet:2', 'two')]
     (tmp_path / 'b.parquet').write_text('no')
     with pytest.raises(ValueError, match='not a parquet file'):
-        list(data.file_text(tmp_path / 'b.parquet'))
+        list(data.read_file(tmp_path / 'b.parquet'))
 
 
 def test_a_mixture_keeps_its_shares_and_repeats_nothing(files, tmp_path):

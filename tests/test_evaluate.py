@@ -189,7 +189,7 @@ def test_every_task_runs(desk, monkeypatch, capsys):
 
 def test_curves_and_scaling_write_tables_and_figures(desk, monkeypatch, capsys):
     monkeypatch.chdir(desk)
-    monkeypatch.setattr(evaluate, 'likelihood_spread', lambda run, cfg: [['x', 'Eq. 6: sd by draws', 4, 0.1, 0.01, 9]])
+    monkeypatch.setattr(evaluate, 'likelihood_spread', lambda *_: [['x', 'Eq. 6: sd by draws', 4, 0.1, 0.01, 9]])
     evaluate.curves(settings(task='curves', checkpoints=['out/world'], samples=2, out='curves.csv', temperature=1.0))
     lines = (desk / 'curves.csv').read_text().splitlines()
     assert lines[0] == 'checkpoint,sweep,setting,%,+-,tokens/s'
