@@ -10,8 +10,8 @@ windows form iteration i is a function of (seed, i), so a run resumes from a num
 
 Letters: B batch, T window length, N tokens in a split.
 
-Twice the lines that a file should have, and known to be: tokenizers, a world to train on, preparation, batches. They are
-one concern (a data set is text, its tokenizer and its order), and the project has one file for each concern.
+Twice the lines that a file should have, and known to be: tokenizers, a world to train on, preparation, batches are one
+concern (a data set is text, its tokenizer and its order), and the project has one file for each concern.
 """
 
 import argparse
@@ -859,61 +859,64 @@ def _write_part(job):
         if before['made_from'] == made_from:
             return before
     entry = {split: {'file': f'{split}_{number:05d}.bin', 'tokens': 0, 'bytes': 0} for split in ('train', 'val')}
-    entry['skipped'] = 0
-    rows, last, special = {'train': array.array('q'), 'val': array.array('q')}, None, set(tok.specials.values())
-    progress = dict(desc='tokenizing', leave=False, disable=None if number == 0 else True)
+    rows, skipped, kept = {split: array.array('q') for split in entry}, [], None
+
+    def complain(message):
+        if on_error == 'stop':
+            raise ValueError(message)
+        skipped.append(tqdm.write(f'skipped {message[:200]}', file=sys.stderr))
+
     with ExitStack() as stack:
-        files = {split: stack.enter_context((folder / entry[split]['file']).open('wb')) for split in rows}
+        files = {split: stack.enter_context((folder / e['file']).open('wb')) for split, e in entry.items()}
         held_out = stack.enter_context((folder / f'val_{number:05d}.jsonl').open('w', encoding='utf-8'))
-
-        def put(split, ids, n_bytes=0):
+        pieces = _pieces(_documents(source, on_error, complain), tok, number, val_every, complain)
+        for split, ids, n_bytes, example in tqdm(pieces, desc='tokenizing', leave=False, disable=number > 0 or None):
             files[split].write(np.array(ids, dtype=_dtype(tok)).tobytes())
-            entry[split]['tokens'] += len(ids)
+            start, entry[split]['tokens'] = entry[split]['tokens'], entry[split]['tokens'] + len(ids)
             entry[split]['bytes'] += n_bytes
-
-        def complain(message):
-            entry['skipped'] += 1
-            tqdm.write(f'skipped {message[:200]}', file=sys.stderr)
-
-        pieces = _chunks_or_records(_documents(source, on_error, complain))
-        for i, (name, item) in enumerate(tqdm(pieces, **progress)):
-            if isinstance(item, dict):
-                splits, last = _splits_of(item, val_every), None
-                try:
-                    turns = turns_of(item, tok)
-                except ValueError as e:                             # an id, or a template, that is not to be had
-                    (complain if on_error == 'skip' else _refuse)(f'{name}: {e}')
-                    continue
-                for split in splits:
-                    for prompt, response in turns:
-                        start = entry[split]['tokens']
-                        ids = [*prompt, *response]
-                        put(split, [*ids, tok.eos_id], len(tok.decode_bytes(i for i in ids if i not in special)))
-                        rows[split].extend((start, start + len(prompt), entry[split]['tokens'], i))
-                if 'val' in splits:
-                    held_out.write(json.dumps(item, ensure_ascii=False) + '\n')
-                continue
-            split = 'val' if (i + number) % val_every == val_every - 1 else 'train'
-            if last not in (None, (name, split)):
-                put(last[1], [tok.eos_id])
-            put(split, tok.encode(item), len(item.encode()))
-            last = name, split
-        if last:
-            put(last[1], [tok.eos_id])
-    for split, e in ((split, entry[split]) for split in rows):
+            if example:
+                prompt, group, record = example
+                rows[split].extend((start, start + prompt, entry[split]['tokens'], group))
+                if split == 'val' and group != kept:                # once, however many turns it has
+                    kept = group
+                    held_out.write(json.dumps(record, ensure_ascii=False) + '\n')
+    for split, e in entry.items():
         e['sha256'] = _sha256(folder / e['file'])
         if rows[split]:
             e['rows'] = {'file': f'{split}_{number:05d}.rows.bin', 'count': len(rows[split]) // 4}
             (folder / e['rows']['file']).write_bytes(rows[split].tobytes())
             e['rows']['sha256'] = _sha256(folder / e['rows']['file'])
-    done.with_suffix('.tmp').write_text(json.dumps({**entry, 'made_from': made_from}), encoding='utf-8')
+    entry.update(skipped=len(skipped), made_from=made_from)
+    done.with_suffix('.tmp').write_text(json.dumps(entry), encoding='utf-8')
     os.replace(done.with_suffix('.tmp'), done)
     return entry
 
 
-def _chunks_or_records(documents):
-    for name, item in documents:
-        yield from [(name, item)] if isinstance(item, dict) else chunks([(name, item)])
+def _pieces(documents, tok, number, val_every, complain):
+    """What goes to the shards, in order: (split, ids, bytes of text, None), or, of an example, instead of the None
+    (length of its prompt, number of its dialogue, the record)."""
+    last, special = None, set(tok.specials.values())
+    parts = (part for name, item in documents for part in ([(name, item)] if isinstance(item, dict) else
+                                                           chunks([(name, item)])))
+    for i, (name, item) in enumerate(parts):
+        if isinstance(item, dict):
+            try:
+                turns = turns_of(item, tok)
+            except ValueError as e:                                 # an id, or a template, that is not to be had
+                complain(f'{name}: {e}')
+                continue
+            for split in _splits_of(item, val_every):
+                for prompt, response in turns:
+                    text = tok.decode_bytes(t for t in (*prompt, *response) if t not in special)
+                    yield split, [*prompt, *response, tok.eos_id], len(text), (len(prompt), i, item)
+            continue
+        split = 'val' if (i + number) % val_every == val_every - 1 else 'train'
+        if last not in (None, (name, split)):
+            yield last[1], [tok.eos_id], 0, None
+        yield split, tok.encode(item), len(item.encode()), None
+        last = name, split
+    if last:
+        yield last[1], [tok.eos_id], 0, None
 
 
 def _splits_of(record, val_every):

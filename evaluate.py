@@ -14,8 +14,8 @@ bound: nats per token and bits per byte. For a diffusion model this is an upper 
 LLaDA, arXiv 2502.09992v3), written <=; for the autoregressive baseline it is exact, written =; for made-up stories the
 entropy of their source is known, which no model can beat. Do not read <= and = as the same kind of number.
 
-Some 860 lines, more than a file should have: eight small tasks and a harness share how a checkpoint is loaded, asked and
-reported, and would each be a file of their own if there were room for files.
+Some 860 lines, more than a file should have: eight small tasks and a harness share how a checkpoint is loaded, asked
+and reported, and would each be a file of their own if there were room for files.
 """
 
 import csv
