@@ -5,6 +5,7 @@
     python sample.py out/docs --prompt="If the file ___ exist" --show
     python sample.py out/docs --prompt_file=- --out=out/answers.jsonl < prompts.txt
     python sample.py LLaDA-8B-Instruct config/sample_llada.py --chat
+    python sample.py out/docs --num_samples=1 --html=out/trace.html     # a page to scrub through the steps
 
 A ___ in a prompt is a gap: gap_length masks, filled in sight of both sides, which no left-to-right model can do.
 The default, random remasking at temperature 1, draws from the model. Low-confidence remasking commits the most
@@ -13,6 +14,7 @@ one phrase again and again. So give it a prompt and small blocks. What LLaDA and
 """
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -56,6 +58,7 @@ seed = 1337                     # of the noise
 batch_size = 8                  # prompts in one forward pass
 out = ''                        # also write one JSON object per prompt to this new file: text, ids, settings
 show = False                    # draw the canvas after every step
+html = ''                       # write a new page to scrub through the steps of one prompt
 device = 'auto'                 # 'cuda', 'mps' or 'cpu'
 dtype = 'auto'                  # 'bfloat16' or 'float32'; auto: released weights as they are stored
 mask_id = -1                    # id of [MASK] where neither the weights nor their tokenizer tell
@@ -188,6 +191,50 @@ class Screen:
             time.sleep(0.05)
 
 
+class Trace:
+    """Keeps when each position of the first row came into being and when it was written: what --html draws."""
+
+    def __init__(self, tok):
+        self.tok, self.step, self.ids, self.born, self.written = tok, 0, [], [], []
+
+    def __call__(self, x, committed):
+        self.step, self.ids = self.step + 1, x[0].tolist()
+        for i, (token, now) in enumerate(zip(self.ids, committed[0].tolist())):
+            if i == len(self.born):                                 # a new block, or the whole canvas at the first step
+                self.born.append(self.step - 1)
+                self.written.append(10 ** 9 if token == self.tok.mask_id or now else 0)
+            if now:
+                self.written[i] = self.step
+
+    def page(self, title):
+        """The page: one file without anything from elsewhere; the text is data, and cannot become markup."""
+        tokens = [[clean(self.tok.decode([i])), b, w] for i, b, w in zip(self.ids, self.born, self.written)]
+        told = {'TITLE': title, 'STEPS': self.step, 'TOKENS': tokens}
+        return re.sub('|'.join(told), lambda m: json.dumps(told[m[0]]).replace('<', '\\u003c'), PAGE)
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>nanoLLaDA</title>
+<style>body{font:16px/1.7 sans-serif;max-width:50em;margin:2em auto} input{width:100%} #text{white-space:pre-wrap}
+.now{background:#bfb} .given{color:#777} .mask{background:#ddd;color:#ddd}</style>
+<h3 id="title"></h3><input id="bar" type="range" min="0" value="0"><p id="step"></p><div id="text"></div>
+<script>
+const title = TITLE, steps = STEPS, tokens = TOKENS, at = id => document.getElementById(id);
+function draw() {
+  const k = Number(at("bar").value);
+  at("step").textContent = "step " + k + " of " + steps;
+  at("text").replaceChildren(...tokens.filter(t => t[1] <= k).map(([piece, born, written]) => {
+    const span = document.createElement("span");
+    span.textContent = written <= k ? piece : "\\u2591\\u2591";
+    span.className = written > k ? "mask" : written === 0 ? "given" : written === k ? "now" : "";
+    span.title = written > steps ? "never written" : "written in step " + written;
+    return span;
+  }));
+}
+at("title").textContent = title; at("bar").max = steps; at("bar").oninput = draw; draw();
+</script>
+"""
+
+
 def sampler_settings(cfg, tok, vocab_size, new):
     """The arguments that generate and generate_variable_length share, checked."""
     adjust = None
@@ -293,6 +340,8 @@ def prepare(cfg):
         except ValueError as e:
             raise ValueError(f'{where}: {e}') from None
     new = check(cfg, config.seq_len, prompts, tok.mask_id, config.causal)
+    if cfg.html and (len(prompts) != 1 or config.causal or cfg.chat):
+        raise ValueError('html shows one prompt (or --num_samples=1) of a diffusion model')
     sampler_settings(cfg, tok, config.vocab_size, new)
     return model, meta, tok, autocast, [entry for _, entry in given] or [None] * cfg.num_samples, prompts, new
 
@@ -305,19 +354,25 @@ def main(config):
             if hasattr(sys.stdin, 'reconfigure'):
                 sys.stdin.reconfigure(errors='replace')
             return talk(model, cfg, tok, autocast)
-        if cfg.out and Path(cfg.out).exists():
-            raise ValueError(f'{cfg.out}: is there already; choose another --out')
-        if cfg.out:
-            Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+        for key in ('out', 'html'):
+            path = Path(getattr(cfg, key) or ' ')
+            if path.exists():
+                raise ValueError(f'{path}: is there already; choose another --{key}')
+            path.parent.mkdir(parents=True, exist_ok=True)
     start, made, forwards, where = time.perf_counter(), 0, 0, model.embed.weight.device
     with user_errors(), ExitStack() as stack:
         file = None
         for i in tqdm(range(0, len(prompts), cfg.batch_size), disable=None if len(prompts) > cfg.batch_size else True):
             part = prompts[i:i + cfg.batch_size]
             noise = [diffusion.keyed_generator(cfg.seed, i + k, device=where) for k in range(len(part))]    # row by row
-            screen = Screen(tok, cfg.steps or new) if cfg.show and not model.config.causal else None
+            watch = [Screen(tok, cfg.steps or new)] if cfg.show and not model.config.causal else []
+            watch += [Trace(tok)] if cfg.html else []
             with autocast:
-                rows, n_forward = write(model, cfg, tok, part, new, noise, screen)
+                rows, n_forward = write(model, cfg, tok, part, new, noise,
+                                        (lambda *step, watch=watch: [each(*step) for each in watch]) if watch else None)
+            if cfg.html:
+                title = f'{cfg.checkpoint}, {n_forward} forward passes'
+                Path(cfg.html).write_text(watch[-1].page(title), encoding='utf-8')
             forwards += n_forward
             for entry, ids, row in zip(given[i:], part, rows):
                 made += ids.count(tok.mask_id) or len(row) - len(ids)

@@ -60,6 +60,27 @@ def test_bad_requests(run, capsys, argv, says):
     assert e.value.code == 2 and says in captured.err and len(captured.err.splitlines()) == 1 and captured.out == ''
 
 
+@pytest.mark.parametrize('more', [[], ['--variable_length', '--block_length=4'], ['--show']])
+def test_a_page_of_the_steps(run, tmp_path, capsys, more):
+    """The page holds every token with the step that wrote it, in a script that no text can end."""
+    page, out = tmp_path / 'new' / 'page.html', tmp_path / 'out.jsonl'
+    script('sample', run, '--prompt=a </script> b', '--gen_length=8', f'--html={page}', f'--out={out}', *more)
+    text = page.read_text(encoding='utf-8')
+    assert text.count('</script>') == 1 and 'http' not in text
+    tokens = json.loads(text.split('tokens = ')[1].split(', at = ')[0])
+    ids = json.loads(out.read_text())['ids']
+    assert len(tokens) == len(ids) and sorted(w for _, _, w in tokens)[-8:] == list(range(1, 9))
+    assert [w for _, _, w in tokens[:-8]] == [0] * (len(ids) - 8)
+    assert ''.join(t for t, _, _ in tokens[:-8]) == 'a </script> b'
+    assert {b for _, b, _ in tokens} == ({0, 4} if '--variable_length' in more else {0})
+    with pytest.raises(SystemExit):
+        script('sample', run, f'--html={page}', '--num_samples=1')
+    assert 'is there already' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        script('sample', run, f'--html={tmp_path / "x"}', '--num_samples=2')
+    assert 'one prompt' in capsys.readouterr().err
+
+
 def test_control_characters_are_not_printed():
     import sample
     assert sample.clean('a\x1b[31mb\x07\n\tc') == 'a[31mb\n\tc'
