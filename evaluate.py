@@ -652,7 +652,7 @@ def draw(cfg, points, labels, logs=False):
             x, y, e = zip(*sorted(line))
             axis.errorbar(x, y, yerr=[0 if math.isnan(v) else v for v in e], marker='o', capsize=2, label=label)
         axis.set(xlabel=panel.strip() or labels[0], ylabel=labels[1])
-        if logs or 'draws' in panel:
+        if (logs or 'draws' in panel) and min(p[1] for line in lines.values() for p in line) > 0:
             axis.set(xscale='log', yscale='log')
         axis.legend(fontsize=7)
     path = Path(cfg.out).with_suffix('.png')

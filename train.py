@@ -684,7 +684,7 @@ class Meter:
     """Counts between two reports; only reading it makes the host wait for the device."""
     def __init__(self, it, cfg, model, corpus, me):
         self.cfg, self.model, self.me = cfg, model, me
-        self.tokens = (cfg.global_batch or cfg.batch_size) * cfg.seq_len
+        self.tokens = (cfg.global_batch or cfg.batch_size) * cfg.seq_len      # at most, where rows are examples
         self.per_byte = None if me.examples else 1 / math.log(2) / data.bytes_per_token(corpus, 'train')
         self.restart(it)
 
