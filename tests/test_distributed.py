@@ -13,6 +13,7 @@ import torch
 from helpers import ROOT, small_corpus
 from test_train import settings, tensors
 
+import data
 import model as M
 import train
 from configurator import settings_of
@@ -72,6 +73,17 @@ def sharded(corpus_folder, tmp_path_factory):
 
 def test_fsdp_equals_one_process(one, sharded):
     same_losses(sharded, one)
+
+
+def test_fine_tuning_on_two_processes_equals_one(tmp_path):
+    """Rows of unequal length (Eq. 5): padded to the longest of the update, on whatever process."""
+    talks = [{'messages': [{'role': r, 'content': f'{r} {i} {k} ' * (i % 3 + 1)} for k in range(2)
+                           for r in ('user', 'assistant')]} for i in range(60)]
+    data.prepare(talks, tmp_path / 'talks', 'bytes', val_every=5)
+    asked = {**SMALL, 'masking': 'response', 'seq_len': 256}
+    train.main(settings(tmp_path / 'talks', tmp_path / 'one', **asked))
+    torchrun(2, settings(tmp_path / 'talks', tmp_path / 'two', **asked, fsdp=-1))
+    same_losses(tmp_path / 'two', tmp_path / 'one')
 
 
 @pytest.mark.parametrize('n, changes', [(2, dict(fsdp=0)), (4, dict(fsdp=2)),
