@@ -38,6 +38,7 @@ def desk(tmp_path_factory):
     (folder / 'blimp.jsonl').write_text(good_and_bad * 3)
     (folder / 'gsm8k.jsonl').write_text('{"question": "1 + 1?", "answer": "two #### 2"}\n')
     (folder / 'poem_data.json').write_text(json.dumps([{'first': f'ab{i}', 'second': f'{i}cd'} for i in range(9)]))
+    (folder / 'two.jsonl').write_text('{"prompt": "Name two.", "response": "a and b"}\n')
     talks = ({'prompt': f'question {i}', 'response': 'yes'} for i in range(90))
     (folder / 'talks.jsonl').write_text(''.join(json.dumps(t) + '\n' for t in talks) + '{"prompt": "cut')
     data.save_bpe(folder / 'tokenizer.json', [])
