@@ -95,7 +95,7 @@ def check(cfg):
                                  (1, 'draws mc_num batch_size'), (2, 'samples candidates')) for key in keys.split()
              if not least <= getattr(cfg, key) < 2 ** 31]
     for key, allowed in (('task', TASKS), ('method', ('likelihood', 'confidence')), ('on_error', ('stop', 'skip')),
-                         ('split', ('val', 'train')),
+                         ('split', ('train', 'val')),
                          ('preset', ('', *presets()))):
         if getattr(cfg, key) not in allowed:
             wrong.append(f'{key} must be one of {", ".join(filter(None, allowed))}, got {getattr(cfg, key)!r}')
