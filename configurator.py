@@ -1,28 +1,27 @@
-"""Settings of a script: its commented globals, a config file, the command line; later wins.
+"""The ground floor: settings of a script, and what the user gave that cannot be used.
 
-    python train.py config/docs.py --batch_size=16 --compile true
-    python train.py --help                                          # every key, its default and its comment
+    python train.py config/docs.py --batch_size=16 --compile    # globals, then files, then flags: later wins
+    python train.py --help                                      # every key, its default and its comment
 
-And how every script behaves: errors of one line, clean exits, a log, a lock on its folder.
-
-The feel is nanoGPT's: a setting is a global variable with a comment, a config file assigns to the same names. But
-nothing is executed: files are parsed, and may hold literals and arithmetic on numbers and known names. An unknown
-name or a wrong type is an error, in a file as on the command line; all errors are reported together, exit code 2.
+The feel is nanoGPT's: a setting is a global variable with a comment, and a config file assigns to the same
+names. But nothing is executed: files are parsed, and may hold literals and arithmetic on numbers and known
+names. An unknown name or a wrong type is an error, in a file as on the command line; all are shown together.
 """
 
 import ast
 import difflib
-import io
+import hashlib
 import json
 import math
 import operator
 import os
-import signal
+import shutil
 import sys
 import time
-import tokenize
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 KINDS = (bool, int, float, str, list)
 TRUTH = {'true': True, '1': True, 'false': False, '0': False}
@@ -30,90 +29,124 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.FloorDiv: operator.floordiv}
 
 
+class Refused(ValueError):
+    """What the user typed or gave cannot be used. `command` shows it without a traceback, exit code 2.
+
+    Any other exception is a mistake in code, and keeps its traceback.
+    """
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Settings
+
+
 def settings_of(namespace):
-    """The settings among a script's globals: lower-case names of a plain type (bool, int, float, str, list)."""
-    return {k: v for k, v in namespace.items() if k.islower() and not k.startswith('_') and type(v) in KINDS}
+    """The settings among a script's globals: lower-case names of a type in KINDS."""
+    return {name: value for name, value in namespace.items()
+            if name.islower() and not name.startswith('_') and type(value) in KINDS}
 
 
 def configure(namespace, argv=None, positional=()):
     """Applies config files and flags to the settings in a script's globals() and returns them: name -> value.
 
-    Arguments ending in .py are config files; other bare words go to the names in `positional`, in turn (a list takes
-    the rest). Exits with code 2 and one line per problem; with code 0 after --help.
+    Arguments ending in .py are config files; other bare words go to the names in `positional`, in turn (a
+    list takes the rest). Exits with code 2 and one line per problem; with code 0 after --help.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    settings = settings_of(namespace)
-    if '-h' in argv or '--help' in argv:
-        print(_help(namespace, settings, positional))
+    words = list(sys.argv[1:] if argv is None else argv)
+    defaults = settings_of(namespace)
+    if '-h' in words or '--help' in words:
+        print(_help(namespace, defaults, positional))
         sys.exit(0)
-    problems, bare = [], list(positional)
-    final = {k: list(v) if isinstance(v, list) else v for k, v in settings.items()}
-    while argv:
-        word = argv.pop(0)
+
+    values = {name: list(value) if isinstance(value, list) else value for name, value in defaults.items()}
+    problems, bare, begun = [], list(positional), set()
+    while words:
+        word = words.pop(0)
+
         if word.startswith('--'):
-            key, equals, text = word[2:].partition('=')
-            key = key.replace('-', '_')                             # people type --prompt-file
-            if not equals:
-                switch = isinstance(settings.get(key), bool)
-                if not argv or argv[0].startswith('--') or switch and argv[0].lower() not in TRUTH:
-                    argv.insert(0, 'true' if switch else '')        # --resume stands for --resume=true
-                text = argv.pop(0)
-            _assign(final, settings, key, text, f'--{key}', problems)
+            key, text = _flag(word, words, defaults)
+            if defaults.get(key) == [] and key not in begun:
+                begun.add(key)
+                values[key] = []                                    # the first flag replaces what a file says
+            _assign(values, defaults, key, text, f'--{key}', problems, from_flag=True)
+
         elif word.endswith('.py'):
-            _read_file(Path(word), final, settings, problems)
-        elif bare:
-            if isinstance(settings[bare[0]], list):
-                final[bare[0]].append(word)
-            else:
-                final[bare.pop(0)] = word
-        else:
+            _read_file(Path(word), values, defaults, problems)
+        elif not bare:
             problems.append(f'{word}: want a config file (.py) or --key=value')
+        elif isinstance(values[bare[0]], list):
+            values[bare[0]].append(word)
+        else:
+            values[bare.pop(0)] = word
+
     if problems:
         fail('\n'.join(problems))
-    namespace.update(final)
-    return final
+    namespace.update(values)
+    return values
 
 
-def _read_file(path, final, settings, problems):
+def _flag(word, rest, defaults):
+    """--key=value, --key value or, for a switch, --key alone -> key, text; a value is taken off `rest`."""
+    key, equals, text = word[2:].partition('=')
+    key = key.replace('-', '_')                                     # people type --prompt-file
+    if equals:
+        return key, text
+
+    switch = isinstance(defaults.get(key), bool)
+    value_follows = rest and not rest[0].startswith('--')
+    if value_follows and (not switch or rest[0].lower() in TRUTH):
+        return key, rest.pop(0)
+    return key, 'true' if switch else ''
+
+
+def _read_file(path, values, defaults, problems):
     """Applies the assignments of one config file; nothing in it runs."""
     try:
         tree = ast.parse(path.read_text(encoding='utf-8-sig'))
-    except OSError as e:
-        return problems.append(f'{path}: {e.strerror or e}')
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        return problems.append(f'{path}:{getattr(e, "lineno", None) or 1}: {getattr(e, "msg", e) or "nested too deep"}')
+    except OSError as error:
+        problems.append(f'{path}: {error.strerror or error}')
+        return
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = getattr(error, 'lineno', None) or 1
+        problems.append(f'{path}:{line}: {getattr(error, "msg", error) or "nested too deep"}')
+        return
+
     for node in tree.body:
         where = f'{path}:{node.lineno}'
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            continue                                                                    # a docstring
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+        if isinstance(node, ast.Expr) and isinstance(getattr(node.value, 'value', None), str):
+            continue                                                # a docstring
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name) or node.targets[1:]:
             problems.append(f'{where}: a config file holds only lines of the form  name = value')
             continue
+
         try:
-            value = _evaluate(node.value, final)
-        except (ValueError, ArithmeticError, RecursionError) as e:
-            problems.append(f'{where}: {e}')
+            value = _evaluate(node.value, values)
+        except (ValueError, ArithmeticError, RecursionError) as error:
+            problems.append(f'{where}: {error}')
             continue
-        _assign(final, settings, node.targets[0].id, value, where, problems)
+        _assign(values, defaults, node.targets[0].id, value, where, problems)
 
 
 def _evaluate(node, names, depth=0):
     """The value of an expression of literals, + - * / // on numbers, and known names."""
     if depth > 50:
         raise ValueError('expression too deep')
+
     if isinstance(node, ast.Constant) and type(node.value) in KINDS:
         return node.value
     if isinstance(node, ast.Name):
-        if node.id in names:
-            return names[node.id]
-        raise ValueError(f'{node.id!r} is not a known name')
+        if node.id not in names:
+            raise ValueError(f'{node.id!r} is not a known name')
+        return names[node.id]
     if isinstance(node, (ast.List, ast.Tuple)):
-        return [_evaluate(e, names, depth + 1) for e in node.elts]
+        return [_evaluate(item, names, depth + 1) for item in node.elts]
+
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
         value = _number(_evaluate(node.operand, names, depth + 1))
         return -value if isinstance(node.op, ast.USub) else value
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        left, right = (_number(_evaluate(side, names, depth + 1)) for side in (node.left, node.right))
+        left = _number(_evaluate(node.left, names, depth + 1))
+        right = _number(_evaluate(node.right, names, depth + 1))
         return OPERATORS[type(node.op)](left, right)
     raise ValueError(f'only literals, known names and + - * / // are allowed, got {type(node).__name__}')
 
@@ -124,17 +157,20 @@ def _number(value):
     return value
 
 
-def _assign(final, settings, key, value, where, problems):
+def _assign(values, defaults, key, value, where, problems, from_flag=False):
     """Stores a value (from a file) or a text (from a flag) under its key, in the type of the default."""
-    if key not in settings:
-        near = difflib.get_close_matches(key, settings, n=3)
+    if key not in defaults:
+        near = difflib.get_close_matches(key, defaults, n=3)
         hint = f'; did you mean {" or ".join(near)}?' if near else ''
-        return problems.append(f'{where}: no setting is called {key!r}{hint}')
-    kind, flag = type(settings[key]), where.startswith('--')
-    if flag and settings[key] == []:                # a list that is empty by default collects texts, one a flag
-        return final[key].append(value)
+        problems.append(f'{where}: no setting is called {key!r}{hint}')
+        return
+
+    if from_flag and defaults[key] == []:           # an empty list collects texts, one a flag
+        values[key].append(value)
+        return
+    kind = type(defaults[key])
     try:
-        final[key] = _parse(value, kind) if flag else _convert(value, kind)
+        values[key] = _parse(value, kind) if from_flag else _convert(value, kind)
     except (KeyError, ValueError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
         problems.append(f'{where}: {key} wants {kind.__name__}, got {str(value)[:60]!r}')
 
@@ -155,128 +191,198 @@ def _convert(value, kind):
     if kind is int and type(value) is float and value.is_integer():
         return int(value)
     if type(value) is not kind or kind is float and not math.isfinite(value):
-        raise ValueError
+        raise ValueError(value)
     return value
 
 
-def _help(namespace, settings, positional):
+def refuse(wrong):
+    """Refused with all that is wrong, a list of sentences, a line each; nothing if it is empty."""
+    if wrong:
+        raise Refused('\n'.join(wrong))
+
+
+def out_of_range(cfg, ranges):
+    """A sentence for each setting that cannot be; ranges: (keys, what is said of them, whether a value fits)."""
+    wrong = []
+    for keys, says, fits in ranges:
+        for key in keys.split():
+            value = getattr(cfg, key)
+            if not fits(value):
+                wrong.append(f'{key} must be {says}, got {value!r}')
+    return wrong
+
+
+def _help(namespace, defaults, positional):
     """The docstring of the script, then every setting with its default and the comment on its line."""
-    comments = {}
     source = Path(namespace.get('__file__') or '')
-    if source.is_file():
-        text = source.read_text(encoding='utf-8')
-        name = None
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type == tokenize.NAME and token.start[1] == 0:
-                name = token.string
-            elif token.type == tokenize.COMMENT and token.start[1] > 0 and name in settings:
-                comments.setdefault(name, token.string.lstrip('# '))
-    width = max((len(k) + len(repr(v)) for k, v in settings.items()), default=0) + 6
-    lines = [f'  --{k}={v!r}'.ljust(width) + comments.get(k, '') for k, v in settings.items()]
-    bare = ' '.join(f'[{name}]' for name in positional)
-    doc, words = (namespace.get('__doc__') or '').strip(), f'; bare words: {bare}' if bare else ''
-    return f'{doc}\n\nsettings (config files *.py, then flags{words}):\n' + '\n'.join(lines)
+    text = source.read_text(encoding='utf-8') if source.is_file() else ''
+    lines, comments = text.splitlines(), {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign):
+            rest_of_line = lines[node.end_lineno - 1][node.end_col_offset:]
+            comments.setdefault(ast.unparse(node.targets[0]), rest_of_line.strip(' #'))
+
+    shown = {name: f'  --{name}={value!r}' for name, value in defaults.items()}
+    width = max(map(len, shown.values()), default=0) + 2
+    table = [flag.ljust(width) + comments.get(name, '') for name, flag in shown.items()]
+    words = ''.join(f' [{name}]' for name in positional)
+    doc = (namespace.get('__doc__') or '').strip()
+    return '\n'.join([doc, '', f'usage: [config files *.py]{words} [--key=value ...]', *table])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The outermost place of a script
+
+
+def command(main, namespace, positional=()):
+    """Runs main(settings), and shows what the user gave wrong as one line on stderr, exit code 2.
+
+    That is: Refused, and an OSError that names a file. Ctrl-C (130) and a closed pipe (141) end quietly.
+    """
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='replace')                    # any text on any terminal
+    try:
+        main(configure(namespace, positional=positional))
+        sys.stdout.flush()
+    except Refused as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail('interrupted', 130)
+
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python complains at exit
+        sys.exit(141)
+    except OSError as error:
+        if not (error.filename and error.strerror):
+            raise
+        fail(f'{error.filename}: {error.strerror}')
+
+
+@contextmanager
+def refusing():
+    """Around a check of what the user gave, by code that knows no users: its ValueError becomes Refused."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(str(error)) from None
 
 
 def fail(message, code=2):
-    """One clear line on stderr, then out. Of many processes the first speaks; another if it is alone in its trouble."""
+    """One clear line on stderr, then out. Of many processes the first speaks, or one that is alone in trouble."""
     if os.environ.get('RANK', '0') != '0':
         time.sleep(3)                                               # by then torchrun has ended this process
         message = f"process {os.environ['RANK']}: {message}"
-    print(message, file=sys.stderr, flush=True)
+    say(message)
     sys.exit(code)
 
 
-@contextmanager
-def user_errors():
-    """Around the code that reads what the user gave: its ValueError or OSError becomes one line, not a traceback."""
+def say(text):
+    """A line on stderr: whatever is no result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Folders and files that more than one room reads
+
+
+class Damaged(Refused):
+    """A file is not what was once written."""
+
+
+def read_json(path):
+    """The JSON object in a file, or {} if there is no file."""
+    path = Path(path)
+    if not path.is_file():
+        return {}
     try:
-        yield
-    except BrokenPipeError:
-        raise                                                       # nobody is left to read it: see command
-    except (ValueError, OSError, OverflowError, MemoryError, RuntimeError) as e:       # the last: torch cannot allocate
-        named = isinstance(e, OSError) and e.strerror and e.filename
-        fail(f'{e.filename}: {e.strerror}' if named else str(e) or type(e).__name__)
+        return dict(json.loads(path.read_text(encoding='utf-8-sig')))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise Damaged(f'{path}: not a JSON object ({type(error).__name__}: {error})') from None
 
 
-class Stop:
-    """Ctrl-C and SIGTERM ask for a checkpoint after the running update; Ctrl-C three seconds later leaves at once.
+def write_manifest(folder, facts):
+    """Makes a folder whole: writes manifest.json, `facts` and the checksum of every file, its own included."""
+    path, aside = folder / 'manifest.json', folder / 'manifest.tmp'
+    files = {file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file != path}
+    manifest = {**facts, 'files': files}
+    manifest['sha256'] = facts_sha256(manifest)
+    aside.write_text(json.dumps(manifest, indent=1), encoding='utf-8')
+    os.replace(aside, path)
+    return manifest
 
-    (Not sooner, and not SIGTERM: torchrun passes on what the terminal or SLURM has sent to every process already.)
+
+def read_manifest(folder, share=(0, 1)):
+    """The manifest of a whole folder -> dict. Damaged if it, or a file that it lists, is not what was written.
+
+    share (k, n): of the files the k-th is compared and every n-th behind it, for n processes; None: no file.
     """
+    manifest = read_json(folder / 'manifest.json')
+    told = manifest.pop('sha256', None)
+    if told != facts_sha256(manifest):
+        raise Damaged(f'{folder / "manifest.json"}: damaged (its sha256 is not the one it bears)')
 
-    def __enter__(self):
-        self.signal = None
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def ask(self, number, frame):
-        if self.signal is None:
-            self.signal, self.since = number, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self.since > 3:
-            os._exit(128 + number)
+    files = [] if share is None else sorted(manifest['files'])[share[0]::share[1]]
+    for file in (folder / name for name in files):
+        if not file.is_file() or file_sha256(file) != manifest['files'][file.name]:
+            raise Damaged(f'{file}: missing or damaged (its sha256 is not the one in the manifest)')
+    return manifest
 
 
-@contextmanager
-def alone(run):
-    """Holds a lock on the run folder (where the system has such locks): a second run in it is refused."""
-    with (run / '.lock').open('w') as file:
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass                                                            # Windows
-        except BlockingIOError:
-            fail(f'{run}: another process is training here')
-        except OSError:
-            pass                                                            # a file system without locks
-        yield
+def file_sha256(path):
+    """Checksum of a file of any size, without reading it into memory."""
+    content = np.memmap(path, np.uint8, 'r') if Path(path).stat().st_size else b''
+    return hashlib.sha256(content).hexdigest()
 
 
-class Log:
-    """log.jsonl: one object a line, flushed at once. On resume, lines of iterations to be repeated are dropped."""
-
-    def __init__(self, path, iteration, writes=True):
-        self.path, self.lines, self.file = path, [], None
-        if not writes:                                              # only rank 0 does
-            return
-        if iteration is not None and path.is_file():
-            for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-                try:
-                    entry = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue                                                # a line cut by a kill
-                at = entry.get('iter', 0) if isinstance(entry, dict) else None
-                if isinstance(at, int) and at <= iteration:
-                    self.lines.append(entry)
-        aside = path.with_suffix('.tmp')
-        aside.write_text(''.join(json.dumps(entry) + '\n' for entry in self.lines), encoding='utf-8')
-        os.replace(aside, path)
-        self.file = path.open('a', encoding='utf-8')
-
-    def write(self, **entry):
-        self.lines.append(entry)
-        if self.file:
-            self.file.write(json.dumps(entry) + '\n')
-            self.file.flush()
-
-    def bound_at(self, it):
-        """The validation entry of an iteration, if it is already in the log."""
-        return next((e for e in self.lines if e.get('iter') == it and 'val_nats' in e), None)
+def facts_sha256(facts):
+    """Checksum of what JSON can say."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def command(main, config):
-    """main(config) as a well-behaved command: no traceback for Ctrl-C or a closed pipe, any text on any terminal."""
-    sys.stdout.reconfigure(errors='replace')
+ROLES = ('mask', 'eos', 'pad', 'bos', 'eot')            # special tokens whose ids go with weights
+# What each special token is called: in LLaDA's release, in its guideline, elsewhere
+NAMES = {'bos': ('<|startoftext|>', '<s>', '<|begin_of_text|>'),
+         'eos': ('<|endoftext|>', '</s>', '<|end_of_text|>'),
+         'mask': ('<|mdm_mask|>', '<[MASK]>', '[MASK]', '<mask>'),
+         'start_header': ('<|start_header_id|>', '<start_id>'),
+         'end_header': ('<|end_header_id|>', '<end_id>'),
+         'eot': ('<|eot_id|>', '<eot_id>'),
+         'pad': ()}
+
+
+def special_tokens(path):
+    """Special tokens of a tokenizer.json and the tokenizer_config.json beside it -> name: id, and role: id."""
+    config = read_json(path.with_name('tokenizer_config.json'))
+    ids, roles = {}, {}
     try:
-        main(config)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        fail('interrupted', 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python complains once more at exit
-        sys.exit(141)
+        for number, token in (config.get('added_tokens_decoder') or {}).items():
+            ids[token['content']] = int(number)
+        for token in read_json(path).get('added_tokens') or []:
+            ids[token['content']] = token['id']
+
+        for role, usual in NAMES.items():
+            told = config.get(f'{role}_token')
+            told = told['content'] if isinstance(told, dict) else told
+            found = [ids[name] for name in (told, *usual) if name in ids]
+            if found:
+                roles[role] = found[0]
+
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f'{type(error).__name__}: {error}'
+        raise Refused(f'{path}: its list of added tokens is broken ({what})') from None
+    return ids, roles
+
+
+def copy_tokenizer(spec, folder):
+    """Copies a tokenizer.json, with the configuration beside it, into a folder -> what the folder's own spec is.
+
+    (The name of a well-known tokenizer has no file, and stays.)
+    """
+    source = Path(spec or '')
+    if source.suffix != '.json':
+        return spec
+    shutil.copyfile(source, folder / 'tokenizer.json')
+    beside = source.with_name('tokenizer_config.json')
+    if beside.is_file():
+        shutil.copyfile(beside, folder / beside.name)
+    return 'tokenizer.json'

@@ -1,34 +1,46 @@
 """The mask predictor: a LLaMA-style Transformer that sees the whole canvas, and one door to weights on disk.
 
-LLaDA (arXiv 2502.09992v3, Sec. 2.2 and App. B.2): pre-norm blocks, RMSNorm, SwiGLU, rotary positions, no biases, and
-attention without a causal mask. Logit i predicts token i (no shift). The network is not told the mask ratio t: it
-can count the masks. `causal=True` turns the same module into the autoregressive baseline.
+LLaDA (arXiv 2502.09992v3, Sec. 2.2 and App. B.2): pre-norm blocks, RMSNorm, SwiGLU, rotary positions, no
+biases, and attention without a causal mask. Logit i predicts token i (no shift). The network is not told the
+mask ratio t: it can count the masks. `causal=True` turns the same module into the autoregressive baseline.
 
-    logits = Transformer(ModelConfig(...))(ids)                     # (B, W) int64 -> (B, W, V)
-    model, meta = load_model('out/docs')                            # a run of train.py, or a folder of released weights
+    logits = Transformer(ModelConfig(...))(ids)             # (B, W) int64 -> (B, W, V)
+    model, meta = load_model('out/docs')                    # a run of train.py, or released weights
 
-Letters: B batch, W window (the tokens given), T canvas (the keys attended to; T = W without a cache), V vocabulary,
-C channels (d_model), H heads, D head size, M rows that are read out, N packed tokens.
-
-More lines than 600: behind one door to weights, every way in which a file can be wrong is met here.
+Letters: B batch, W window (the tokens given), T canvas (the keys attended to; T = W without a cache), V
+vocabulary, C channels (d_model), H heads, D head size, M rows that are read out, N packed tokens.
 """
 
 import hashlib
 import json
 import math
 import pickle
-import re
+import sys
 import warnings
 import zlib
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from contextlib import contextmanager
+from dataclasses import dataclass
+from errno import EIO, ENOENT
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+from configurator import (
+    ROLES,
+    Damaged,
+    Refused,
+    copy_tokenizer,
+    facts_sha256,
+    out_of_range,
+    read_json,
+    read_manifest,
+    refuse,
+    special_tokens,
+)
 
 
 @dataclass
@@ -49,118 +61,125 @@ class ModelConfig:
     rope_fp32: bool = True          # rotate in float32 (LLaDA); False: in the dtype of q and k (iLLaDA)
 
     def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type is int and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2 ** 31):
-                raise ValueError(f'{f.name} must be a whole number from 1 to 2^31, got {value!r}')
-            if f.type is bool and not isinstance(value, bool) or f.type is float and (
-                    type(value) not in (int, float) or not 0 < value < math.inf):
-                raise ValueError(f'{f.name} must be {"true or false" if f.type is bool else "above 0"}, got {value!r}')
-        if self.d_model % self.n_head or self.d_model // self.n_head % 2:
-            raise ValueError(f'd_model / n_head must be an even whole number, got {self.d_model} / {self.n_head}')
+        wrong = out_of_range(self, (
+            ('n_layer', 'a whole number from 1 to 9999', lambda v: type(v) is int and 0 < v < 10 ** 4),
+            ('vocab_size seq_len n_head n_kv_head d_model d_ff', 'a whole number from 1 to 2147483647',
+             lambda v: type(v) is int and 0 < v < 2 ** 31),
+            ('rope_theta norm_eps', 'above 0', lambda v: type(v) in (int, float) and 0 < v < math.inf),
+            ('tied causal rope_fp32', 'true or false', lambda v: type(v) is bool)))
+        refuse(wrong)
+
+        if self.d_model % (2 * self.n_head):
+            raise Refused(f'd_model / n_head must be even and whole, got {self.d_model} / {self.n_head}')
         if self.n_head % self.n_kv_head:
-            raise ValueError(f'n_kv_head must divide n_head, got {self.n_kv_head} and {self.n_head}')
+            raise Refused(f'n_kv_head must divide n_head, got {self.n_kv_head} and {self.n_head}')
 
     @property
     def head_dim(self):
         return self.d_model // self.n_head
 
 
+linear = partial(nn.Linear, bias=False)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
 
     def forward(self, x):
         h = x.float()
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
-        return h.to(x.dtype) * self.weight.to(x.dtype)     # cast first, multiply second: as the released weights expect
+        return h.to(x.dtype) * self.weight.to(x.dtype)      # cast, then multiply: as released weights expect
 
 
 def rope_angles(pos, head_dim, theta):
-    """cos and sin of position * theta^(-2j/D), j = 0 .. D/2-1: pos (W,) -> two float32 tensors (W, D/2)."""
-    frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=pos.device, dtype=torch.float32) / head_dim)
-    angle = pos.to(torch.float32)[:, None] * frequency
+    """cos and sin of position * theta^(-2j/D), j = 0 .. D/2-1: pos (...) -> two float32 tensors (..., D/2)."""
+    j = torch.arange(0, head_dim, 2, device=pos.device, dtype=torch.float32)
+    frequency = 1.0 / theta ** (j / head_dim)
+    angle = pos.to(torch.float32)[..., None] * frequency
     return angle.cos(), angle.sin()
 
 
 def apply_rope(x, cos, sin):
     """Rotates dimension j together with j + D/2 ("half rotation"): x (B, H, W, D) -> same shape and dtype."""
     a, b = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return turned.to(x.dtype)
 
 
-def attention(q, k, v, *, causal=False, hidden=None, cu_seqlens=None):
+def attention(q, k, v, *, causal=False, may_see=None, cu_seqlens=None):
     """softmax(q k^T / sqrt(D)) v; q (B, H, W, D), k and v (B, Hkv, T, D) -> (B, H, W, D).
 
-    hidden: bool, broadcastable to (B, 1, W, T), True = this query must not look at this key.
-    cu_seqlens (n+1,) int32: the batch, read row by row, is n segments end to end, empty ones perhaps at the last; no
-    segment goes on in the next row, and nobody looks across a border.
+    may_see: bool, broadcastable to (B, 1, W, T), whether this query looks at this key. causal: only at itself
+    and earlier ones (W = T then). cu_seqlens (n+1,) int32, CUDA only: see Transformer.forward.
     """
     if cu_seqlens is not None:
-        return packed_attention(q, k, v, cu_seqlens, causal)
-    grouped = q.shape[1] != k.shape[1]
-    # torch's fused CPU kernel loses to three plain lines for short canvases: its backward in bfloat16 is 2-8x slower.
-    # (On CUDA a mask stays out of training: cuDNN's masked backward has returned NaN since torch 2.11.)
+        return packed_attention(q, k, v, cu_seqlens)
+
+    # torch's fused CPU kernel loses to plain lines on short canvases: its backward in bfloat16 is 2-8x slower
     if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and k.shape[2] <= 512:
-        if causal:
-            hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
-        if grouped:
-            k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) for z in (k, v))
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                        # (B, H, W, T)
-        if hidden is not None:
-            scores = scores.masked_fill(hidden, -math.inf)
+        if causal:
+            may_see = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        if may_see is not None:
+            scores = scores.masked_fill(~may_see, -math.inf)
         return scores.softmax(-1) @ v
-    mask = None if hidden is None else ~hidden
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+    # (On CUDA a mask stays out of training: cuDNN's masked backward has returned NaN since torch 2.11.)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=may_see, is_causal=causal, enable_gqa=grouped)
 
 
-def packed_attention(q, k, v, cu_seqlens, causal):
-    """Attention inside each segment of a packed batch. One varlen kernel on CUDA, one SDPA call a segment elsewhere."""
-    shape = q.shape
-    q, k, v = (z.transpose(1, 2).flatten(0, 1) for z in (q, k, v))                      # (N, H, D)
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        from torch.nn.attention.varlen import varlen_attn
-        k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) for z in (k, v))   # torch 2.11's kernel has no GQA
-        window = {'window_size': (-1, 0)} if causal else {}
-        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, shape[2], shape[2], **window)
-    else:
-        borders = cu_seqlens.tolist()
-        out = torch.cat([
-            attention(*(z[None, start:end].transpose(1, 2) for z in (q, k, v)), causal=causal)[0].transpose(0, 1)
-            for start, end in zip(borders, borders[1:]) if start < end])
-    return out.unflatten(0, (shape[0], shape[2])).transpose(1, 2)
+def repeat_heads(z, H):
+    """Keys or values of grouped-query attention, once for each query head: (B, Hkv, T, D) -> (B, H, T, D)."""
+    return z if z.shape[1] == H else z.repeat_interleave(H // z.shape[1], dim=1)
+
+
+def packed_attention(q, k, v, cu_seqlens):
+    """Attention inside each segment of a packed batch, by CUDA's kernel for segments of different length."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    B, H, W, D = q.shape
+    k, v = repeat_heads(k, H), repeat_heads(v, H)           # torch 2.11's kernel has no GQA
+    q, k, v = (z.transpose(1, 2).reshape(B * W, H, D) for z in (q, k, v))                   # (N, H, D)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, W, W)
+    return out.view(B, W, H, D).transpose(1, 2)
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.causal = config.causal
-        self.q = nn.Linear(config.d_model, config.n_head * config.head_dim, bias=False)
-        self.k = nn.Linear(config.d_model, config.n_kv_head * config.head_dim, bias=False)
-        self.v = nn.Linear(config.d_model, config.n_kv_head * config.head_dim, bias=False)
-        self.out = nn.Linear(config.n_head * config.head_dim, config.d_model, bias=False)
+        C, self.head_dim = config.d_model, config.head_dim
+        self.q = linear(C, config.n_head * self.head_dim)
+        self.k = linear(C, config.n_kv_head * self.head_dim)
+        self.v = linear(C, config.n_kv_head * self.head_dim)
+        self.out = linear(config.n_head * self.head_dim, C)
 
-    def forward(self, x, cos, sin, pos=None, kv=None, hidden=None, cu_seqlens=None):
-        q = self.q(x).unflatten(-1, (self.n_head, self.head_dim)).transpose(1, 2)       # (B, H, W, D)
-        k = self.k(x).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)    # (B, Hkv, W, D)
-        v = self.v(x).unflatten(-1, (self.n_kv_head, self.head_dim)).transpose(1, 2)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if kv is not None:                                                              # the whole cache: refresh
-            k = kv[0].index_copy_(2, pos, k.to(kv.dtype)).to(q.dtype)                   # rows pos, look at all T rows
+    def heads(self, y):
+        """(B, W, H * D) -> (B, H, W, D)."""
+        return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x, cos, sin, pos, kv, **limits):
+        q = apply_rope(self.heads(self.q(x)), cos, sin)                                     # (B, H, W, D)
+        k = apply_rope(self.heads(self.k(x)), cos, sin)                                     # (B, Hkv, W, D)
+        v = self.heads(self.v(x))
+
+        if kv is not None:                                  # refresh rows pos of the cache, look at all T rows
+            k = kv[0].index_copy_(2, pos, k.to(kv.dtype)).to(q.dtype)                       # (B, Hkv, T, D)
             v = kv[1].index_copy_(2, pos, v.to(kv.dtype)).to(q.dtype)
-        causal = self.causal and kv is None and hidden is None
-        y = attention(q, k, v, causal=causal, hidden=hidden, cu_seqlens=cu_seqlens)
-        return self.out(y.transpose(1, 2).flatten(2))                                   # (B, W, C)
+        y = attention(q, k, v, **limits)
+        return self.out(y.transpose(1, 2).flatten(2))                                       # (B, W, C)
 
 
 class SwiGLU(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.gate = linear(config.d_model, config.d_ff)
+        self.up = linear(config.d_model, config.d_ff)
+        self.down = linear(config.d_ff, config.d_model)
 
     def forward(self, x):
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -174,33 +193,37 @@ class Block(nn.Module):
         self.ff_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ff = SwiGLU(config)
 
-    def forward(self, x, *context):
-        x = x + self.attn(self.attn_norm(x), *context)
+    def forward(self, x, **context):
+        x = x + self.attn(self.attn_norm(x), **context)
         return x + self.ff(self.ff_norm(x))
 
 
 class FusedCrossEntropy(torch.autograd.Function):
     """sum_i weights_i * CE(h_i W^T, targets_i), a few rows at a time: M x V in float32 never exists.
 
-    The gradients are made in forward, while the logits of a chunk are at hand: backward multiplies nothing again.
+    The gradients are made in forward, while the logits of a chunk are at hand: backward only scales them.
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, weights, chunk, ce):
+    def forward(ctx, h, weight, targets, weights, chunk):
         w = weight.to(h.dtype)
         wide = torch.promote_types(h.dtype, torch.float32)
-        loss, dh, dw = h.new_zeros((), dtype=wide), torch.empty_like(h), torch.zeros_like(w, dtype=wide)
-        for i in range(0, h.shape[0], chunk):
-            rows, y, scale = h[i:i + chunk], targets[i:i + chunk, None], weights[i:i + chunk, None].to(wide)
-            z = (rows @ w.t()).to(wide)                                                 # (chunk, V)
+        loss = h.new_zeros((), dtype=wide)
+        dh, dw = torch.empty_like(h), torch.zeros_like(w, dtype=wide)
+
+        for start in range(0, len(h), chunk):
+            part = slice(start, start + chunk)
+            y, scale = targets[part, None], weights[part, None].to(wide)
+            z = (h[part] @ w.t()).to(wide)                                                  # (chunk, V)
             lse = z.logsumexp(-1, keepdim=True)
-            each = lse - z.gather(1, y)
-            loss += (scale * each).sum()
-            if ce is not None:
-                ce[i:i + chunk] = each[:, 0]
-            g = z.sub_(lse).exp_().scatter_add_(1, y, torch.full_like(lse, -1)).mul_(scale).to(h.dtype)
-            dh[i:i + chunk] = g @ w
-            dw += g.t() @ rows
+            loss += (scale * (lse - z.gather(1, y))).sum()
+
+            # d CE / d z = softmax(z) - onehot(y), in the memory of z
+            dz = z.sub_(lse).exp_()
+            dz = dz.scatter_add_(1, y, torch.full_like(lse, -1)).mul_(scale).to(h.dtype)
+            dh[part] = dz @ w
+            dw += dz.t() @ h[part]
+
         ctx.save_for_backward(dh, dw)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -208,132 +231,164 @@ class FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dh, dw = ctx.saved_tensors
-        return dh * grad.to(dh.dtype), (dw * grad).to(ctx.weight_dtype), None, None, None, None
+        return dh * grad.to(dh.dtype), (dw * grad).to(ctx.weight_dtype), None, None, None
 
 
-def weighted_cross_entropy(h, weight, targets, weights, ce=None, chunk=None):
+def weighted_cross_entropy(h, weight, targets, weights, chunk=None):
     """sum_i weights_i * CE(h_i W^T, targets_i): h (M, C), weight (V, C), targets (M,), weights (M,) -> ().
 
-    Cross-entropy in float32 at least: a weight of 1/t multiplies its rounding by up to 1000. ce (M,): is filled with
-    the terms. chunk: rows at a time, by default what stays in a cache, on a GPU 2048.
+    Cross-entropy in float32 at least: a weight of 1/t multiplies its rounding by up to 1000. chunk: rows at a
+    time, by default what stays in a cache, on a GPU 2048.
     """
-    chunk = chunk or (2048 if h.is_cuda else max(128, 10 ** 6 // weight.shape[0]))
+    if chunk is None:
+        chunk = 2048 if h.is_cuda else max(128, 10 ** 6 // len(weight))
     with torch.autocast(h.device.type, enabled=False):
-        return FusedCrossEntropy.apply(h, weight, targets, weights, chunk, ce)
+        return FusedCrossEntropy.apply(h, weight, targets, weights, chunk)
 
 
 class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config, self.recompute = config, False     # recompute: keep only each block's input for the backward pass
+        self.config, self.recompute = config, False     # recompute: keep only each block's input for backward
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = None if config.tied else linear(config.d_model, config.vocab_size)
 
-    def forward(self, ids, *, pos=None, kv=None, visible=None, cu_seqlens=None, rows=None, targets=None, weights=None,
-                ce=None):
+    def forward(self, ids, *, pos=None, kv=None, visible=None, cu_seqlens=None, rows=None, targets=None,
+                weights=None):
         """ids (B, W) int64 -> logits (B, W, V).
 
-        pos (W,) int64: where the ids stand on the canvas (default 0 .. W-1; with cu_seqlens counted anew per segment).
-        kv (n_layer, 2, B, n_kv_head, T, D): cached keys (rotated) and values; rows `pos` are overwritten, all T seen.
+        pos (W,) int64: where the ids stand on the canvas (default 0 .. W-1; packed: counted per segment).
+        kv (n_layer, 2, B, n_kv_head, T, D): cached keys (rotated) and values; rows `pos` are overwritten.
         visible (B, T) bool: keys that may be looked at; False hides left padding.
-        cu_seqlens (n+1,) int32: borders of packed segments, each within a row, counted over the batch row by row.
-        rows (B, W) bool, or (M,) int64 flat indices: return only these, (M, V): the head is the widest matrix.
-        targets (M,) int64 and weights (M,): return the scalar sum of weights * cross-entropy over those rows instead,
-            and fill ce (M,) with the cross-entropies. (FSDP has the head gathered inside this forward only.)
+        cu_seqlens (n+1,) int32: the batch, read row by row, is n segments end to end; none goes on in the
+            next row, and nobody looks across their borders.
+        rows (M,) int64 flat indices, or (B, W) bool: return only these, (M, V). (The head is the widest
+            matrix.)
+        targets (M,) int64, weights (M,): return the scalar sum of weights * cross-entropy over those rows
+            instead. (FSDP has the head gathered inside this forward only.)
         """
-        config = self.config
-        if cu_seqlens is not None and (visible is not None or kv is not None):
-            raise ValueError('cu_seqlens cannot be combined with visible or kv')
+        x = self.embed(ids)                                                                 # (B, W, C)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))        # a narrow residual stream: half the memory traffic
+
         if pos is None:
-            pos = torch.arange(ids.shape[1], device=ids.device)
-            if cu_seqlens is not None:
-                count = torch.arange(ids.numel(), device=ids.device)
-                start = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=ids.numel())
-                pos = (count - start).view(ids.shape)
-        x = self.embed(ids)                                                             # (B, W, C)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))       # a narrow residual stream halves the memory traffic
-        cos, sin = rope_angles(pos.flatten(), config.head_dim, config.rope_theta)
-        if pos.dim() == 2:
-            cos, sin = (z.view(*pos.shape, -1)[:, None] for z in (cos, sin))            # (B, 1, W, D/2)
-        if not config.rope_fp32:
+            pos = segment_positions(ids, cu_seqlens)                                        # (W,) or (B, 1, W)
+        cos, sin = rope_angles(pos, self.config.head_dim, self.config.rope_theta)           # (..., W, D/2)
+        if not self.config.rope_fp32:
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        hidden, cu_seqlens = self._hidden(ids.shape[1], pos, kv, visible, cu_seqlens)
+        context = dict(cos=cos, sin=sin, pos=pos, **self._limits(x, pos, kv, visible, cu_seqlens))
+
         for i, block in enumerate(self.blocks):
-            context = (cos, sin, pos, None if kv is None else kv[i], hidden, cu_seqlens)
+            context['kv'] = None if kv is None else kv[i]
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, *context, use_reentrant=False)
+                x = checkpoint(block, x, **context, use_reentrant=False)
             else:
-                x = block(x, *context)
+                x = block(x, **context)
+
         if rows is not None:
-            x = x[rows] if rows.dtype == torch.bool else x.flatten(0, 1)[rows]          # (M, C)
+            x = x[rows] if rows.dtype == torch.bool else x.flatten(0, 1)[rows]              # (M, C)
         x = self.norm(x)
         head = self.embed.weight if self.head is None else self.head.weight
         if targets is not None:
-            return weighted_cross_entropy(x, head, targets, weights, ce=ce)
+            return weighted_cross_entropy(x, head, targets, weights)
         return F.linear(x, head)
 
-    def _hidden(self, W, pos, kv, visible, cu_seqlens):
-        """Which keys a query must not see, as one mask (B or 1, 1, W, T) bool, or None if SDPA can do without.
+    def _limits(self, x, pos, kv, visible, cu_seqlens):
+        """What attention is told of who may see whom, for x (B, W, C): a mask only if nothing shorter says it."""
+        causal, device = self.config.causal, x.device
+        if cu_seqlens is None:
+            if visible is None and not (causal and kv is not None):
+                return dict(causal=causal)
+        elif visible is not None or kv is not None:
+            raise ValueError('cu_seqlens cannot be combined with visible or kv')
+        elif x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and not causal:
+            return dict(cu_seqlens=cu_seqlens)              # the kernel for segments knows these only
 
-        And cu_seqlens, unless the mask has taken care of it: short rows are quicker under a mask than a segment a call.
-        """
-        hidden = None if visible is None else ~visible[:, None, None, :]
-        if cu_seqlens is not None and pos.device.type == 'cpu' and W <= 512:
-            segment = torch.arange(len(cu_seqlens) - 1).repeat_interleave(cu_seqlens.diff()).view(pos.shape)
-            hidden, cu_seqlens = (segment[:, :, None] != segment[:, None, :])[:, None], None
-        if self.config.causal and (kv is not None or hidden is not None):
-            T = W if kv is None else kv.shape[-2]
-            future = torch.arange(T, device=pos.device) > (pos if pos.dim() == 1 else torch.arange(W))[:, None]
-            hidden = future[None, None] if hidden is None else hidden | future          # future (W, T)
-        if hidden is None:
-            return None, cu_seqlens
-        # a query that may see nothing sees all: no NaN, and nobody reads it
-        return hidden & ~hidden.all(-1, keepdim=True), cu_seqlens
+        W = x.shape[1]
+        T = W if kv is None else kv.shape[-2]
+        may_see = torch.ones(1, 1, W, T, dtype=torch.bool, device=device)
+        if visible is not None:                             # nobody looks at padding
+            may_see = may_see & visible[:, None, None, :]                                   # (B, 1, W, T)
+
+        if cu_seqlens is not None:                          # only at the own segment
+            number = torch.arange(len(cu_seqlens) - 1, device=device)
+            number = number.repeat_interleave(cu_seqlens.diff(), output_size=len(x) * W)
+            segment = number.view(-1, 1, W)
+            may_see = segment[..., :, None] == segment[..., None, :]                        # (B, 1, W, W)
+
+        if causal:                                          # only at what stands before on the canvas
+            now = torch.arange(W, device=device) if kv is None else pos
+            may_see = may_see & (torch.arange(T, device=device) <= now[:, None])
+
+        nobody = ~may_see.any(-1, keepdim=True)             # who may see nobody sees all: else a row of NaN
+        return dict(may_see=may_see | nobody)
 
     def new_kv(self, batch_size, length):
         """An empty cache for `forward(kv=...)`: (n_layer, 2, B, n_kv_head, T, D) in the dtype of the pass."""
-        c, like = self.config, self.embed.weight
-        kind = like.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
-        return like.new_zeros(c.n_layer, 2, batch_size, c.n_kv_head, length, c.head_dim, dtype=dtype)
+        c, device, dtype = self.config, self.embed.weight.device, self.embed.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        shape = (c.n_layer, 2, batch_size, c.n_kv_head, length, c.head_dim)
+        return torch.zeros(shape, device=device, dtype=dtype)
 
     def num_params(self, non_embedding=False):
         """All parameters, or those outside the embedding and head (N of the papers' 6ND)."""
         n = sum(p.numel() for p in self.parameters())
-        return n - (1 if self.config.tied else 2) * self.embed.weight.numel() if non_embedding else n
+        if non_embedding:
+            n -= (1 if self.config.tied else 2) * self.embed.weight.numel()
+        return n
 
     def flops_per_token(self, masked_fraction=1.0, length=None):
-        """FLOPs per token of one forward and backward pass; the head is credited only for the rows it computes.
+        """FLOPs per token of one forward and backward pass; the head counts only for the rows it computes.
 
-        The attention term is the full square, also under a causal mask. length: of the segments that attend to each
-        other, default seq_len; of a mixture sum(length^2) / sum(length).
+        The attention term is the full square, also under a causal mask. length: of the segments that attend
+        to each other, default seq_len; of a mixture sum(length^2) / sum(length).
         """
         c = self.config
-        blocks = self.num_params(non_embedding=True) - (2 * c.n_layer + 1) * c.d_model
+        blocks = self.num_params(non_embedding=True) - (2 * c.n_layer + 1) * c.d_model      # without norms
         attention = 2 * c.n_layer * c.d_model * (length or c.seq_len)
         return 6 * (blocks + c.d_model * c.vocab_size * masked_fraction + attention)
 
 
+def segment_positions(ids, cu_seqlens):
+    """Where each of ids (B, W) stands: 0 .. W-1, (W,); packed, in its segment, (B, 1, W)."""
+    if cu_seqlens is None:
+        return torch.arange(ids.shape[1], device=ids.device)
+    lengths = cu_seqlens.diff()
+    start = cu_seqlens[:-1].repeat_interleave(lengths, output_size=ids.numel())
+    return (torch.arange(ids.numel(), device=ids.device) - start).view(len(ids), 1, -1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Fresh weights, and where they live
+
+
 @torch.no_grad()
 def init_weights(model, seed=0, emb_std=None, locality=0.0, device=None):
-    """Fills a fresh model; each matrix from its own generator, keyed by seed and name, whatever is sharded where.
+    """Fills a fresh model; each matrix from its own generator, by seed and name, whatever is sharded where.
 
-    The scheme is the one named in the released LLaDA config ("mitchell"; that pre-training used it is unconfirmed):
-    a normal cut at three sigma with std 1/sqrt(fan_in), divided by sqrt(2 * layer) for the two matrices of a block
-    that write to the residual stream; the embedding has std 1/sqrt(C) unless `emb_std` says otherwise.
-    locality above 0: see look_nearby, not in the papers. device: where each matrix is drawn (default: where it lives).
+    The scheme is the one named in the released LLaDA config ("mitchell"; that pre-training used it is
+    unconfirmed): a normal cut at three sigma with std 1/sqrt(fan_in), divided by sqrt(2 * layer) for the two
+    matrices of a block that write to the residual stream; the embedding has std 1/sqrt(C) unless `emb_std`
+    says otherwise. locality: see look_nearby, not in the papers. device: where matrices are drawn.
     """
-    nearby = look_nearby(model.config, seed, locality * (emb_std or model.config.d_model ** -0.5)) if locality else {}
+    nearby = {}
+    if locality:
+        nearby = look_nearby(model.config, seed, locality * (emb_std or model.config.d_model ** -0.5))
+
     for name, p in model.named_parameters():
         full = torch.ones(p.shape, dtype=p.dtype, device=device or p.device)
         if p.dim() == 2:
-            std = emb_std if name == 'embed.weight' and emb_std is not None else p.shape[1] ** -0.5
+            std = p.shape[1] ** -0.5
+            if name == 'embed.weight' and emb_std is not None:
+                std = emb_std
             if name.endswith(('attn.out.weight', 'ff.down.weight')):
                 std *= (2 * (int(name.split('.')[1]) + 1)) ** -0.5
-            key = zlib.crc32(f'{seed} {name}'.encode())             # torch's CPU generator uses 32 bits only
+
+            key = zlib.crc32(f'{seed} {name}'.encode())     # torch's CPU generator uses 32 bits only
             generator = torch.Generator(full.device).manual_seed(key)
             nn.init.trunc_normal_(full, 0.0, std, -3 * std, 3 * std, generator=generator)
             if name in nearby:
@@ -344,402 +399,415 @@ def init_weights(model, seed=0, emb_std=None, locality=0.0, device=None):
 
 @torch.no_grad()
 def put(parameter, full):
-    """Copies a whole matrix, which every rank has, into a parameter; a shard (DTensor) takes its part, in silence."""
+    """Copies a whole matrix, which every rank has, into a parameter; of a DTensor each takes its shard."""
     if hasattr(parameter, 'placements'):
         from torch.distributed.tensor import distribute_tensor
         full = distribute_tensor(full.to(parameter.device), parameter.device_mesh, parameter.placements,
-                                 src_data_rank=None)
+                                 src_data_rank=None)        # nothing is sent: it is everywhere already
     parameter.copy_(full)
 
 
 def look_nearby(config, seed, size):
     """Changes to fresh weights, name -> function: every attention head begins by looking at one near position.
 
-    All embeddings share one direction, of the given size per channel. On it q and k answer with a fixed pair (q0, k0),
-    k0 = q0 rotated back by the head's offset, so that the score of the key so far away is highest, whatever the tokens;
-    only fast rotary frequencies (period below about 40 tokens) take part. Offsets go round -1, 1, -2, 2, ... over the
-    heads of all layers, and only back in a causal model. Worth 20 lines: a masked position has no content to search by,
-    and a small model spends its first thousand updates at the unigram plateau until it has found its neighbours.
+    Why: a masked position has no content to search by, and a small model spends its first thousand updates on
+    finding its neighbours. How: all embeddings share one direction, of the given size per channel; on it q and
+    k answer with a fixed pair (q0, k0), k0 = q0 rotated back by the head's offset, so that the key so far away
+    has the highest score, whatever the tokens. Only fast rotary frequencies (period below about 40 tokens)
+    take part. Offsets go round -1, 1, -2, 2, ... over the heads of all layers, only back in a causal model.
     """
-    c, changes = config, {}
+    c = config
     generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} nearby'.encode()))
     shared = torch.randn(c.d_model, generator=generator)
-    shared *= c.d_model ** 0.5 / shared.norm()                                          # root mean square 1
-    changes['embed.weight'] = lambda w: w.add_(size * shared.to(w))
+    shared *= c.d_model ** 0.5 / shared.norm()                                              # root mean square 1
+
+    def teach(w, answer):
+        """Lets a projection (H * D, C) answer to the shared direction with `answer` (H * D,), whatever it was."""
+        direction = shared.to(w)
+        w += torch.outer(answer.to(w) - w @ direction, direction) / c.d_model
+
+    changes = {'embed.weight': lambda w: w.add_(size * shared.to(w))}
     frequency = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2) / c.head_dim)
     for i in range(c.n_layer):
-        q0 = torch.randn(c.n_kv_head, 2, c.head_dim // 2, generator=generator) * (frequency > 0.15)
-        q0 = (q0.flatten(1) * c.head_dim ** 0.5 / q0.flatten(1).norm(dim=1, keepdim=True))     # (Hkv, D)
+        q0 = torch.randn(c.n_kv_head, 2, c.head_dim // 2, generator=generator)
+        q0 = q0.masked_fill(frequency < 0.15, 0).flatten(1)                                 # (Hkv, D)
+        q0 = q0 * c.head_dim ** 0.5 / q0.norm(dim=1, keepdim=True)
         number = torch.arange(c.n_kv_head) + i * c.n_kv_head
-        offset = -(number % 8 + 1) if c.causal else (number % 8 // 2 + 1) * (2 * (number % 2) - 1)
+        offset = (number % 8 // 2 + 1) * (2 * (number % 2) - 1)
+        if c.causal:
+            offset = -(number % 8 + 1)
+
         angle = -offset[:, None] * frequency
         k0 = apply_rope(q0, angle.cos(), angle.sin())
-        q0 = q0.repeat_interleave(c.n_head // c.n_kv_head, 0)                        # one offset for a group of queries
-        for part, answer in (('q', q0.flatten()), ('k', k0.flatten())):
-            changes[f'blocks.{i}.attn.{part}.weight'] = lambda w, answer=answer: w.add_(
-                torch.outer(answer.to(w) - w @ shared.to(w), shared.to(w)) / c.d_model)
+        q0 = q0.repeat_interleave(c.n_head // c.n_kv_head, 0)               # one offset for a group of queries
+        changes[f'blocks.{i}.attn.q.weight'] = partial(teach, answer=q0.flatten())
+        changes[f'blocks.{i}.attn.k.weight'] = partial(teach, answer=k0.flatten())
     return changes
 
 
 def pick_device(device, dtype):
-    """-> (device, context manager for the forward pass). bfloat16 only where the hardware multiplies it."""
+    """-> (device, whether to compute in bfloat16: by default only where the hardware multiplies it)."""
     here = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
-    for key, got, allowed in (('device', device, ('auto', *here)), ('dtype', dtype, ('auto', 'bfloat16', 'float32'))):
-        if got not in allowed:
-            raise ValueError(f'{key} must be one of {", ".join(allowed)}, got {got!r}')
-    device = next(kind for kind in here if here[kind]) if device == 'auto' else device
+    if device == 'auto':
+        device = next(kind for kind in here if here[kind])
+    if device not in here:
+        raise Refused(f'device must be one of auto, {", ".join(here)}, got {device!r}')
     if not here[device]:
-        raise ValueError(f'device {device!r} is not available here')
-    if dtype == 'auto':
-        asks = [getattr(torch.cpu, f'_is_{name}_supported', None) for name in ('amx_tile', 'avx512_bf16')]
-        fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device == 'cuda'
-                else device == 'cpu' and any(p and p() for p in asks))
-        dtype = 'bfloat16' if fast else 'float32'
-    return device, torch.autocast(device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
+        raise Refused(f'device {device!r} is not available here')
+
+    if dtype not in ('auto', 'bfloat16', 'float32'):
+        raise Refused(f'dtype must be one of auto, bfloat16, float32, got {dtype!r}')
+    fast = False
+    if device == 'cuda':
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device == 'cpu':
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return device, dtype == 'bfloat16' or dtype == 'auto' and fast
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Weights on disk: checkpoints of train.py
 
 
 def open_model(path, device='auto', dtype='auto'):
     """load_model for a script's settings: -> (model, meta, device, context manager for the forward pass).
 
-    Weights of train.py are float32, narrowed for each pass; released ones stay as stored, unless `dtype` is given.
+    Weights of train.py are float32, narrowed for each pass; released ones stay as stored, unless told so.
     """
-    device, autocast = pick_device(device, dtype)
-    released = (Path(path) / 'config.json').is_file()
-    model, meta = load_model(path, device, getattr(torch, dtype) if released and dtype != 'auto' else None)
-    return model, meta, device, nullcontext() if released else autocast
+    released, stored = (Path(path) / 'config.json').is_file(), None
+    device, bf16 = pick_device(device, dtype)
+    if released and dtype != 'auto':
+        stored = getattr(torch, dtype)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=bf16 and not released)
+    return *load_model(path, device, stored), device, autocast
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights on disk: checkpoints of train.py, and folders of released weights
-
-
-def load_model(path, device='cpu', dtype=None, verify=True):
+def load_model(path, device='cpu', dtype=None):
     """One door to all weights: -> (model in eval mode, meta).
 
-    path: a step folder or a run folder of train.py (its newest step), or a Hugging Face style folder (config.json and
-    *.safetensors) of LLaDA or iLLaDA. dtype None keeps the stored one. meta: mask_id, eos_id, pad_id, bos_id, eot_id
-    (None where the folder does not tell), tokenizer (a spec for data.get_tokenizer, or None), config (None for released
-    weights), iteration, folder. verify: check a release's sha256 sums where its index lists them.
-    Nothing is unpickled but tensors, no remote code is run, every shape is checked. Raises ValueError or OSError.
+    path: a step folder or a run folder of train.py (its newest step), or a Hugging Face style folder
+    (config.json and *.safetensors) of LLaDA or iLLaDA. dtype None keeps the stored one.
+    meta: mask_id, eos_id, pad_id, bos_id, eot_id (None where the folder does not tell), tokenizer (a spec for
+    data.get_tokenizer, or None), config (None for released weights), iteration, folder.
+    Nothing is unpickled but tensors, no code is run, every shape is checked. Raises Refused or OSError.
     """
     path = Path(path)
     if (path / 'config.json').is_file():
-        return _load_release(path, device, dtype, verify)
+        model, meta = read_release(path, device, dtype)
+        return model.eval(), meta
+
     steps = [path] if (path / 'manifest.json').is_file() else find_checkpoints(path)
     if not steps:
-        raise FileNotFoundError(f'{path}: no checkpoint here (want a folder of train.py or of released weights)')
+        what = 'no checkpoint here (want a folder of train.py or of released weights)'
+        raise FileNotFoundError(ENOENT, what, str(path))
     folder = steps[-1]
     manifest = read_checkpoint(folder)
-    config = ModelConfig(**manifest['model'])
-    if 9 * config.n_layer > len(stored_tensors(folder, manifest)):  # before a hostile size is built
-        raise ValueError(f'{folder}: too few tensors for {config.n_layer} layers')
-    with torch.device('meta'):
-        model = Transformer(config)
-    read_tensors(folder, manifest, {f'model.{name}': p for name, p in model.named_parameters()})    # sizes, on meta
+    model = empty_model(ModelConfig(**manifest['model']))
     model.to_empty(device='cpu')
-    read_tensors(folder, manifest, {f'model.{name}': p.data for name, p in model.named_parameters()})
-    model.to(device=device, dtype=dtype)
-    spec = manifest['tokenizer']
-    meta = dict(manifest['ids'], tokenizer=str(folder / spec) if spec.endswith('.json') else spec, folder=str(folder),
-                config=manifest['config'], iteration=manifest['iteration'])
-    return model.eval(), meta
+    read_tensors(folder, {f'model.{name}': p.data for name, p in model.named_parameters()})
+
+    meta = {**manifest['ids'], 'folder': str(folder)}
+    meta.update((key, manifest[key]) for key in ('config', 'iteration', 'tokenizer'))
+    if meta['tokenizer'].endswith('.json'):
+        meta['tokenizer'] = str(folder / meta['tokenizer'])
+    return model.to(device=device, dtype=dtype).eval(), meta
+
+
+def empty_model(config):
+    """A Transformer whose parameters take no memory yet."""
+    with torch.device('meta'):
+        return Transformer(config)
 
 
 def find_checkpoints(run):
-    """The complete step folders of a run, oldest first (a folder is complete once it bears its final name)."""
+    """The complete step folders of a run, oldest first: a folder is complete once it has its manifest."""
     return sorted(f for f in Path(run).glob('iter_' + '[0-9]' * 7) if (f / 'manifest.json').is_file())
 
 
-class Damaged(ValueError):
-    """A file is not what was once written."""
-
-
-def read_json(path):
-    """A JSON object from a file, or {} if there is none."""
+def read_checkpoint(folder, share=(0, 1)):
+    """The manifest of a step folder. share: which files are compared with their checksums, see read_manifest."""
+    manifest, path = read_manifest(folder, share), folder / 'manifest.json'
+    if manifest.get('format') != 'nanollada 3':
+        raise Refused(f"{path}: format {manifest.get('format')!r}, this code reads 'nanollada 3'")
     try:
-        return dict(json.loads(path.read_text(encoding='utf-8'))) if path.is_file() else {}
-    except (ValueError, TypeError, RecursionError) as e:
-        raise Damaged(f'{path}: not a JSON object ({type(e).__name__}: {e})') from None
-
-
-def file_sha256(path):
-    """Checksum of a file of any size, without reading it into memory."""
-    return hashlib.sha256(np.memmap(path, np.uint8, 'r')).hexdigest()
-
-
-def read_checkpoint(folder):
-    """The manifest of a step folder, after checking every file against its sha256."""
-    folder = Path(folder)
-    manifest = read_json(folder / 'manifest.json')
-    try:
-        if manifest['format'] != 'nanollada 2':
-            raise ValueError(f"format {manifest['format']!r}, this code reads 'nanollada 2'")
-        files, ids, spec = manifest['files'], manifest['ids'], manifest['tokenizer']
         config = ModelConfig(**manifest['model'])
-        if not {'.metadata', *([spec] if spec.endswith('.json') else [])} <= set(files) or any('/' in f for f in files):
-            raise ValueError('the list of files is not complete')
-        if not (all(0 <= i < config.vocab_size for i in ids.values()) and len(ids) == 4):
-            raise ValueError('a special token lies outside the vocabulary')
-        if re.fullmatch('iter_[0-9]{7}', folder.name) and manifest['iteration'] != int(folder.name[5:]):
-            raise ValueError('the iteration is not the one in the name of the folder')
-        manifest['config'].keys()
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
-        raise ValueError(f'{folder / "manifest.json"}: not a checkpoint manifest ({type(e).__name__}: {e})') from None
-    for file, sha256 in ((folder / name, sha256) for name, sha256 in files.items()):
-        if not file.is_file() or file.stat().st_size == 0 or file_sha256(file) != sha256:
-            raise Damaged(f'{file}: missing, empty or damaged (its sha256 is not the one in the manifest)')
+        if not all(0 <= i < config.vocab_size for i in manifest['ids'].values()):
+            raise Refused('a special token lies outside the vocabulary')
+    except (KeyError, TypeError, AttributeError, Refused) as error:
+        raise Refused(f'{path}: not a checkpoint ({type(error).__name__}: {error})') from None
     return manifest
 
 
 class _OnlyTensors(pickle.Unpickler):
-    """torch.distributed.checkpoint keeps its table of contents as a pickle: this reads it and builds nothing else."""
+    """torch.distributed.checkpoint keeps its table of contents as a pickle: this reads it, builds nothing else."""
 
-    dcp = 'torch.distributed.checkpoint.'
-    allowed = {f'{dcp}metadata': 'Metadata TensorStorageMetadata TensorProperties _MEM_FORMAT_ENCODING '
-                                 'ChunkStorageMetadata MetadataIndex StorageMeta', f'{dcp}filesystem': '_StorageInfo',
-               'torch': 'Size float32 bfloat16 float16 float64 int64', 'torch.serialization': '_get_layout',
-               'pathlib': 'PosixPath WindowsPath', 'pathlib._local': 'PosixPath WindowsPath'}
+    allowed = {
+        'torch.distributed.checkpoint.metadata': (
+            'Metadata', 'TensorStorageMetadata', 'TensorProperties', '_MEM_FORMAT_ENCODING',
+            'ChunkStorageMetadata', 'MetadataIndex', 'StorageMeta'),
+        'torch.distributed.checkpoint.filesystem': ('_StorageInfo',),
+        'torch': ('Size', 'float32', 'bfloat16', 'float16', 'float64', 'int64'),
+        'torch.serialization': ('_get_layout',),
+        'pathlib': ('PosixPath', 'WindowsPath'),
+        'pathlib._local': ('PosixPath', 'WindowsPath')}
 
     def find_class(self, module, name):
-        if name not in self.allowed.get(module, '').split():
+        if (module, name) == ('builtins', 'getattr'):       # some Pythons write members of an enumeration so
+            return self.member
+        if name not in self.allowed.get(module, ()):
             raise ValueError(f'it asks for {module}.{name}')
         return super().find_class(module, name)
 
+    def member(self, enumeration, name):
+        if enumeration is not self.find_class('torch.distributed.checkpoint.metadata', '_MEM_FORMAT_ENCODING'):
+            raise ValueError(f'it asks for {name} of {enumeration}')
+        return enumeration[name]
 
-def stored_tensors(folder, manifest):
-    """What a step folder holds: name -> torch.Size. Anything but tensors in files of the manifest is refused."""
-    path = Path(folder) / '.metadata'
+
+def stored_tensors(folder):
+    """What a step folder holds: name -> torch.Size. Anything but whole tensors in files beside it is refused."""
+    path = folder / '.metadata'
     try:
-        with path.open('rb') as f:
-            table = _OnlyTensors(f).load()
-        if not {info.relative_path for info in table.storage_data.values()} <= set(manifest['files']):
-            raise ValueError('it points outside the folder')
+        with path.open('rb') as file:
+            table = _OnlyTensors(file).load()
+
+        for info in table.storage_data.values():
+            if not (folder / Path(info.relative_path).name).is_file():
+                raise ValueError(f'it points to {info.relative_path}')
+        for name, entry in table.state_dict_metadata.items():
+            if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+                raise ValueError(f'it has only parts of {name}')
         return {name: entry.size for name, entry in table.state_dict_metadata.items()}
-    except Exception as e:                                          # a pickle has a dozen ways to be broken
-        raise ValueError(f'{path}: not a table of tensors ({type(e).__name__}: {e})') from None
+
+    except Exception as error:                              # a pickle has a dozen ways to be broken
+        raise Refused(f'{path}: not a table of tensors ({type(error).__name__}: {error})') from None
 
 
-def read_tensors(folder, manifest, state):
-    """Fills the tensors of `state` (name -> tensor or DTensor) in place, whoever saved them on however many ranks."""
-    sizes = stored_tensors(folder, manifest)
+def read_tensors(folder, state):
+    """Fills the tensors of `state` (name -> tensor or DTensor), whoever saved them on however many ranks."""
+    import torch.distributed.checkpoint as dcp
+    sizes = stored_tensors(folder)
     for name, tensor in state.items():
         if sizes.get(name) != tensor.shape:
-            raise ValueError(f'{folder}: {name} is {list(sizes[name]) if name in sizes else "missing"}, '
-                             f'the configuration says {list(tensor.shape)}')
-    if not all(t.is_meta for t in state.values()):
-        import torch.distributed.checkpoint as dcp
-        with quiet(f'{folder}: cannot be read'):
-            dcp.load(state, checkpoint_id=folder, no_dist=not torch.distributed.is_initialized())
+            there = list(sizes[name]) if name in sizes else 'missing'
+            raise Refused(f'{folder}: {name} is {there}, the configuration says {list(tensor.shape)}')
+    with one_line(folder, 'cannot be read'):
+        dcp.load(state, checkpoint_id=folder, no_dist=not torch.distributed.is_initialized())
 
 
 @contextmanager
-def quiet(what):
-    """Around torch.distributed.checkpoint: no warnings, and what goes wrong becomes an OSError of one line."""
+def one_line(folder, what):
+    """Around torch.distributed.checkpoint: no warnings; its own exception, a BaseException, becomes OSError."""
+    from torch.distributed.checkpoint.api import CheckpointException
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:                                      # its CheckpointException is no Exception
-        cause = e.__cause__ or e
-        raise OSError(f'{what} ({type(cause).__name__}: {(str(cause).splitlines() or [""])[-1][:150]})') from None
+    except CheckpointException as error:
+        cause = error.__cause__ or error
+        last_line = (str(cause).splitlines() or [''])[-1]
+        raise OSError(EIO, f'{what} ({type(cause).__name__}: {last_line[:150]})', str(folder)) from None
 
 
-def _fill(model, names, stored, read, device, dtype, where):
-    """Puts tensors into a model built on the meta device, one at a time. names: ours -> stored name."""
-    missing, extra = set(names.values()) - set(stored), set(stored) - set(names.values())
-    if missing or extra:
-        what = f'lacks {sorted(missing)[0]}' if missing else f'has {sorted(extra)[0]}, which this architecture does not'
-        raise ValueError(f'{where}: {what} ({len(missing)} tensors missing, {len(extra)} unknown)')
-    first = None
-    for ours, theirs in names.items():
-        module, leaf = model.get_submodule(ours.rpartition('.')[0]), ours.rpartition('.')[2]
-        want, tensor = getattr(module, leaf).shape, read(theirs)
-        if tensor.shape != want:
-            raise ValueError(f'{where}: {theirs} has shape {list(tensor.shape)}, the configuration says {list(want)}')
-        first = first or tensor.dtype
-        if not tensor.is_floating_point() or tensor.dtype != first and dtype is None:
-            raise ValueError(f'{where}: {theirs} is {tensor.dtype}, want one floating dtype for all ({first})')
-        setattr(module, leaf, nn.Parameter(tensor.to(device=device, dtype=dtype or tensor.dtype)))
+# ----------------------------------------------------------------------------------------------------------
+# Weights on disk: the released layouts. LLaDA's gate is `ff_proj` (SiLU goes through it), and `ff_out` is two
+# different matrices.
 
-
-# The released layouts. LLaDA's gate is `ff_proj` (SiLU goes through it), and `ff_out` is two different matrices.
-PARTS = ('embed', 'norm', 'head', 'block', 'attn_norm', 'ff_norm', 'attn.q', 'attn.k', 'attn.v', 'attn.out', 'ff.gate',
-         'ff.up', 'ff.down')
-RELEASES = {                # our parts, in this order, by their released names
-    'llada': dict(zip(PARTS, (
-        'model.transformer.wte', 'model.transformer.ln_f', 'model.transformer.ff_out', 'model.transformer.blocks.',
-        'attn_norm', 'ff_norm', 'q_proj', 'k_proj', 'v_proj', 'attn_out', 'ff_proj', 'up_proj', 'ff_out'))),
-    'illada': dict(zip(PARTS, (
-        'model.embed_tokens', 'model.norm', 'lm_head', 'model.layers.', 'input_layernorm', 'post_attention_layernorm',
-        'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj', 'self_attn.o_proj', 'mlp.gate_proj', 'mlp.up_proj',
-        'mlp.down_proj'))),
-}
-CONFIG_KEYS = {             # ours -> the key of config.json
-    'llada': dict(vocab_size='embedding_size', seq_len='max_sequence_length', n_layer='n_layers', n_head='n_heads',
-                  n_kv_head='n_kv_heads', d_model='d_model', d_ff='mlp_hidden_size', rope_theta='rope_theta',
-                  norm_eps='rms_norm_eps', tied='weight_tying', rope_fp32='rope_full_precision'),
-    'illada': dict(vocab_size='vocab_size', seq_len='max_position_embeddings', n_layer='num_hidden_layers',
-                   n_head='num_attention_heads', n_kv_head='num_key_value_heads', d_model='hidden_size',
-                   d_ff='intermediate_size', rope_theta='rope_theta', norm_eps='rms_norm_eps',
-                   tied='tie_word_embeddings'),
-}
-PLAIN = {                   # what the two architectures are, as far as their config.json can say otherwise
-    'llada': dict(activation_type='silu', block_type='llama', layer_norm_type='rms', rope=True, alibi=False,
-                  include_bias=False, include_qkv_bias=False, bias_for_layer_norm=False, attention_layer_norm=False,
-                  input_emb_norm=False, scale_logits=False, multi_query_attention=None, layer_norm_with_affine=True),
-    'illada': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, layer_norm_eps=None, rope_scaling=None),
-}
+RELEASES = {        # our parts -> their released names, outside the blocks and inside
+    'llada': {
+        'embed': 'model.transformer.wte', 'norm': 'model.transformer.ln_f', 'head': 'model.transformer.ff_out',
+        'blocks': 'model.transformer.blocks', 'attn_norm': 'attn_norm', 'ff_norm': 'ff_norm',
+        'attn.q': 'q_proj', 'attn.k': 'k_proj', 'attn.v': 'v_proj', 'attn.out': 'attn_out',
+        'ff.gate': 'ff_proj', 'ff.up': 'up_proj', 'ff.down': 'ff_out'},
+    'illada': {
+        'embed': 'model.embed_tokens', 'norm': 'model.norm', 'head': 'lm_head', 'blocks': 'model.layers',
+        'attn_norm': 'input_layernorm', 'ff_norm': 'post_attention_layernorm', 'attn.q': 'self_attn.q_proj',
+        'attn.k': 'self_attn.k_proj', 'attn.v': 'self_attn.v_proj', 'attn.out': 'self_attn.o_proj',
+        'ff.gate': 'mlp.gate_proj', 'ff.up': 'mlp.up_proj', 'ff.down': 'mlp.down_proj'}}
+CONFIG_KEYS = {     # fields of ModelConfig -> keys of config.json
+    'llada': dict(
+        vocab_size='embedding_size', seq_len='max_sequence_length', n_layer='n_layers', n_head='n_heads',
+        n_kv_head='n_kv_heads', d_model='d_model', d_ff='mlp_hidden_size', rope_theta='rope_theta',
+        norm_eps='rms_norm_eps', tied='weight_tying', rope_fp32='rope_full_precision'),
+    'illada': dict(
+        vocab_size='vocab_size', seq_len='max_position_embeddings', n_layer='num_hidden_layers',
+        n_head='num_attention_heads', n_kv_head='num_key_value_heads', d_model='hidden_size',
+        d_ff='intermediate_size', rope_theta='rope_theta', norm_eps='rms_norm_eps',
+        tied='tie_word_embeddings')}
+PLAIN = {           # what the two architectures are, as far as config.json can say otherwise
+    'llada': dict(
+        activation_type='silu', block_type='llama', layer_norm_type='rms', rope=True, alibi=False,
+        include_bias=False, include_qkv_bias=False, bias_for_layer_norm=False, attention_layer_norm=False,
+        input_emb_norm=False, scale_logits=False, multi_query_attention=None, layer_norm_with_affine=True),
+    'illada': dict(
+        hidden_act='silu', attention_bias=False, mlp_bias=False, layer_norm_eps=None, rope_scaling=None)}
 
 
 def release_names(kind, config):
     """Our parameter names -> the names in a released folder."""
-    table = RELEASES[kind]
-    names = {f'{part}.weight': f'{table[part]}.weight' for part in PARTS[:2 if config.tied else 3]}
+    outside = ('embed', 'norm') if config.tied else ('embed', 'norm', 'head')
+    table = dict(RELEASES[kind])
+    names = {f'{part}.weight': f'{table.pop(part)}.weight' for part in outside}
+    blocks = table.pop('blocks')
+    table.pop('head', None)
     for i in range(config.n_layer):
-        names.update({f'blocks.{i}.{part}.weight': f"{table['block']}{i}.{table[part]}.weight" for part in PARTS[4:]})
+        for ours, theirs in table.items():
+            names[f'blocks.{i}.{ours}.weight'] = f'{blocks}.{i}.{theirs}.weight'
     return names
 
 
 def release_config(folder):
-    """config.json of a released folder -> (kind, ModelConfig, the raw dict); refuses by name what we do not compute."""
-    path = Path(folder) / 'config.json'
+    """config.json of a released folder -> (kind, ModelConfig, raw dict); what we do not compute is refused."""
+    path = folder / 'config.json'
     raw = read_json(path)
     kind = str(raw.get('model_type'))
     if kind not in RELEASES:
-        raise ValueError(f"{path}: model_type {kind!r}; known are {', '.join(RELEASES)}")
+        raise Refused(f"{path}: model_type {kind!r}; known are {', '.join(RELEASES)}")
     for key, plain in PLAIN[kind].items():
-        if raw.get(key, plain) != plain and raw[key] is not None:
-            raise ValueError(f'{path}: {key} = {raw[key]!r} is not supported (only {plain!r})')
-    fields_ = {ours: raw[theirs] for ours, theirs in CONFIG_KEYS[kind].items() if raw.get(theirs) is not None}
+        if raw.get(key) not in (None, plain):
+            raise Refused(f'{path}: {key} = {raw[key]!r} is not supported (only {plain!r})')
+
+    keys = CONFIG_KEYS[kind]
+    told = {ours: raw[theirs] for ours, theirs in keys.items() if raw.get(theirs) is not None}
+    told.setdefault('vocab_size', raw.get('vocab_size'))
+    told.setdefault('n_kv_head', told.get('n_head'))
     if kind == 'illada':
-        fields_['rope_fp32'] = False
+        told['rope_fp32'] = False
     elif type(raw.get('mlp_ratio')) is int and type(raw.get('d_model')) is int:
-        fields_.setdefault('d_ff', raw['mlp_ratio'] * raw['d_model'])
-    for ours, theirs in (('n_kv_head', fields_.get('n_head')), ('vocab_size', raw.get('vocab_size'))):
-        fields_.setdefault(ours, theirs)
-    unknown = [theirs for ours, theirs in CONFIG_KEYS[kind].items() if fields_.get(ours) is None]
-    if unknown:                                                     # a guessed theta degrades quietly: never guess
-        raise ValueError(f"{path}: {', '.join(unknown)} missing")
-    return kind, ModelConfig(**fields_), raw
+        told.setdefault('d_ff', raw['mlp_ratio'] * raw['d_model'])
+
+    unknown = [theirs for ours, theirs in keys.items() if told.get(ours) is None]
+    if unknown:                                             # a guessed theta degrades quietly: never guess
+        raise Refused(f"{path}: {', '.join(unknown)} missing")
+    return kind, ModelConfig(**told), raw
+
+
+def release_files(folder):
+    """The safetensors files of a released folder, by its index if it has one."""
+    index = folder / 'model.safetensors.index.json'
+    if not index.is_file():
+        return [folder / 'model.safetensors']
+    names = read_json(index).get('weight_map')
+    if not isinstance(names, dict):
+        raise Refused(f'{index}: not a safetensors index')
+    return [folder / Path(str(name)).name for name in sorted(set(names.values()))]
+
+
+def read_release(folder, device='cpu', dtype=None):
+    """A LLaDA or iLLaDA folder -> (model, meta). Files are mapped: what keeps its dtype is not copied on a CPU."""
+    kind, config, raw = release_config(folder)
+    stored = {}
+    for file in release_files(folder):
+        stored.update(read_safetensors(file))
+    model = release_model(folder, kind, config, stored, device, dtype)
+    meta = dict(release_ids(folder, raw), config=None, iteration=None, folder=str(folder), tokenizer=None)
+    if (folder / 'tokenizer.json').is_file():
+        meta['tokenizer'] = str(folder / 'tokenizer.json')
+
+    told = raw.pop('sha256', None)
+    if told and told != facts_sha256(raw):                  # people do edit it: said, not refused
+        print(f'{folder / "config.json"}: changed since save_release wrote it', file=sys.stderr)
+    return model, meta
+
+
+def read_safetensors(file):
+    """name -> tensor. Damaged if they are not what save_release wrote; other writers leave no checksum."""
+    if not file.is_file():
+        raise FileNotFoundError(ENOENT, 'missing', str(file))
+    safetensors = _safetensors()
+    try:
+        tensors = safetensors.torch.load_file(file)
+        with safetensors.safe_open(file, 'pt') as opened:
+            told = (opened.metadata() or {}).get('sha256')
+    except safetensors.SafetensorError as error:
+        raise Refused(f'{file}: not a complete safetensors file ({error})') from None
+
+    if told and told != tensors_sha256(tensors):
+        raise Damaged(f'{file}: damaged (its sha256 is not the one it bears)')
+    return tensors
+
+
+def release_model(folder, kind, config, stored, device='cpu', dtype=None):
+    """A model of tensors by their released names; every name and shape is compared."""
+    names = release_names(kind, config)
+    if config.tied:                                         # some files store the tied head as well
+        head = stored.pop(f"{RELEASES[kind]['head']}.weight", None)
+        if head is not None and not torch.equal(head, stored[names['embed.weight']]):
+            raise Refused(f'{folder}: the configuration ties the head to the embedding, but they differ')
+    missing, extra = set(names.values()) - set(stored), set(stored) - set(names.values())
+    if missing or extra:
+        raise Refused(f'{folder}: lacks {sorted(missing)[:1]}, has {sorted(extra)[:1]} that this architecture '
+                      f'does not have ({len(missing)} and {len(extra)} tensors)')
+
+    model = empty_model(config)
+    for ours, theirs in names.items():
+        there, want = stored[theirs].shape, model.get_parameter(ours).shape
+        if there != want:
+            raise Refused(f'{folder}: {theirs} has shape {list(there)}, the configuration says {list(want)}')
+    kinds = {str(tensor.dtype) for tensor in stored.values()}
+    if len(kinds) > 1 and dtype is None:
+        raise Refused(f'{folder}: tensors of {" and ".join(sorted(kinds))}; choose one by --dtype')
+    weights = {ours: stored[theirs].to(device=device, dtype=dtype) for ours, theirs in names.items()}
+    model.load_state_dict(weights, assign=True)
+    return model
 
 
 def release_ids(folder, raw):
-    """Special ids of a released folder, as far as its files tell: {'mask_id', 'eos_id', 'pad_id', 'bos_id', 'eot_id'}.
-
-    By id in config.json (raw) or generation_config.json, else by name in the files of the tokenizer: iLLaDA's mask.
-    """
-    config, generation = read_json(folder / 'tokenizer_config.json'), read_json(folder / 'generation_config.json')
-    try:
-        names = {t['content']: int(i) for i, t in (config.get('added_tokens_decoder') or {}).items()}
-        names.update((a['content'], a['id']) for a in read_json(folder / 'tokenizer.json').get('added_tokens') or [])
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise ValueError(f'{folder}: a list of added tokens is broken ({type(e).__name__}: {e})') from None
-    ids, usual = {}, {'mask': ('<|mdm_mask|>', '<[MASK]>'), 'eot': ('<|eot_id|>', '<eot_id>')}
-    for role in ('mask', 'eos', 'pad', 'bos', 'eot'):
-        told = config.get(f'{role}_token')
-        told = str(told.get('content') if isinstance(told, dict) else told)
-        found = [raw.get(f'{role}_token_id'), generation.get(f'{role}_token_id'), names.get(told)]
-        found += map(names.get, usual.get(role, ()))
-        ids[f'{role}_id'] = next((i for i in found if type(i) is int), None)
+    """Special ids of a released folder, as far as its files tell: by number, or by name in its tokenizer."""
+    generation = read_json(folder / 'generation_config.json')
+    _, named = special_tokens(folder / 'tokenizer.json')
+    ids = {}
+    for role in ROLES:
+        key = f'{role}_token_id'
+        told = [i for i in (raw.get(key), generation.get(key), named.get(role)) if type(i) is int]
+        if told and named.get(role, told[0]) != told[0]:
+            raise Refused(f'{folder}: the weights say {role} is {told[0]}, the tokenizer says {named[role]}')
+        ids[f'{role}_id'] = told[0] if told else None
     return ids
-
-
-def release_shards(folder, verify):
-    """The names of the safetensors files of a released folder, by its index if it has one."""
-    index = folder / 'model.safetensors.index.json'
-    if not index.is_file():
-        if not (folder / 'model.safetensors').is_file():
-            raise FileNotFoundError(f'{folder}: no model.safetensors here')
-        return ['model.safetensors']
-    try:
-        raw = read_json(index)
-        shards = sorted({str(shard) for shard in raw['weight_map'].values()})
-        sums = dict((raw.get('metadata') or {}).get('sha256') or {})
-    except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f'{index}: not a safetensors index ({type(e).__name__}: {e})') from None
-    for shard in shards:
-        if Path(shard).name != shard or not (folder / shard).is_file():
-            raise FileNotFoundError(f'{folder / shard}: missing, but named in {index.name}')
-        if verify and shard in sums and file_sha256(folder / shard) != sums[shard]:
-            raise ValueError(f'{folder / shard}: damaged (its sha256 is not the one in {index.name})')
-    return shards
-
-
-def _load_release(folder, device, dtype, verify):
-    """A LLaDA or iLLaDA folder, tensor by tensor: peak memory is the model and one tensor."""
-    kind, config, raw = release_config(folder)
-    safetensors, where = _safetensors(), {}
-    for shard in release_shards(folder, verify):
-        try:
-            with safetensors.safe_open(folder / shard, 'pt') as f:
-                where.update({name: (shard, f.get_slice(name).get_shape()) for name in f.keys()})
-        except safetensors.SafetensorError as e:
-            raise ValueError(f'{folder / shard}: not a complete safetensors file ({e})') from None
-
-    def read(name):
-        with safetensors.safe_open(folder / where[name][0], 'pt') as f:
-            return f.get_tensor(name)
-
-    want = 9 * config.n_layer + 2
-    embed, head = (f'{RELEASES[kind][part]}.weight' for part in ('embed', 'head'))
-    if len(where) not in (want, want + 1):                                      # before a hostile size is built
-        raise ValueError(f'{folder}: {len(where)} tensors, {config.n_layer} layers have {want + (not config.tied)}')
-    if list(where.get(embed, (0, []))[1]) != [config.vocab_size, config.d_model]:
-        raise ValueError(f'{folder}: {embed} is not [{config.vocab_size}, {config.d_model}], as config.json says')
-    if config.tied and head in where:                                          # some shards store the tied head as well
-        if not torch.equal(read(head), read(embed)):
-            raise ValueError(f'{folder}: the configuration ties {head} to {embed}, but they differ')
-        del where[head]
-    with torch.device('meta'):
-        model = Transformer(config)
-    _fill(model, release_names(kind, config), where, read, device, dtype, folder)
-    tokenizer = str(folder / 'tokenizer.json') if (folder / 'tokenizer.json').is_file() else None
-    return model.eval(), {**release_ids(folder, raw), 'tokenizer': tokenizer, 'config': None, 'iteration': None,
-                          'folder': str(folder)}
 
 
 def _safetensors():
     try:
         import safetensors.torch
     except ImportError:
-        raise ValueError('released weights need one more package: pip install safetensors') from None
+        raise Refused('released weights need one more package: pip install safetensors') from None
     return safetensors
 
 
-def save_release(model, meta, path, shard_bytes=5_000_000_000):
+def tensors_sha256(tensors):
+    """Checksum of tensors and their names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(tensors[name].contiguous().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def save_release(model, meta, path):
     """Writes a model in LLaDA's release layout (iLLaDA's if it rotates in its own dtype): load_model reads it.
 
-    More than shard_bytes make several files and an index, which also lists their sha256.
+    meta: special ids and tokenizer as in load_model. The folder must be new.
     """
-    config, state, path, safetensors = model.config, model.state_dict(), Path(path), _safetensors()
+    config, path = model.config, Path(path)
     kind = 'llada' if config.rope_fp32 else 'illada'
     if config.causal:
-        raise ValueError('the released layouts are bidirectional: an autoregressive model cannot be saved in them')
-    if path.exists() and any(path.iterdir()):                       # an old index would win over the new file
-        raise ValueError(f'{path}: not empty; choose a new folder')
+        raise Refused('the released layouts are bidirectional: no autoregressive model can be saved in them')
+    if path.exists() and any(path.iterdir()):               # an old index would win over the new file
+        raise Refused(f'{path}: not empty; choose a new folder')
     path.mkdir(parents=True, exist_ok=True)
-    shards, size = [{}], 0
-    for ours, theirs in release_names(kind, config).items():
-        size += state[ours].nbytes
-        if shards[-1] and size > shard_bytes:
-            shards, size = [*shards, {}], state[ours].nbytes
-        shards[-1][theirs] = state[ours].contiguous()
-    names = [f'model-{i:05d}-of-{len(shards):05d}.safetensors' for i in range(1, len(shards) + 1)]
-    names = ['model.safetensors'] if len(shards) == 1 else names
-    for name, tensors in zip(names, shards):
-        safetensors.torch.save_file(tensors, path / name, metadata={'format': 'pt'})
-    index = {'metadata': {'sha256': {name: file_sha256(path / name) for name in names}},
-             'weight_map': {tensor: name for name, tensors in zip(names, shards) for tensor in tensors}}
-    if len(shards) > 1:
-        (path / 'model.safetensors.index.json').write_text(json.dumps(index, indent=1), encoding='utf-8')
-    tokenizer = Path(meta.get('tokenizer') or 'none')
-    for source in (tokenizer, tokenizer.with_name('tokenizer_config.json')) if tokenizer.suffix == '.json' else ():
-        if source.is_file():
-            (path / source.name.replace(tokenizer.name, 'tokenizer.json')).write_bytes(source.read_bytes())
-    raw = {'model_type': kind, 'architectures': [{'llada': 'LLaDAModelLM', 'illada': 'ILLaDAForCausalLM'}[kind]],
-           **PLAIN[kind], **{theirs: getattr(config, ours) for ours, theirs in CONFIG_KEYS[kind].items()},
-           'vocab_size': config.vocab_size, 'torch_dtype': str(model.embed.weight.dtype).removeprefix('torch.'),
-           **{f'{role}_token_id': meta.get(f'{role}_id') for role in ('mask', 'eos', 'pad', 'bos', 'eot')}}
-    (path / 'config.json').write_text(json.dumps(raw, indent=1), encoding='utf-8')       # last: it completes the folder
+
+    state, names = model.state_dict(), release_names(kind, config)
+    tensors = {theirs: state[ours].cpu().contiguous() for ours, theirs in names.items()}
+    metadata = {'format': 'pt', 'sha256': tensors_sha256(tensors)}
+    _safetensors().torch.save_file(tensors, path / 'model.safetensors', metadata=metadata)
+    copy_tokenizer(meta.get('tokenizer'), path)
+
+    classes = {'llada': 'LLaDAModelLM', 'illada': 'ILLaDAForCausalLM'}
+    dtype = str(model.embed.weight.dtype).removeprefix('torch.')
+    raw = {'model_type': kind, 'architectures': [classes[kind]], 'torch_dtype': dtype, **PLAIN[kind],
+           'vocab_size': config.vocab_size}
+    raw.update((theirs, getattr(config, ours)) for ours, theirs in CONFIG_KEYS[kind].items())
+    raw.update((f'{role}_token_id', meta.get(f'{role}_id')) for role in ROLES)
+    raw['sha256'] = facts_sha256(raw)
+    text = json.dumps(raw, indent=1)
+    (path / 'config.json').write_text(text, encoding='utf-8')               # last: completes the folder

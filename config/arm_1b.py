@@ -33,7 +33,6 @@ lr_points = [[0, 0], [2000 * 1280 * 4096, 4e-4]]
 eval_interval = 1000
 eval_windows = 512
 log_interval = 10
-async_save = True
 dtype = 'bfloat16'
 compile = True
 fsdp = 0

@@ -1,7 +1,7 @@
 """The default: what `python train.py` does without a flag (tests/test_layout.py holds the two together).
 
 A LLaDA-style model on the documentation that every Python carries, on two CPU cores. What the paper does not do, and
-what each is worth at this size, is in README.md, "What was tried": Muon on the matrices of the blocks, the count form
+what each is worth at this size, is in tests/lab/RESULTS.md: Muon on the matrices of the blocks, the count form
 of the loss, an initial look at the neighbours.
 """
 

@@ -42,7 +42,6 @@ lr_points = [[0, 0], [2000 * 640 * 8192, 2e-4], [10e12, 2e-4], [12e12, 5e-6, 'co
 eval_interval = 1000
 eval_windows = 512
 log_interval = 10
-async_save = True
 dtype = 'bfloat16'
 compile = True
 fsdp = -1

@@ -1,10 +1,23 @@
 """LLaDA 8B (arXiv 2502.09992v3, Sec. 2.2 and App. B.2): 8,015,581,184 parameters, 2.3 T tokens, 0.13 M H800 hours.
 
     torchrun --nnodes=40 --nproc-per-node=8 ... train.py config/llada_8b.py --dataset=data/my
-    python train.py config/llada_8b.py --dry_run --gpus=320
+    python tests/lab/estimate.py config/llada_8b.py --gpus=320
 
 The authors' data are not public; they describe 61 % English, 28 % code, 11 % Chinese, which would be
-dataset = 'data/en:0.61,data/code:0.28,data/zh:0.11'.
+dataset = 'data/en:0.61,data/code:0.28,data/zh:0.11'. At 256 GPUs the 1280 windows do not divide: 5 for each GPU would
+(with act_memory below 0.5), or 160 or 320 GPUs. With SLURM (out_dir on a file system that all nodes see):
+
+    #!/bin/bash
+    #SBATCH --nodes=40 --ntasks-per-node=1 --gpus-per-node=8 --signal=TERM@600 --requeue
+    HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    ls out/llada_8b/iter_*/manifest.json >/dev/null 2>&1 && RESUME=--resume
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1     # restarted groups meet in a new store
+    srun torchrun --nnodes=$SLURM_NNODES --nproc-per-node=8 --rdzv-id=$SLURM_JOB_ID --rdzv-backend=c10d \\
+         --rdzv-endpoint=$HEAD:29500 --max-restarts=3 --shutdown-timeout=500 \\
+         train.py config/llada_8b.py --dataset=data/my $RESUME
+
+(torchrun itself ends with code 1 after SIGTERM; look for the line "saved iteration". It kills what has not ended after
+30 s unless --shutdown-timeout says otherwise: a save of 8B may take minutes.)
 """
 
 out_dir = 'out/llada_8b'
@@ -44,7 +57,6 @@ lr_points = [[0, 0], [2000 * 1280 * 4096, 4e-4], [1.2e12, 4e-4], [1.2e12, 1e-4],
 eval_interval = 1000
 eval_windows = 512
 log_interval = 10
-async_save = True
 dtype = 'bfloat16'
 compile = True
 fsdp = -1                       # 8 for HSDP within nodes of 8

@@ -45,7 +45,6 @@ min_lr_ratio = 0.1
 eval_interval = 1000
 log_interval = 10
 sample_tokens = 0
-async_save = True
 dtype = 'bfloat16'
 compile = True
 fsdp = -1

@@ -1,8 +1,9 @@
 """The reversal experiment on made-up facts ("Nilo is the mother of Rasi"): learn by heart, then fill either end.
 
-Half of the 64 pairs are stated in both directions, a quarter each in one only; diffusion is asked for the later and for
-the earlier name of the statements it has seen, and for the statement that it has not. Afterwards:
-python evaluate.py reversal out/reversal_facts out/reversal_facts_ar
+Half of the 64 pairs are stated in both directions, a quarter each in one only; diffusion is asked for the later and
+for the earlier name of the statements it has seen, and for the statement that it has not.
+First:  python tests/lab/worlds.py       Afterwards:
+python tests/lab/experiments.py reversal out/reversal_facts out/reversal_facts_ar
 """
 
 out_dir = 'out/reversal_facts'
@@ -15,4 +16,4 @@ batch_size = 64
 max_iters = 1500
 eval_interval = 500
 sample_tokens = 28
-then = 'python evaluate.py reversal out/reversal_facts'
+then = 'python tests/lab/experiments.py reversal out/reversal_facts'

@@ -11,4 +11,4 @@ batch_size = 64
 max_iters = 1500
 eval_interval = 500
 sample_tokens = 28
-then = 'python evaluate.py reversal out/reversal_facts out/reversal_facts_ar'
+then = 'python tests/lab/experiments.py reversal out/reversal_facts out/reversal_facts_ar'

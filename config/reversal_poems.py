@@ -1,8 +1,9 @@
 """The reversal experiment on couplets: learn them by heart, then give the next line for one, or the one before.
 
 Takes a local file of couplets, [{"first", "second"}, ...], such as the poems of the official repository:
-python data.py --input=poem_data.json --out=data/poems --tokenizer=chars
-Afterwards:  python evaluate.py reversal out/reversal_poems out/reversal_poems_ar
+python tests/lab/worlds.py --poems=poem_data.json
+Afterwards:
+python tests/lab/experiments.py reversal out/reversal_poems out/reversal_poems_ar --poems=poem_data.json
 """
 
 out_dir = 'out/reversal_poems'
@@ -15,4 +16,5 @@ batch_size = 64
 max_iters = 2000
 eval_interval = 500
 sample_tokens = 20
-then = 'python evaluate.py reversal out/reversal_poems'
+then = ('python tests/lab/experiments.py reversal out/reversal_poems out/reversal_poems_ar '
+        '--poems=poem_data.json')

@@ -11,4 +11,5 @@ batch_size = 64
 max_iters = 2000
 eval_interval = 500
 sample_tokens = 20
-then = 'python evaluate.py reversal out/reversal_poems out/reversal_poems_ar'
+then = ('python tests/lab/experiments.py reversal out/reversal_poems out/reversal_poems_ar '
+        '--poems=poem_data.json')

@@ -1,7 +1,8 @@
 """Scaling at equal FLOPs, the largest of three sizes, diffusion.
 
-Each of scaling_s, _m, _l and its _ar twin get the same training FLOPs, as Transformer.flops_per_token counts them, on
-less than three epochs of the data. Afterwards:  python evaluate.py scaling 'out/scaling_*' --out=scaling.csv
+Each of scaling_s, _m, _l and its _ar twin get the same training FLOPs, as Transformer.flops_per_token counts
+them, on less than three epochs of the data. Afterwards:
+python tests/lab/experiments.py scaling 'out/scaling_*' --out=scaling.csv
 """
 
 out_dir = 'out/scaling_l'
@@ -11,7 +12,7 @@ n_head = 4
 n_kv_head = 4
 d_model = 192
 d_ff = 512
-flops = 1.6e13
+max_iters = 602                 # 1.6e13 FLOPs
 eval_interval = 100000          # at the end only
 sample_tokens = 0
-then = "python evaluate.py scaling 'out/scaling_*' --out=scaling.csv"
+then = "python tests/lab/experiments.py scaling 'out/scaling_*' --out=scaling.csv"

@@ -1,7 +1,8 @@
 """Scaling at equal FLOPs, the smallest of three sizes, the autoregressive baseline.
 
-Each of scaling_s, _m, _l and its _ar twin get the same training FLOPs, as Transformer.flops_per_token counts them, on
-less than three epochs of the data. Afterwards:  python evaluate.py scaling 'out/scaling_*' --out=scaling.csv
+Each of scaling_s, _m, _l and its _ar twin get the same training FLOPs, as Transformer.flops_per_token counts
+them, on less than three epochs of the data. Afterwards:
+python tests/lab/experiments.py scaling 'out/scaling_*' --out=scaling.csv
 """
 
 out_dir = 'out/scaling_s_ar'
@@ -12,7 +13,7 @@ n_head = 2
 n_kv_head = 2
 d_model = 64
 d_ff = 192
-flops = 1e12
+max_iters = 301                 # 1e12 FLOPs
 eval_interval = 100000          # at the end only
 sample_tokens = 0
-then = "python evaluate.py scaling 'out/scaling_*' --out=scaling.csv"
+then = "python tests/lab/experiments.py scaling 'out/scaling_*' --out=scaling.csv"

@@ -2,7 +2,8 @@
 
 All examples (prompt, answer, one EOS) are one long stream, windows are cut from it, every token may be hidden and is in
 the loss. An answer given the whole question is then a rare case of many, so it takes more updates than sft_toy.py.
-First:  python train.py config/world.py       Afterwards:  python evaluate.py flood out/sft_toy out/sft_toy_unified
+First:  python train.py config/world.py       Afterwards:
+python tests/lab/experiments.py flood out/sft_toy out/sft_toy_unified
 """
 
 out_dir = 'out/sft_toy_unified'
@@ -22,4 +23,4 @@ decay_iters = max_iters // 10
 min_lr_ratio = 0.1
 eval_interval = 800
 sample_tokens = 0
-then = 'python evaluate.py flood out/sft_toy out/sft_toy_unified'
+then = 'python tests/lab/experiments.py flood out/sft_toy out/sft_toy_unified'

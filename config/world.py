@@ -1,6 +1,7 @@
-"""Made-up stories whose exact probability is known (data.STORY): a million parameters, fluent in three CPU minutes.
+"""Made-up stories whose exact probability is known (tests/lab/worlds.py): 1 M parameters, fluent in 3 minutes.
 
-One story a row, after BOS. Afterwards:  python evaluate.py world out/world
+First:  python tests/lab/worlds.py       One story a row, after BOS.
+Afterwards:  python tests/lab/experiments.py world out/world
 """
 
 out_dir = 'out/world'
@@ -13,4 +14,4 @@ batch_size = 32
 max_iters = 2600
 eval_interval = 650
 sample_tokens = 37
-then = 'python evaluate.py world out/world'
+then = 'python tests/lab/experiments.py world out/world'

@@ -5,7 +5,7 @@
                                                                     # beside a checkout of karpathy/nanoGPT, at its size
     python tests/bench_train.py --task=memory                       # peak of one update, vocabulary 126,464
     python tests/bench_train.py --task=packing                      # packed against padded batches
-    python tests/bench_train.py --task=saving                       # what checkpoints cost, plain and asynchronous
+    python tests/bench_train.py --task=saving                       # what checkpoints cost
     python tests/bench_train.py --config=config/llada_1b.py --n_layer=22 --batch_size=4     # on a GPU
 
 Speed is the median of the rounds, and its ratio to the first row, the official guideline's loop (reference.py). MFU is
@@ -64,39 +64,38 @@ def settings_for(cfg, **changes):
 def make_corpus(vocab_size, folder):
     """Random bytes, as if they were tokens of any vocabulary."""
     rng = np.random.default_rng(0)
-    data.prepare([(str(i), ''.join(map(chr, rng.integers(32, 97, 4000)))) for i in range(400)], folder, 'bytes')
-    return data.open_corpus(folder)
+    texts = [(str(i), {'text': ''.join(map(chr, rng.integers(32, 97, 4000)))}) for i in range(400)]
+    data.prepare([texts], folder, 'bytes')
+    return data.open_dataset(str(folder))
+
+
+def ready(settings, corpus):
+    """Everything that training needs: -> (processes, model, what to call, optimizers, data, tokenizer)."""
+    procs = train.join_processes(settings, 0, 1)
+    model, net = train.build(settings, procs, settings.vocab_size)
+    models.init_weights(model)
+    tok = corpus.parts[0].tokenizer()
+    source = data.open_source(corpus, 'train', 'unified', tok, settings.seq_len, random_split=settings.random_split)
+    return procs, model, net, train.make_optimizers(model, settings, procs.device), source, tok
 
 
 def our_step(cfg, corpus, **changes):
     """A function that makes one update of ours."""
     settings = settings_for(cfg, **changes)
-    me = train.join(settings)
-    model, net = train.build(settings, me, settings.vocab_size)
-    models.init_weights(model, device=None)
-    tok = data.corpus_tokenizer(corpus)
-    optimizers, it = train.make_optimizers(model, settings, me.device), [0]
-    pieces = train.prefetched(lambda i: train.micro_batches(corpus, settings, i, tok, me), 0, me.device == 'cuda')
-
-    def step():
-        train.train_step(net, optimizers, next(pieces), settings, it[0], me)
-        it[0] += 1
-
-    return step
+    procs, _, net, optimizers, source, tok = ready(settings, corpus)
+    batches = train.prefetched(lambda it: train.questions(source, it, settings, tok, procs), 0)
+    return lambda: train.train_step(net, optimizers, next(batches), 1.0, settings, procs)
 
 
 def plain_step(cfg, corpus, dtype):
     """The same for the guideline's loop."""
     settings = settings_for(cfg, dtype=dtype)
-    me = train.join(settings)
-    model = train.build(settings, me, settings.vocab_size)[0]
-    models.init_weights(model)
+    procs, model, _, _, source, _ = ready(settings, corpus)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=True)
-    it, autocast = [0], torch.autocast(me.device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
+    it, autocast = [0], torch.autocast(procs.device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
 
     def step():
-        rows = range(it[0] * settings.batch_size, (it[0] + 1) * settings.batch_size)
-        x0 = data.batch(corpus, 'train', rows, settings.seq_len).x0.to(me.device)
+        x0 = source.batch(it[0], range(settings.batch_size), settings.batch_size).x0.to(procs.device)
         ours, models.attention = models.attention, reference.plain_attention
         reference.plain_step(model, optimizer, x0, settings.vocab_size - 1, autocast)
         models.attention = ours
@@ -176,7 +175,7 @@ def alternate(variants, tokens, cfg):
 
 def speed_task(cfg, corpus):
     settings = settings_for(cfg)
-    me = train.join(settings)
+    me = train.join_processes(settings, 0, 1)
     variants = {'guideline loop, float32': plain_step(cfg, corpus, 'float32')}
     if cfg.nanogpt:
         variants['nanoGPT, float32, eager'] = nanogpt_step(cfg, cfg.nanogpt)
@@ -189,13 +188,12 @@ def speed_task(cfg, corpus):
     if cfg.compiled:
         variants['ours, AdamW, compiled'] = our_step(cfg, corpus, optimizer='adamw', compile=True)
     speed = alternate(variants, dict.fromkeys(variants, settings.batch_size * settings.seq_len), cfg)
-    with torch.device('meta'):
-        shape = {f: getattr(settings, f) for f in train.SHAPE}
-        flops = models.Transformer(models.ModelConfig(settings.vocab_size, **shape)).flops_per_token(0.5)
+    shape = {f: getattr(settings, f) for f in train.SHAPE}
+    flops = models.empty_model(models.ModelConfig(settings.vocab_size, **shape)).flops_per_token(0.5)
     best, name = max((statistics.median(v), k) for k, v in speed.items() if k.startswith('ours'))
     ceiling = matmul_ceiling(me.device, torch.bfloat16 if me.bf16 else torch.float32)
     kind = torch.cuda.get_device_name() if me.device == 'cuda' else 'cpu'
-    sheet = next((peak for known, peak in train.PEAKS if known in kind), None)
+    sheet = next((peak for known, peak in train.PEAKS.items() if known in kind), None)
     print(f'{name}: {flops / 1e6:.2f} MFLOP a token, {best * flops / 1e9:.1f} GFLOP/s, {best * flops / ceiling:.1%} of '
           f'the fastest product seen ({ceiling / 1e9:.0f} GFLOP/s)'
           + (f', {best * flops / sheet:.1%} of the data sheet' if sheet else ''))
@@ -237,32 +235,32 @@ def memory_task(cfg):
     if cfg.child == 'plain':
         reference.plain_loss(model, x0, 126336, p_mask=p_mask, masked=masked).backward()
     else:
-        terms = train.diffusion.loss_terms(x0, torch.ones_like(masked), 126336, p_mask[:, 0], masked)
-        train.diffusion.weighted_loss(model, *terms).backward()
+        xt = torch.where(masked, 126336, x0)
+        asked = train.diffusion.question(x0, xt, masked, torch.ones_like(masked), p_mask[:, 0])
+        train.diffusion.weighted_loss(model, asked).backward()
     print(peak_bytes() - before)
 
 
 def packing_task(cfg, corpus):
     """30 % of the windows split in two: packed, or every segment padded to a row of its own. Counts real tokens."""
     settings = settings_for(cfg, random_split=0.3, optimizer='adamw')
-    me, tok = train.join(settings), data.corpus_tokenizer(corpus)
-    T, model = settings.seq_len, models.init_weights(train.build(settings, me, settings.vocab_size)[0])
-    optimizers, it = train.make_optimizers(model, settings, me.device), [0]
+    procs, _, net, optimizers, source, tok = ready(settings, corpus)
+    T, it = settings.seq_len, [0]
 
     def step(padded):
-        (piece,) = train.micro_batches(corpus, settings, it[0], tok, me)
-        ids, rows, targets, weights, cu_seqlens, t = piece
-        if padded and cu_seqlens is not None:
-            borders = [(a, b) for a, b in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]) if a < b]
-            flat, wide = ids.flatten(), torch.full((len(borders), T), tok.pad_id)
-            place = torch.empty(ids.numel(), dtype=torch.long)
-            for i, (a, b) in enumerate(borders):
+        question, = train.questions(source, it[0], settings, tok, procs)
+        borders = question.cu_seqlens
+        if padded and borders is not None:
+            segments = [(a, b) for a, b in zip(borders.tolist(), borders.tolist()[1:]) if a < b]
+            flat, wide = question.ids.flatten(), torch.full((len(segments), T), tok.pad_id)
+            place = torch.empty(question.ids.numel(), dtype=torch.long)
+            for i, (a, b) in enumerate(segments):
                 wide[i, :b - a] = flat[a:b]
                 place[a:b] = i * T + torch.arange(b - a)
-            piece = wide, place[rows], targets, weights, None, t
-        elif padded is None:
-            piece = ids, rows, targets, weights, None, t
-        train.train_step(model, optimizers, [piece], settings, it[0], me)
+            question = question._replace(ids=wide, rows=place[question.rows])
+        if padded is not False:
+            question = question._replace(cu_seqlens=None)
+        train.train_step(net, optimizers, [question], 1.0, settings, procs)
         it[0] += 1
 
     variants = {'padded': lambda: step(True), 'packed': lambda: step(False), 'no splits at all': lambda: step(None)}
@@ -270,26 +268,20 @@ def packing_task(cfg, corpus):
 
 
 def saving_task(cfg, corpus, folder):
-    """Seconds for 100 updates of a 50 M-parameter model: without checkpoints, with one every 50, and asynchronously."""
-    for name, changes in (('no checkpoint', None), ('every 50, plain', dict(async_save=False)),
-                          ('every 50, asynchronous', dict(async_save=True))):
+    """Seconds for 100 updates of a 50 M-parameter model: without checkpoints, and with one every 50."""
+    for name, saves in (('no checkpoint', ()), ('every 50', (53, 103))):
         settings = settings_for(cfg, n_layer=12, n_head=8, d_model=512, d_ff=1536, seq_len=128, batch_size=4,
-                                vocab_size=24000, optimizer='adamw', **(changes or {}))
-        me = train.join(settings)
-        model, net = train.build(settings, me, settings.vocab_size)
-        models.init_weights(model)
-        tok, optimizers = data.corpus_tokenizer(corpus), train.make_optimizers(model, settings, me.device)
-        pieces = train.prefetched(lambda i, s=settings, t=tok, m=me: train.micro_batches(corpus, s, i, t, m), 0, False)
-        me.saving = None
-        with train.ThreadPoolExecutor(1) as me.pool:
-            for it in range(105):
-                if it == 5:
-                    start = time.perf_counter()
-                train.train_step(net, optimizers, next(pieces), settings, it, me)
-                if changes and it in (53, 103):
-                    train.save_checkpoint(folder / name, it, model, optimizers, settings, tok, corpus, me)
-            sync()
-            taken = time.perf_counter() - start
+                                vocab_size=24000, optimizer='adamw')
+        procs, model, net, optimizers, source, tok = ready(settings, corpus)
+        batches = train.prefetched(lambda i, s=source, c=settings, t=tok, p=procs: train.questions(s, i, c, t, p), 0)
+        for it in range(105):
+            if it == 5:
+                start = time.perf_counter()
+            train.train_step(net, optimizers, next(batches), 1.0, settings, procs)
+            if it in saves:
+                train.save_checkpoint(folder / name, it, model, optimizers, settings, tok, procs)
+        sync()
+        taken = time.perf_counter() - start
         print(f'{name:<24} {model.num_params() / 1e6:.1f} M parameters, {taken:6.1f} s for 100 updates')
 
 

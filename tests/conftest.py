@@ -3,5 +3,6 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / 'lab')]
 torch.set_num_threads(1)             # the models are tiny: a second thread would only wait for the first

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import worlds
 
 import data
 import model as M
@@ -63,11 +64,8 @@ def golden_model(name):
     if name not in _models:
         folder = GOLDEN / 'models' / name
         kind, config, _ = M.release_config(folder)
-        with torch.device('meta'):
-            model = M.Transformer(config)
         tensors = read_safetensors(folder / 'model.safetensors')
-        M._fill(model, M.release_names(kind, config), tensors, tensors.__getitem__, 'cpu', None, folder)
-        _models[name] = model
+        _models[name] = M.release_model(folder, kind, config, tensors).eval()
     return _models[name]
 
 
@@ -81,9 +79,17 @@ def small_corpus(folder, n_documents=40, tokenizer='bytes'):
     """A few kB of seeded words, prepared into `folder`."""
     rng = np.random.default_rng(0)
     words = ['mask', 'token', 'noise', 'step', 'the', 'a', 'model', 'fills', 'in', 'text', 'again']
-    documents = [(f'd{i}', ' '.join(rng.choice(words, 120)) + '\n') for i in range(n_documents)]
-    data.prepare(documents, folder, tokenizer)
+    documents = [(f'd{i}', {'text': ' '.join(rng.choice(words, 120)) + '\n'}) for i in range(n_documents)]
+    data.prepare([documents], folder, tokenizer)
     return folder
+
+
+def write_worlds(folder):
+    """Small sets of the lab: world, instruct, facts."""
+    worlds.words_of_the_world(folder.parent / 'words.json')
+    for name, records in (('world', worlds.stories(300)), ('instruct', worlds.dialogues(150))):
+        worlds.write(records, folder / name, folder.parent / 'words.json')
+    worlds.write([fact for fact in worlds.facts(8) if fact['seen']], folder / 'facts', 'bytes', by_heart=True)
 
 
 def script(name, *argv):

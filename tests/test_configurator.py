@@ -35,6 +35,13 @@ def test_the_namespace_is_updated_and_later_wins(tmp_path):
     assert names['batch_size'] == out['batch_size'] == 7 and out['lr'] == 10.0 and out['points'] == [[0, 10.0]]
 
 
+def test_the_first_flag_of_a_list_replaces_what_a_file_says(tmp_path):
+    (tmp_path / 'c.py').write_text('prompt = ["of", "the file"]\n')
+    assert configure(namespace(), [str(tmp_path / 'c.py')])['prompt'] == ['of', 'the file']
+    flags = [str(tmp_path / 'c.py'), '--prompt=a', '--prompt=b']
+    assert configure(namespace(), flags)['prompt'] == ['a', 'b']
+
+
 def test_positional_words():
     out = run('a', 'b', 'c', positional=('name', 'prompt'))
     assert out['name'] == 'a' and out['prompt'] == ['b', 'c']

@@ -1,7 +1,7 @@
 """Tokenizers without loss, data sets whole or not at all, batches that are a function of a number."""
 
+import datetime
 import gzip
-import hashlib
 import json
 import random
 import shutil
@@ -12,6 +12,7 @@ import torch
 from helpers import small_corpus
 
 import data
+from configurator import Refused, command, settings_of, write_manifest
 
 TEXTS = ['', ' ', 'Hello, world!', "it's  two\n\n\n    def f(x):\treturn 1234567", 'naïve — 漢字 🙂 e\u0301',
          '\x00\x1b[0m\r\n', 'a' * 3000, '<|endoftext|> <|mdm_mask|> typed by a user']
@@ -98,14 +99,12 @@ def doctored(file):
     yield lambda: model['vocab'].update({'no space': 99999}), 'not spelled in bytes'
     yield lambda: model['merges'].append(['q', 'q']), 'has no token'
     yield lambda: model['merges'].append(model['merges'][0]), 'two merges'
-    yield lambda: (model['vocab'].update({'zq': 99991, 'qz': 99992, 'zqz': 99993}), model['merges'].extend(
-        [['q', 'z'], ['z', 'q'], ['zq', 'z']])), 'not how its token is reached'
     yield lambda: file['added_tokens'][0].update(special=False), 'plain text'
     yield lambda: (model['vocab'].update({'qqq': 99999}), model.update(ignore_merges=True)), 'ignore_merges'
     yield lambda: file.pop('model'), 'not a tokenizer.json'
 
 
-@pytest.mark.parametrize('case', range(16))
+@pytest.mark.parametrize('case', range(15))
 def test_what_cannot_be_converted_is_refused_by_name(bpe, tmp_path, case):
     file = json.loads(bpe.read_text(encoding='utf-8'))
     change, says = list(doctored(file))[case]
@@ -147,43 +146,69 @@ def test_chat_template_inserts_ids_itself():
 # ------------------------------------------------------------------------------------------------- prepared folders
 
 
+def stream(corpus, split):
+    """All tokens of a split."""
+    return np.concatenate(corpus.shards[split])
+
+
+def windows(dataset, T, split='train', seed=0, **cuts):
+    dataset = data.Dataset([dataset], [1.0]) if isinstance(dataset, data.Corpus) else dataset
+    return data.Windows(dataset, split, dataset.parts[0].tokenizer(), T, seed, data.Cuts(**cuts))
+
+
+def first(source, n, size=None):
+    """The first n windows of the endless stream."""
+    return source.batch(0, range(n), size or n).x0
+
+
+def run_main(**flags):
+    data.main({**settings_of(vars(data)), **flags})
+
+
 def test_every_piece_lands_once_and_documents_end(corpus_folder):
-    corpus, tok = data.open_corpus(corpus_folder), data.get_tokenizer('bytes')
-    train, val = (np.concatenate(corpus.splits[s]) for s in ('train', 'val'))
-    assert (train == tok.eos_id).sum() == 36 and (val == tok.eos_id).sum() == 4      # 40 documents, every 10th held out
-    for split in ('train', 'val'):
-        entry = corpus.manifest['splits'][split]
-        n_eos = 36 if split == 'train' else 4
-        assert entry['tokens'] == entry['bytes'] + n_eos and len(corpus.splits[split][0]) == entry['tokens']
+    corpus, tok = data.Corpus(corpus_folder), data.get_tokenizer('bytes')
+    for split, n_eos in (('train', 36), ('val', 4)):                                # 40 documents, every 10th held out
+        assert (stream(corpus, split) == tok.eos_id).sum() == n_eos
+        assert corpus.count(split, 'tokens') == corpus.count(split, 'bytes') + n_eos == len(corpus.shards[split][0])
 
 
 def test_held_out_pieces_are_spread(tmp_path):
     text = '\n'.join(f'line {i} of a long document' for i in range(4000))
-    data.prepare([('a', text)], tmp_path / 'd', 'bytes')
-    corpus, tok = data.open_corpus(tmp_path / 'd'), data.get_tokenizer('bytes')
-    val = tok.decode(np.concatenate(corpus.splits['val']))
+    data.prepare([[('a', {'text': text})]], tmp_path / 'd', 'bytes')
+    corpus, tok = data.Corpus(tmp_path / 'd'), data.get_tokenizer('bytes')
+    val = tok.decode(stream(corpus, 'val'))
     numbers = [int(line.split()[1]) for line in val.replace('<|endoftext|>', '').splitlines() if line]
     assert min(numbers) < 1700 and max(numbers) > 2600 and 0.05 < len(numbers) / 4000 < 0.15
-    train = tok.decode(np.concatenate(corpus.splits['train']))
+    train = tok.decode(stream(corpus, 'train'))
     assert not set(numbers) & {int(line.split()[1]) for line in train.replace('<|endoftext|>', '').splitlines() if line}
+
+
+def test_files_to_hold_out(tmp_path):
+    (tmp_path / 'a.txt').write_text('to train on\n' * 2000)
+    (tmp_path / 'b.txt').write_text('to be held out\n' * 100)
+    run_main(input=str(tmp_path / 'a.txt'), val_input=str(tmp_path / 'b.txt'), out=str(tmp_path / 'd'),
+             tokenizer='bytes')
+    corpus, tok = data.Corpus(tmp_path / 'd'), data.get_tokenizer('bytes')
+    assert tok.decode(stream(corpus, 'train')).count('train on') == 2000
+    assert tok.decode(stream(corpus, 'val')).count('held out') == 100
 
 
 def test_dtype_fits_the_vocabulary(tmp_path, bpe):
     small_corpus(tmp_path / 'a', 12, str(bpe))
-    manifest = data.open_corpus(tmp_path / 'a').manifest
-    assert manifest['dtype'] == 'uint16' and manifest['tokenizer'] == 'tokenizer.json'
+    manifest = data.Corpus(tmp_path / 'a').manifest
+    assert manifest['splits']['train'][0]['dtype'] == 'uint16' and manifest['tokenizer'] == 'tokenizer.json'
     file = json.loads(bpe.read_text(encoding='utf-8'))
     file['model']['vocab']['qqq'] = 126336
     (tmp_path / 'wide.json').write_text(json.dumps(file), encoding='utf-8')
     small_corpus(tmp_path / 'b', 12, str(tmp_path / 'wide.json'))
-    assert data.open_corpus(tmp_path / 'b').manifest['dtype'] == 'uint32'
+    assert data.Corpus(tmp_path / 'b').manifest['splits']['train'][0]['dtype'] == 'uint32'
 
 
 def test_docs_are_real_text_without_repeats():
-    documents = dict(data.docs_text())
-    text = '\n\n'.join(documents.values())
-    assert 700_000 < len(text) < 3_000_000 and 'with' in text and len(documents) > 100
-    paragraphs = [p.strip() for t in documents.values() for p in t.split('\n\n')]
+    texts = [record['text'] for _, record in data.docs_text()]
+    text = '\n\n'.join(texts)
+    assert 700_000 < len(text) < 3_000_000 and 'with' in text and len(texts) > 100
+    paragraphs = [p.strip() for t in texts for p in t.split('\n\n')]
     assert len(paragraphs) == len(set(paragraphs))
 
 
@@ -192,8 +217,6 @@ def damage(folder, how):
     raw = bytearray(shard.read_bytes())
     if how == 'short':
         shard.write_bytes(raw[:-10])
-    elif how == 'odd':
-        shard.write_bytes(raw[:-1])
     elif how == 'empty':
         shard.write_bytes(b'')
     elif how == 'gone':
@@ -203,21 +226,54 @@ def damage(folder, how):
         shard.write_bytes(raw)
     elif how == 'dtype':
         manifest.write_text(manifest.read_text().replace('uint16', 'uint32'))
+    elif how == 'bytes':
+        manifest.write_text(manifest.read_text().replace('"bytes": ', '"bytes": 1'))
     elif how == 'json':
         manifest.write_text(manifest.read_text()[:-30])
 
 
-@pytest.mark.parametrize('change', [
-    dict(tokenizer=None), dict(tokenizer='/etc/tokenizer.json'), dict(vocab_size=0), dict(vocab_size=10 ** 30),
-    dict(dtype='int8,int8'), dict(splits={}), dict(splits=None), dict(splits={'train': 5}),
+@pytest.mark.parametrize('how, says', [
+    ('short', 'damaged'), ('empty', 'damaged'), ('gone', 'missing'), ('flip', 'damaged'), ('dtype', 'damaged'),
+    ('bytes', 'damaged'), ('json', 'not a JSON object'),
 ])
-def test_hostile_manifests(corpus_folder, tmp_path, change):
+def test_damaged_data(corpus_folder, tmp_path, how, says):
     folder = tmp_path / 'copy'
     shutil.copytree(corpus_folder, folder)
-    manifest = json.loads((folder / 'manifest.json').read_text())
-    (folder / 'manifest.json').write_text(json.dumps({**manifest, **change}))
-    with pytest.raises(ValueError, match='not a manifest'):
-        data.open_corpus(folder)
+    damage(folder, how)
+    with pytest.raises(ValueError, match=says):
+        data.Corpus(folder)
+
+
+def test_sizes_are_compared_even_without_checksums(corpus_folder, tmp_path):
+    shutil.copytree(corpus_folder, tmp_path / 'copy')
+    damage(tmp_path / 'copy', 'flip')
+    data.Corpus(tmp_path / 'copy', None)
+    damage(tmp_path / 'copy', 'short')
+    with pytest.raises(ValueError, match='the manifest says'):
+        data.Corpus(tmp_path / 'copy', None)
+
+
+def test_processes_share_the_work_of_comparing(files, tmp_path):
+    data.prepare(files, tmp_path / 'd', 'bytes')
+    folder = tmp_path / 'd'
+    names = sorted(data.Corpus(folder).manifest['files'])
+    raw = bytearray((folder / names[3]).read_bytes())
+    raw[0] ^= 1
+    (folder / names[3]).write_bytes(raw)
+    for k in (0, 2):
+        data.Corpus(folder, (k, 4))
+    with pytest.raises(ValueError, match=names[3]):
+        data.Corpus(folder, (3, 4))
+
+
+def test_another_version_of_data_is_refused(corpus_folder, tmp_path):
+    shutil.copytree(corpus_folder, tmp_path / 'copy')
+    manifest = json.loads((tmp_path / 'copy' / 'manifest.json').read_text())
+    (tmp_path / 'copy' / 'manifest.json').unlink()
+    del manifest['sha256']
+    write_manifest(tmp_path / 'copy', {**manifest, 'format': 'nanollada data 1'})
+    with pytest.raises(ValueError, match='another version'):
+        data.Corpus(tmp_path / 'copy')
 
 
 def test_nothing_of_the_user_is_overwritten(tmp_path):
@@ -228,68 +284,51 @@ def test_nothing_of_the_user_is_overwritten(tmp_path):
     assert (tmp_path / 'mine' / 'thesis.tex').exists() and len(list(tmp_path.iterdir())) == 1
     small_corpus(tmp_path / 'again', 12)
     small_corpus(tmp_path / 'again', 24)                            # a data set may be made anew
-    data.open_corpus(tmp_path / 'again')
+    data.Corpus(tmp_path / 'again')
 
 
 def test_a_wall_of_text_is_cut():
-    pieces = list(data.chunks([('a', 'x' * 50000), ('b', 'word ' * 5000)]))
-    assert max(len(t) for _, t in pieces) <= 8192 and ''.join(t for n, t in pieces if n == 'a') == 'x' * 50000
-    assert all(t.startswith((' word', 'word')) for n, t in pieces if n == 'b')
-
-
-@pytest.mark.parametrize('how, says', [
-    ('short', 'the manifest says'), ('odd', 'the manifest says'), ('empty', 'the manifest says'),
-    ('gone', 'missing'), ('flip', 'damaged'), ('dtype', 'the manifest says'), ('json', 'not a manifest'),
-])
-def test_damaged_data(corpus_folder, tmp_path, how, says):
-    folder = tmp_path / 'copy'
-    shutil.copytree(corpus_folder, folder)
-    damage(folder, how)
-    with pytest.raises(ValueError, match=says):
-        data.open_corpus(folder)
-
-
-def test_a_token_outside_the_vocabulary(corpus_folder, tmp_path):
-    folder = tmp_path / 'copy'
-    shutil.copytree(corpus_folder, folder)
-    shard = np.fromfile(folder / 'train_00000.bin', dtype=np.uint16)
-    shard[:] = 60000
-    shard.tofile(folder / 'train_00000.bin')
-    manifest = json.loads((folder / 'manifest.json').read_text())
-    manifest['splits']['train']['shards'][0]['sha256'] = hashlib.sha256(shard).hexdigest()
-    (folder / 'manifest.json').write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match='token 60000'):
-        data.batch(data.open_corpus(folder), 'train', [0], 8)
+    wall, words = list(data.chunks('x' * 50000)), list(data.chunks('word ' * 5000))
+    assert max(map(len, wall + words)) <= 8192 and ''.join(wall) == 'x' * 50000 and ''.join(words) == 'word ' * 5000
+    assert all(piece.startswith((' word', 'word')) for piece in words)
 
 
 @pytest.mark.parametrize('name, content, says', [
     ('a.txt', b'', 'no text'), ('a.txt', b'ok\nok\n\xff bad', 'a.txt:3: not UTF-8'),
-    ('a.csv', b'x', 'must be .txt, .jsonl'),
+    ('a.csv', b'x', 'input must be one of .txt, .jsonl'),
     ('a.jsonl', b'{"text": "x"}\n{"text": 3}', 'a.jsonl:2'), ('a.jsonl', b'{"text": "x"}\n{"text"', 'a.jsonl:2'),
-    ('a.jsonl', b'{"text": "\\ud800"}', 'a.jsonl:1'),
-    ('a.jsonl', b'{"words": "x"}', 'a.jsonl:1'), ('a.jsonl', b'{"text": "x"}\n\xfe', 'a.jsonl:2: not UTF-8'),
+    ('a.jsonl', b'{"text": "\\ud800"}', 'a.jsonl:1'), ('a.jsonl', b'5', 'a.jsonl:1: want a JSON object'),
+    ('a.jsonl', b'{"words": "x"}', 'a.jsonl:1'), ('a.jsonl', b'{"text": "x"}\n\xfe', 'a.jsonl:2'),
+    ('a.json', b'{"text": "x"}', 'must be one list'), ('a.json', b'[{"text": "x"}, {"text": ""}]', 'a.json, item 2'),
 ])
-def test_bad_input_is_named_and_leaves_nothing(tmp_path, name, content, says, capsys):
+def test_bad_input_is_named_and_leaves_nothing(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(SystemExit) as e:
-        data.main(['--input', str(tmp_path / name), '--out', str(tmp_path / 'out'), '--tokenizer', 'bytes'])
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and says in err and len(err.splitlines()) == 1
-    assert not (tmp_path / 'out').exists() and not (tmp_path / 'out.tmp').exists()
+    with pytest.raises((Refused, OSError), match=says) as e:
+        run_main(input=str(tmp_path / name), out=str(tmp_path / 'out'), tokenizer='bytes')
+    assert '\n' not in str(e.value) and [f.name for f in tmp_path.iterdir()] == [name]
 
 
-def test_command_line(tmp_path, capsys):
+def test_lines_that_hold_nothing_are_passed_over(tmp_path):
+    lines = [b'\xef\xbb\xbf{"prompt": "a", "response": "b"}', b'', b'  ', b'{"prompt": "c", "response": "d"}', b'']
+    (tmp_path / 'a.jsonl').write_bytes(b'\n'.join(lines))
+    found = list(data.read_records(tmp_path / 'a.jsonl'))
+    assert [where.rpartition(':')[2] for where, _ in found] == ['1', '4']
+    assert [record['messages'][0]['content'] for _, record in found] == ['a', 'c']
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
     (tmp_path / 'a.txt').write_text('some words to learn\n' * 4000, encoding='utf-8')
     (tmp_path / 'b.jsonl').write_text('\n'.join(json.dumps({'text': f'line {i}'}) for i in range(30)), encoding='utf-8')
-    data.main(['--input', f"{tmp_path / 'a.txt'},{tmp_path / 'b.jsonl'}", '--out', str(tmp_path / 'out'),
-               '--tokenizer', 'bpe-300'])
-    assert 'train it' in capsys.readouterr().out.replace('train on it', 'train it')
-    assert data.corpus_tokenizer(data.open_corpus(tmp_path / 'out')).vocab_size <= 300
-    with pytest.raises(SystemExit):
-        data.main(['nothing'])
-    assert 'docs, shakespeare' in capsys.readouterr().err
-    data.main([])
-    assert 'shakespeare' in capsys.readouterr().out
+    flags = [f"--input={tmp_path / 'a.txt'},{tmp_path / 'b.jsonl'}", f"--out={tmp_path / 'out'}", '--tokenizer=bpe-300']
+    for argv, says in ((flags, 'train on it'), ([], 'shakespeare')):
+        monkeypatch.setattr('sys.argv', ['data.py', *argv])
+        command(data.main, dict(vars(data)), positional=('name',))
+        assert says in capsys.readouterr().out
+    assert data.Corpus(tmp_path / 'out').tokenizer().vocab_size <= 300
+    monkeypatch.setattr('sys.argv', ['data.py', 'nothing'])
+    with pytest.raises(SystemExit) as e:
+        command(data.main, dict(vars(data)), positional=('name',))
+    assert e.value.code == 2 and 'docs, shakespeare' in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -304,52 +343,63 @@ def test_a_permutation_is_a_permutation():
 
 
 def test_every_window_once_an_epoch_and_another_order_in_the_next(corpus_folder):
-    corpus = data.open_corpus(corpus_folder)
-    total, T = corpus.manifest['splits']['train']['tokens'], 64
+    corpus, T = data.Corpus(corpus_folder), 64
+    tokens, total = stream(corpus, 'train'), corpus.count('train', 'tokens')
     n = (total - T + 1) // T
-    stream = np.concatenate(corpus.splits['train'])
-    epochs = [data.batch(corpus, 'train', range(e * n, (e + 1) * n), T, seed=3).x0.numpy() for e in range(2)]
-    for windows in epochs:
-        place = {stream[i:i + T].tobytes(): i for i in range(total - T + 1)}
-        starts = sorted(place[w.astype(stream.dtype).tobytes()] for w in windows)
+    source = windows(corpus, T, seed=3)
+    epochs = [source.batch(e, range(n), n).x0.numpy() for e in range(2)]
+    for epoch in epochs:
+        place = {tokens[i:i + T].tobytes(): i for i in range(total - T + 1)}
+        starts = sorted(place[w.astype(tokens.dtype).tobytes()] for w in epoch)
         assert len(starts) == n and (np.diff(starts) == T).all()                        # side by side, each once
     assert not np.array_equal(epochs[0], epochs[1])
 
 
 def test_batches_do_not_depend_on_how_they_are_split(corpus_folder):
-    corpus = data.open_corpus(corpus_folder)
-    whole = data.batch(corpus, 'train', range(40, 48), 32, seed=1)
-    parts = [data.batch(corpus, 'train', range(i, i + 2), 32, seed=1).x0 for i in range(40, 48, 2)]
+    source = windows(data.Corpus(corpus_folder), 32, seed=1)
+    whole = source.batch(5, range(8), 8)
+    parts = [source.batch(5, range(i, i + 2), 8).x0 for i in range(0, 8, 2)]
     assert torch.equal(whole.x0, torch.cat(parts)) and whole.maskable.all() and whole.cu_seqlens is None
     assert whole.x0.dtype == torch.int64 and whole.maskable.dtype == torch.bool
 
 
 def test_windows_cross_shards(tmp_path):
     rng = np.random.default_rng(0)
-    documents = [(f'd{i}', ' '.join(rng.choice(['ab', 'cd', 'ef'], 60))) for i in range(20)]
-    data.prepare(documents, tmp_path / 'one', 'bytes')
-    for name, text in documents:
-        (tmp_path / f'{name}.txt').write_text(text)
+    documents = [(f'd{i}', {'text': ' '.join(rng.choice(['ab', 'cd', 'ef'], 60))}) for i in range(20)]
+    data.prepare([documents], tmp_path / 'one', 'bytes')
+    for name, record in documents:
+        (tmp_path / f'{name}.txt').write_text(record['text'])
     files = [tmp_path / f'{name}.txt' for name, _ in documents]
     data.prepare(files, tmp_path / 'many', 'bytes')
-    one, many = data.open_corpus(tmp_path / 'one'), data.open_corpus(tmp_path / 'many')
-    assert len(many.splits['train']) == 18 and len(one.splits['train']) == 1
+    one, many = data.Corpus(tmp_path / 'one'), data.Corpus(tmp_path / 'many')
+    assert len(many.shards['train']) == 18 and len(one.shards['train']) == 1
     for seed in range(3):
-        assert torch.equal(data.batch(one, 'train', range(9), 250, seed).x0,
-                           data.batch(many, 'train', range(9), 250, seed).x0)
-    assert torch.equal(data.all_windows(one, 'val', 50), data.all_windows(many, 'val', 50))
+        assert torch.equal(first(windows(one, 250, seed=seed), 9), first(windows(many, 250, seed=seed), 9))
+    assert torch.equal(windows(one, 50, 'val').held_out()[0], windows(many, 50, 'val').held_out()[0])
+
+
+def test_held_out_windows_are_in_order_and_evenly_chosen(corpus_folder):
+    corpus = data.Corpus(corpus_folder)
+    x0, maskable, n_bytes = windows(corpus, 32, 'val').held_out()
+    assert torch.equal(x0.flatten(), torch.from_numpy(stream(corpus, 'val').astype(np.int64))[:x0.numel()])
+    assert maskable.all() and len(x0) == corpus.count('val', 'tokens') // 32
+    assert n_bytes == pytest.approx(32 * corpus.count('val', 'bytes') / corpus.count('val', 'tokens'))
+    few, _, _ = windows(corpus, 32, 'val').held_out(5)
+    assert torch.equal(few, x0[[i * len(x0) // 5 for i in range(5)]])
 
 
 def test_too_little_text(corpus_folder, tmp_path):
-    corpus = data.open_corpus(corpus_folder)
-    with pytest.raises(ValueError, match='too few for a window'):
-        data.batch(corpus, 'train', [0], 10 ** 6)
-    with pytest.raises(ValueError, match='too short'):
-        data.all_windows(corpus, 'val', 10 ** 6)
+    corpus = data.Corpus(corpus_folder)
+    for split in ('train', 'val'):
+        with pytest.raises(ValueError, match='too short for a window'):
+            windows(corpus, 10 ** 6, split)
     with pytest.raises(ValueError, match='too little text'):
-        data.prepare([('a', 'short')], tmp_path / 'x', 'bytes')
+        data.prepare([[('a', {'text': 'short'})]], tmp_path / 'x', 'bytes')
+    assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError, match='python data.py shakespeare'):
-        data.open_corpus(tmp_path / 'shakespeare')
+        data.Corpus(tmp_path / 'shakespeare')
+    with pytest.raises(FileNotFoundError, match='worlds.py'):
+        data.Corpus(tmp_path / 'world')
 
 
 # ------------------------------------------------------------------------------------------- many files, and mixtures
@@ -372,37 +422,43 @@ def test_processes_and_interruptions_change_nothing(files, tmp_path, monkeypatch
     one = data.prepare(files, tmp_path / 'one', 'bpe-300')
     many = data.prepare(files, tmp_path / 'many', 'bpe-300', workers=2)
     assert one == many and not list(tmp_path.glob('.*unfinished*'))
-    real, made = data._write_part, []
+    real, made = data.tokenize_source, []
 
     def interrupted(job):
-        if job[2] == 3:
+        if job[0] == 3:
             raise KeyboardInterrupt
-        made.append(job[2])
+        made.append(job[0])
         return real(job)
 
-    monkeypatch.setattr(data, '_write_part', interrupted)
+    monkeypatch.setattr(data, 'tokenize_source', interrupted)
     with pytest.raises(KeyboardInterrupt):
         data.prepare(files, tmp_path / 'again', 'bpe-300')
     assert not (tmp_path / 'again').exists() and made == [0, 1, 2]
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / '.again.unfinished').glob('train_*')}
-    monkeypatch.setattr(data, '_write_part', real)
+    monkeypatch.setattr(data, 'tokenize_source', real)
     assert data.prepare(files, tmp_path / 'again', 'bpe-300') == one
     assert all((tmp_path / 'again' / f.name).stat().st_mtime_ns == t for f, t in before.items()) and len(before) == 3
 
 
+def interrupted_at_the_end(monkeypatch, *args, **options):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, 'collect', stop)
+        with pytest.raises(KeyboardInterrupt):
+            data.prepare(*args, **options)
+
+
 def test_what_changed_since_is_done_anew(files, tmp_path, monkeypatch):
-    real = data._finish
-    monkeypatch.setattr(data, '_finish', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        data.prepare(files, tmp_path / 'a', 'bytes')
+    interrupted_at_the_end(monkeypatch, files, tmp_path / 'a', 'bytes')
     files[0].write_text('another text altogether\n' * 900)
-    monkeypatch.setattr(data, '_finish', real)
     assert data.prepare(files, tmp_path / 'a', 'bytes') == data.prepare(files, tmp_path / 'b', 'bytes')
 
 
 def test_a_bad_line_in_one_of_many_files(files, tmp_path):
     files[4].write_text(files[4].read_text() + '{"text": 5}\n')
-    with pytest.raises(ValueError, match='in4.jsonl:8: want a JSON object'):
+    with pytest.raises(ValueError, match='in4.jsonl:8: want a text'):
         data.prepare(files, tmp_path / 'out', 'bytes', workers=2)
     assert not (tmp_path / 'out').exists()
     files[4].write_text('\n'.join(files[4].read_text().splitlines()[:7]) + '\n')
@@ -410,16 +466,8 @@ def test_a_bad_line_in_one_of_many_files(files, tmp_path):
 
 
 def test_another_vocabulary_is_another_job(files, tmp_path, monkeypatch):
-    real = data._finish
-    monkeypatch.setattr(data, '_finish', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        data.prepare(files, tmp_path / 'a', 'bpe-300', val_every=3)
-    monkeypatch.setattr(data, '_finish', real)
+    interrupted_at_the_end(monkeypatch, files, tmp_path / 'a', 'bpe-300', val_every=3)
     first, again = (data.prepare(files[:4], tmp_path / name, 'bpe-300', val_every=3) for name in 'ab')
-    for manifest in (first, again):                                 # but for when it was made
-        for split in manifest['splits'].values():
-            for shard in split['shards']:
-                shard.pop('made_from', None)
     assert first == again
     assert {f.name for f in (tmp_path / 'a').iterdir()} == {f.name for f in (tmp_path / 'b').iterdir()}
 
@@ -434,59 +482,101 @@ def test_a_cut_gzip_file(files, tmp_path):
 def test_parquet(tmp_path):
     parquet = pytest.importorskip('pyarrow.parquet')
     import pyarrow
-    parquet.write_table(pyarrow.table({'text': ['one text', 'two']}), tmp_path / 'a.parquet')
-    assert list(data.read_file(tmp_path / 'a.parquet')) == [('a.parquet:1', 'one text'), ('a.parquet:2', 'two')]
+    dates = [datetime.date(2026, 6, 1), datetime.date(2026, 6, 2)]
+    table = pyarrow.table({'text': ['one text', 'two'], 'n': [1, 2], 'when': dates, 'raw': [b'a', None]})
+    parquet.write_table(table, tmp_path / 'a.parquet')
+    assert [record['text'] for _, record in data.read_records(tmp_path / 'a.parquet')] == ['one text', 'two']
     (tmp_path / 'b.parquet').write_text('no')
     with pytest.raises(ValueError, match='not a parquet file'):
-        list(data.read_file(tmp_path / 'b.parquet'))
+        list(data.read_records(tmp_path / 'b.parquet'))
+
+
+def test_a_row_that_is_several_things_is_the_first_of_them():
+    """Public sets carry the flattened text beside the messages: it is not trained on twice."""
+    said = [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}]
+    assert data.as_record({'messages': said, 'text': 'q a', 'id': 7}) == {'messages': said, 'id': 7}
+    assert data.as_record({'prompt': 'q', 'response': 'a', 'text': 'q a'}) == {'messages': said}
+    assert data.as_record({'text': 't', 'response': 'a'}) == {'text': 't'}
+
+
+def test_a_vocabulary_is_learnt_from_what_is_trained_on(tmp_path):
+    """Of several sources, and of examples, exactly the texts of the training split."""
+    for i, line in enumerate(('aa bb ' * 9000, 'cc dd ' * 9000)):
+        (tmp_path / f'{i}.txt').write_text('\n'.join(line[k:k + 60] for k in range(0, len(line), 60)))
+    sources = [tmp_path / '0.txt', tmp_path / '1.txt']
+    data.prepare(sources, tmp_path / 'out', 'bytes', val_every=3)
+    trained = ''.join(data.training_texts(sources, None, 3))
+    tok = data.get_tokenizer('bytes')
+    ids = data.open_dataset(str(tmp_path / 'out')).parts[0]
+    stored = [int(i) for shard in ids.shards['train'] for i in shard if i != tok.eos_id]
+    assert tok.decode(stored) == trained
+
+
+def test_another_vocabulary_with_the_same_look_is_noticed(tmp_path):
+    """Two vocabularies that differ in one merge that hardly any text shows."""
+    merges = data.train_bpe('the quick brown fox the quick brown fox', 12)
+    data.save_bpe(tmp_path / 'a.json', merges)
+    data.save_bpe(tmp_path / 'b.json', [*merges[:-1], (b'Z', b'Q')])
+    ours, theirs = (data.get_tokenizer(tmp_path / name) for name in ('a.json', 'b.json'))
+    data.check_same(ours, data.get_tokenizer(tmp_path / 'a.json'), 'x', 'y')
+    with pytest.raises(Refused, match='x: its tokenizer is not the one of y'):
+        data.check_same(ours, theirs, 'x', 'y')
 
 
 def test_a_mixture_keeps_its_shares_and_repeats_nothing(files, tmp_path):
     for name, part in (('a', files[:4]), ('b', files[4:])):
         data.prepare(part, tmp_path / name, 'bytes', val_every=3)
-    mixture = data.open_dataset(f"{tmp_path / 'a'}:3,{tmp_path / 'b'}:1")
-    a, b = (data.open_corpus(tmp_path / name) for name in 'ab')
-    windows = data.batch(mixture, 'train', range(1000), 32, 5).x0
-    at, streams = [0, 0], [data.batch(c, 'train', range(1000), 32, 5).x0 for c in (a, b)]
-    for window, source in zip(windows, mixture.turns):                             # each source's own stream, in order
-        assert torch.equal(window, streams[source][at[source]])
-        at[source] += 1
+    mixture = windows(data.open_dataset(f"{tmp_path / 'a'}:3,{tmp_path / 'b'}:1"), 32, seed=5)
+    a, b = (windows(data.Corpus(tmp_path / name), 32, seed=5) for name in 'ab')
+    at, streams = [0, 0], [first(source, 1000) for source in (a, b)]
+    for window, which in zip(first(mixture, 1000), mixture.turns):                      # each its own stream, in order
+        assert torch.equal(window, streams[which][at[which]])
+        at[which] += 1
     assert at == [750, 250]
-    later = data.batch(mixture, 'train', [1000 + i for i in range(20)], 32, 5).x0
-    assert torch.equal(later[mixture.turns[:20] == 1], data.batch(b, 'train', range(250, 1000), 32, 5).x0[
-        :int((mixture.turns[:20] == 1).sum())])
-    assert len(data.all_windows(mixture, 'val', 32, 40)) == 40
-    low, high = sorted(map(data.bytes_per_token, (a, b)))
-    assert low <= data.bytes_per_token(mixture) <= high
-    for text, says in (('a:0.5,b', 'a mixture is written'), ('a:-1,b:2', 'a mixture is written'), (':1', 'a mixture'),
-                       (f"{tmp_path / 'a'}:1,{tmp_path / 'b'}:0.0001", 'less than a thousandth')):
-        with pytest.raises(ValueError, match=says):
+    later, second = mixture.batch(1, range(20), 1000).x0, mixture.turns[:20] == 1
+    assert torch.equal(later[second], first(b, 1000)[250:250 + int(second.sum())])
+    held_out = windows(data.open_dataset(f"{tmp_path / 'a'}:3,{tmp_path / 'b'}:1"), 32, 'val').held_out(40)
+    assert len(held_out[0]) == 40
+    low, high = sorted((a.bytes_per_token, b.bytes_per_token))
+    assert low <= mixture.bytes_per_token <= high
+
+
+def test_mixtures_that_cannot_be(files, tmp_path):
+    for name, part in (('a', files[:4]), ('b', files[4:])):
+        data.prepare(part, tmp_path / name, 'bytes', val_every=3)
+    for text in ('a:0.5,b', 'a:-1,b:2', 'a:x', 'a:nan,b:1'):
+        with pytest.raises(ValueError, match='a mixture is written'):
             data.open_dataset(text)
+    with pytest.raises(ValueError, match='less than a thousandth'):
+        windows(data.open_dataset(f"{tmp_path / 'a'}:1,{tmp_path / 'b'}:0.0001"), 32)
     data.prepare(files[:2], tmp_path / 'c', 'bpe-300', val_every=3)
-    with pytest.raises(ValueError, match='different tokenizers'):
+    with pytest.raises(ValueError, match='its tokenizer is not the one of'):
         data.open_dataset(f"{tmp_path / 'a'}:1,{tmp_path / 'c'}:1")
 
 
 def test_a_colon_in_the_name_of_a_folder(files, tmp_path):
     data.prepare(files, tmp_path / 'a:1', 'bytes')
-    assert not data.open_dataset(str(tmp_path / 'a:1')).parts
+    assert len(data.open_dataset(str(tmp_path / 'a:1')).parts) == 1
 
 
-def test_cuts_have_the_rates_and_lengths_of_the_papers():
-    cuts = np.concatenate([data.draw_cuts(1, i, 1000, 64, 0.01, 0.30) for i in range(200)])
-    n = len(cuts)
-    assert abs((cuts < 0).mean() - 0.01) < 4 * (0.01 / n) ** 0.5
-    assert abs((cuts > 0).mean() - 0.3) < 4 * (0.21 / n) ** 0.5
-    assert set(cuts[cuts > 0]) == set(range(1, 64)) and set(-cuts[cuts < 0]) <= set(range(1, 65))
-    assert abs(-cuts[cuts < 0].mean() - 32.5) < 4 * 18.5 / (cuts < 0).sum() ** 0.5
-    assert (data.draw_cuts(1, 7, 10, 64, 0.5, 0.5) == data.draw_cuts(1, 7, 10, 64, 0.5, 0.5)).all()
-    assert not data.draw_cuts(1, 7, 10, 64).any()
+def test_cuts_have_the_rates_and_lengths_of_the_papers(corpus_folder):
+    source = windows(data.Corpus(corpus_folder), 64, seed=1, random_length=0.01, random_split=0.30)
+    keep, border = (np.concatenate(z) for z in zip(*(source.cuts(i, 1000) for i in range(200))))
+    short, split, n = keep < 64, (border < 64) & (keep == 64), len(keep)
+    assert abs(short.mean() - 0.01 * 63 / 64) < 4 * (0.01 / n) ** 0.5                   # one length in 64 is all of it
+    assert abs(split.mean() - 0.3) < 4 * (0.21 / n) ** 0.5
+    assert set(border[split]) == set(range(1, 64)) and set(keep) <= set(range(1, 65))
+    assert abs(keep[short].mean() - 32) < 4 * 18.5 / short.sum() ** 0.5
+    assert (source.cuts(7, 10)[1] == source.cuts(7, 10)[1]).all()
+    assert (windows(data.Corpus(corpus_folder), 64).cuts(7, 10)[1] == 64).all()
 
 
-def test_cut_windows(corpus_folder):
-    corpus = data.open_corpus(corpus_folder)
-    plain = data.batch(corpus, 'train', range(4), 16)
-    cut = data.batch(corpus, 'train', range(4), 16, cuts=np.array([0, 5, -3, -16]))
+def test_cut_windows(corpus_folder, monkeypatch):
+    source = windows(data.Corpus(corpus_folder), 16)
+    plain = source.batch(0, range(4), 4)
+    cuts = np.array([16, 16, 3, 16]), np.array([16, 5, 3, 16])
+    monkeypatch.setattr(source, 'cuts', lambda it, size: cuts)
+    cut = source.batch(0, range(4), 4)
     assert torch.equal(plain.x0, cut.x0) and plain.cu_seqlens is None and plain.maskable.all()
     assert cut.cu_seqlens.tolist() == [0, 16, 21, 32, 35, 48, 64, 64, 64] and cut.cu_seqlens.dtype == torch.int32
-    assert cut.maskable.sum(1).tolist() == [16, 16, 3, 16]
+    assert cut.maskable.sum(1).tolist() == [16, 16, 3, 16] and source.total(0, 4) == 51

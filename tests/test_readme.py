@@ -9,7 +9,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-from helpers import ROOT, small_corpus, tiny_model
+from helpers import ROOT, small_corpus, tiny_model, write_worlds
 
 import data
 import model as M
@@ -18,7 +18,7 @@ TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
 COMMANDS = re.findall(r'`(python [^`]+)`', TEXT)
 COMMANDS += re.findall(r'^python (?!tests/)[^#\n]+', TEXT, re.M)
 COMMANDS = [c for c in COMMANDS if 'FOLDER' not in c]
-MADE_UP = ('world', 'sft_toy', 'reversal', 'scaling', 'talks')                          # these bring their own data
+MADE_UP = ('world', 'sft_toy', 'reversal', 'talks')                                     # these bring their own data
 RELEASED = ('LLaDA-8B-Instruct', 'iLLaDA-8B-Instruct')
 TINY = ('--n_layer=1 --n_head=2 --n_kv_head=2 --d_model=32 --d_ff=48 --seq_len=96 --batch_size=2 --max_iters=4 '
         '--eval_interval=2 --eval_windows=4 --eval_draws=1 --sample_tokens=4 --warmup_iters=1 --device=cpu').split()
@@ -34,13 +34,11 @@ def desk(tmp_path_factory):
     (folder / 'prompts.txt').write_text('the\na word\n', encoding='utf-8')
     (folder / 'questions.jsonl').write_text('{"prompt": "why?"}\n', encoding='utf-8')
     (folder / 'config').symlink_to(ROOT / 'config')
-    good_and_bad = '{"sentence_good": "He goes.", "sentence_bad": "He go."}\n'
-    (folder / 'blimp.jsonl').write_text(good_and_bad * 3)
+    (folder / 'choices.jsonl').write_text('{"question": "Which?", "choices": ["He goes.", "He go."], "answer": 0}\n')
     (folder / 'gsm8k.jsonl').write_text('{"question": "1 + 1?", "answer": "two #### 2"}\n')
-    (folder / 'poem_data.json').write_text(json.dumps([{'first': f'ab{i}', 'second': f'{i}cd'} for i in range(9)]))
-    (folder / 'two.jsonl').write_text('{"prompt": "Name two.", "response": "a and b"}\n')
     talks = ({'prompt': f'question {i}', 'response': 'yes'} for i in range(90))
-    (folder / 'talks.jsonl').write_text(''.join(json.dumps(t) + '\n' for t in talks) + '{"prompt": "cut')
+    (folder / 'talks.jsonl').write_text(''.join(json.dumps(t) + '\n' for t in talks))
+    write_worlds(folder / 'data')
     data.save_bpe(folder / 'tokenizer.json', [])
     (folder / 'web').mkdir()
     for i in range(4):
@@ -72,34 +70,35 @@ def test_every_command(desk, monkeypatch, capsys):
     monkeypatch.chdir(desk)
     monkeypatch.setattr('builtins.input', nobody)
     seen = set()
-    monkeypatch.setitem(data.DATASETS, 'world', (lambda: data.stories(400), 'world', ''))       # a small world
-    monkeypatch.setitem(data.DATASETS, 'instruct', (lambda: data.dialogues(300), 'world', ''))
     prepare_first = sorted(dict.fromkeys(COMMANDS), key=lambda c: (
         ' data.py' not in c, ' train.py' not in c, '--resume' in c, 'sft' in c))
     for command in prepare_first:
-        script, *argv = shlex.split(re.sub('iter_[0-9]+', 'iter_0000004', command))[1:]
+        script, *argv = shlex.split(command)[1:]
         if script == 'train.py' and '--help' not in argv:
-            resume = '--resume' in argv
-            more = ['--out_dir=out/docs', '--max_iters=6'] if resume else ['--flops=0']
-            more += [] if any(name in command for name in MADE_UP[:-2]) or 'talks' in command else ['--dataset=./small']
+            more = ['--out_dir=out/docs', '--max_iters=6'] if '--resume' in argv else []
+            more += [] if any(name in command for name in MADE_UP) else ['--dataset=./small']
             run(script, [*argv, *TINY, *more])
         elif script == 'data.py' and argv:
             offline = ['--input=a.txt', '--tokenizer=bytes', '--val_every=3']           # no network here
             run(script, [*argv, *(offline if '--input' not in command else offline[1:])])
-        elif script == 'evaluate.py':
-            few = ['--draws=1', '--windows=4', '--limit=3', '--samples=2', '--mc_num=2']
+        elif script in ('evaluate.py', 'tests/lab/experiments.py'):
+            few = ['--draws=1', '--windows=4', '--limit=3', '--mc_num=2']
+            few += ['--samples=2'] if 'lab' in script else []
             few += ['--gen_length=8'] if argv[0] in ('exact', 'flood') else []
+            few += ['--input=choices.jsonl'] if argv[0] == 'choice' else []
+            argv = [word for word in argv if 'choice' not in argv or not word.startswith('--input')]
             run(script, [*argv, *few, *([] if any(name in command for name in MADE_UP) else ['--dataset=./small'])])
         elif argv and argv[0] in RELEASED:
             if find_spec('safetensors'):
                 run(script, [*argv, '--gen_length=64', *(['--steps=64'] if 'sample_llada' in command else [])])
-        elif script in ('sample.py', 'train.py', 'data.py'):
+        elif script in ('sample.py', 'train.py', 'data.py', 'tests/lab/estimate.py'):
             run(script, argv)
         else:
-            assert script in ('-m', 'tests/bench_train.py'), command
+            assert script in ('-m', 'tests/bench_train.py', 'tests/lab/worlds.py'), command     # as written: too long
         seen.add(script)
         capsys.readouterr()
-    assert {'train.py', 'data.py', 'sample.py', 'evaluate.py'} <= seen and len(COMMANDS) > 15
+    assert {'train.py', 'data.py', 'sample.py', 'evaluate.py', 'tests/lab/experiments.py'} <= seen
+    assert len(COMMANDS) > 15
 
 
 def test_the_two_command_lines_name_what_is_there():

@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 
 import pytest
 import torch
@@ -40,7 +39,7 @@ def test_sampling_from_a_run(run, capsys):
 
 @pytest.mark.parametrize('argv, says', [
     (['--prompt='], 'the prompt is empty'), (['--prompt=' + 'x' * 40], 'the context holds 32'),
-    (['--gen_length=8', '--steps=9'], 'steps must not exceed the 8'),
+    (['--gen_length=8', '--steps=9'], 'steps must lie between 1 (blocks) and 8'),
     (['--gen_length=8', '--block_length=3'], 'block_length must divide the 8'),
     (['--gen_length=-1'], 'gen_length must be 0 or more'), (['--stop=', '--prompt=a'], 'stop must hold texts'),
     (['--prompt=a ___', '--gen_length=4'], 'not gaps'),
@@ -48,7 +47,7 @@ def test_sampling_from_a_run(run, capsys):
     (['--chat', '--gen_length=2', '--remasking=best'], 'remasking must be'),
     (['--mask_id=5'], 'the weights say mask is'), (['--temperature=-1'], 'temperature must be 0 or more'),
     (['--remasking=best'], 'remasking must be'), (['--prompt=a ___', '--prompt=b'], 'either all prompts'),
-    (['--gen_length=8', '--block_length=4', '--steps=1'], 'at least the 2 blocks'),
+    (['--gen_length=8', '--block_length=4', '--steps=1'], 'between 2 (blocks) and 8'),
     (['--checkpoint=no/such'], 'no checkpoint here'), (['--gen_lenght=8'], 'did you mean gen_length'),
     (['--threshold=0.9'], 'needs low_confidence'),
     (['--prompt=a ___ b', '--block_length=2'], 'not gaps'),
@@ -126,7 +125,7 @@ def test_prompts_from_files_and_stdin(run, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize('content, says', [
     (b'', 'no prompt in it'), (b'{"prompt": "a"}\n{"prompt": 5}\n', ':2: want "prompt"'), (b'{"a": 1}', ':1: want'),
-    (b'{', ':1: not UTF-8 text or JSON'), (b'{"prompt": "a"}\n\xff\n', ':2: not UTF-8'), (b'[]', ':1: want'),
+    (b'{', ':1: not JSON'), (b'{"prompt": "a"}\n\xff\n', ':2: not UTF-8'), (b'[]', ':1: want'),
     (b'{"messages": [{"role": "user"}]}', ':1: want'), (b'{"ids": [1, 99999]}', 'between 0 and'), (b'null', ':1: want'),
 ])
 def test_bad_prompt_files(run, tmp_path, capsys, content, says):
@@ -149,6 +148,18 @@ def test_every_sampler_flag(run, capsys, flags):
     script('sample', run, '--prompt=a', '--prompt=tok', *flags.split(),
            f'--gen_length={2 if "--instruct" in flags else 8}')
     assert 'forward passes' in capsys.readouterr().err
+
+
+def test_a_run_that_fails_leaves_no_empty_file(run, tmp_path, monkeypatch):
+    """The same command can be given again."""
+    def broken(*args, **options):
+        raise KeyboardInterrupt
+
+    import diffusion
+    monkeypatch.setattr(diffusion, 'complete', broken)
+    with pytest.raises(SystemExit):
+        script('sample', run, '--num_samples=1', f'--out={tmp_path / "a.jsonl"}', f'--html={tmp_path / "a.html"}')
+    assert not list(tmp_path.iterdir())
 
 
 def test_stop_strings_cut_the_text(run, capsys):
@@ -224,9 +235,9 @@ def test_other_templates_and_missing_ids_are_refused(tmp_path, capsys):
     def refused(*argv):
         with pytest.raises(SystemExit) as e:
             script('sample', folder, '--gen_length=4', *argv)
-        captured = capsys.readouterr()
-        assert e.value.code == 2 and len(captured.err.splitlines()) == 1
-        return captured.err
+        lines = [line for line in capsys.readouterr().err.splitlines() if 'changed since save_release' not in line]
+        assert e.value.code == 2 and len(lines) == 1
+        return lines[0]
 
     llama = TEMPLATE.replace("'<|eot_id|>'", "'<|eot_id|>Cutting Knowledge Date'")
     edit(folder / 'tokenizer_config.json', chat_template=llama)
@@ -299,11 +310,11 @@ def test_unused_rows_of_the_vocabulary_are_never_written():
 def test_end_think_by_hand():
     """One row in a thought of ids 7 8: the boost goes to 7, after a written 7 to 8, and to nobody once 7 8 stands."""
     m = 39
-    hook = diffusion.end_think([7, 8], gen_length=4, boost=10.0, power=2.0)
+    hook = diffusion.end_think(2, 4, [7, 8], boost=10.0, power=2.0)
     for row, column, token in (([1, 2, 5, m, m, m], 3, 7), ([1, 2, 7, m, m, m], 3, 8), ([1, 2, 7, 8, m, m], 4, None),
                                ([1, 7, m, m, m, m], 2, 7)):         # a 7 in the prompt is not of the thought
         x = torch.tensor([row])
-        logits = hook(torch.zeros(int((x == m).sum()), 40), x, x == m, 2)
+        logits = hook(torch.zeros(int((x == m).sum()), 40), x, x == m)
         want = torch.zeros_like(logits)
         if token is not None:
             want[0, token] = 10.0 * ((column - 2 + 1) / 4) ** 2
@@ -315,30 +326,13 @@ def test_end_think_ends_a_thought():
     prompts, ids = [[1, 2], [3, 4, 5]], [30, 31]
     options = dict(block_length=4, steps_per_block=4, max_length=24, stop=lambda new: 31 in new)
     free, _ = diffusion.generate_variable_length(model, prompts, 39, 38, **options)
-    hook = diffusion.end_think(ids, 24, boost=100.0, power=3.0)
+    hook = diffusion.end_think(3, 24, ids, boost=100.0, power=3.0)
     ended, _ = diffusion.generate_variable_length(model, prompts, 39, 38, adjust=hook, **options)
     for row, p in zip(ended, prompts):
         assert '30, 31' in str(row[len(p):]) and '30, 31' not in str(free)
     for row, p in zip(ended, prompts):                              # and a batch equals single runs
+        hook = diffusion.end_think(len(p), 24, ids, boost=100.0, power=3.0)
         assert diffusion.generate_variable_length(model, [p], 39, 38, adjust=hook, **options)[0][0] == row
-
-
-@pytest.mark.parametrize('cfg_scale', [0.0, 0.7])
-def test_scores_of_many_candidates_equal_single_ones(cfg_scale):
-    model, g = tiny_model(3).eval(), torch.Generator().manual_seed(0)
-    x0s = [torch.randint(0, 36, (3 + i % 6,), generator=g) for i in range(12)]
-    maskables = [torch.arange(len(x)) >= 1 + i % 2 for i, x in enumerate(x0s)]
-    options = dict(cfg_scale=cfg_scale, batch_size=5)
-    together = diffusion.log_likelihoods(model, x0s, maskables, 39, mc_num=1000, **options)      # all masks: no noise
-    chosen = diffusion.confidence_scores(model, x0s, maskables, 39, eos_id=38, **options)
-    for x, m, a, b in zip(x0s, maskables, together, chosen):
-        alone = diffusion.log_likelihood(model, x, m, 39, mc_num=1000, cfg_scale=cfg_scale)
-        assert math.isclose(a, alone, abs_tol=1e-4)
-        alone = diffusion.confidence_score(model, x, m, 39, eos_id=38, cfg_scale=cfg_scale)
-        assert math.isclose(b, alone, abs_tol=1e-4)
-    plain = lambda ids: model(ids)                                  # noqa: E731  cannot hide padding
-    again = diffusion.log_likelihoods(plain, x0s, maskables, 39, mc_num=1000, **options)
-    assert torch.allclose(torch.tensor(again), torch.tensor(together), atol=1e-4)
 
 
 def test_a_wide_vocabulary_is_sampled_in_little_memory():

@@ -184,6 +184,25 @@ def test_ar_generation_with_and_without_a_cache():
     assert (ended.x[0, 3:] == first).all()
 
 
+def test_zero_and_nothing_are_as_good_as_none(model):
+    """A script's settings have no None: threshold 0 and cache '' are off."""
+    x = torch.tensor([[1] + [MASK] * 8])
+    plain = diffusion.generate(model, x, MASK, steps=4, threshold=None, cache=None)
+    assert torch.equal(diffusion.generate(model, x, MASK, steps=4, threshold=0.0, cache='').x, plain.x)
+
+
+def test_a_misspelt_option_of_the_baseline_is_an_error():
+    with pytest.raises(TypeError, match='temprature'):
+        diffusion.ar_generate(tiny_model(2, causal=True), torch.tensor([[1]]), 2, temprature=0.0)
+
+
+def test_a_row_without_a_maskable_token_costs_nothing(model):
+    """Eq. 6 of nothing is log 1, not 0/0, also beside rows that have some."""
+    x0, maskable = torch.tensor([[1, 2, 3], [1, 2, 3]]), torch.tensor([[False] * 3, [True] * 3])
+    bounds = diffusion.bound_per_row(model, x0, maskable, MASK, draws=2)
+    assert bounds[0] == 0 and bounds[1] < 0
+
+
 @pytest.mark.parametrize('settings, says', [
     (dict(steps=0), 'steps'), (dict(steps=8, block_length=3), 'block_length must divide the 8'),
     (dict(steps=8, block_length=0), 'block_length'), (dict(steps=1, block_length=4), 'number of blocks'),

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 import pytest
+import worlds
 
 import data
 
@@ -28,7 +29,7 @@ def every_story():
     told, found = [], []
     while True:
         script = Script(told)
-        text, logp, _ = data.world_story(script)
+        text, logp, _ = worlds.story(script)
         found.append((text, logp))
         last = max((i for i, (k, n) in enumerate(zip(script.taken, script.widths)) if k + 1 < n), default=None)
         if last is None:
@@ -38,13 +39,13 @@ def every_story():
 
 @pytest.fixture
 def small_world(monkeypatch):
-    small = {kind: words[:2] for kind, words in data.WORDS.items() if kind != 'name'}
+    small = {kind: words[:2] for kind, words in worlds.WORDS.items() if kind != 'name'}
     small['name'] = small['girl'] + small['boy']
-    monkeypatch.setattr(data, 'WORDS', small)
-    monkeypatch.setattr(data, 'STORY', [line[:3] for line in data.STORY])
-    data._sentence_pattern.cache_clear()
+    monkeypatch.setattr(worlds, 'WORDS', small)
+    monkeypatch.setattr(worlds, 'STORY', [line[:3] for line in worlds.STORY])
+    worlds.pattern.cache_clear()
     yield
-    data._sentence_pattern.cache_clear()
+    worlds.pattern.cache_clear()
 
 
 def test_the_probabilities_of_all_stories_add_up_to_one(small_world):
@@ -52,15 +53,15 @@ def test_the_probabilities_of_all_stories_add_up_to_one(small_world):
     assert len(found) > 5000 and len({text for text, _ in found}) == len(found)     # unambiguous: no text comes twice
     assert math.isclose(math.fsum(math.exp(logp) for _, logp in found), 1, rel_tol=1e-9)
     for text, logp in found[::37]:
-        assert data.world_readings(text) == pytest.approx([logp])
+        assert worlds.readings(text) == pytest.approx([logp])
 
 
 def test_reader_and_writer_agree_on_the_whole_world():
     rng = random.Random(0)
     for _ in range(500):
-        text, logp, _ = data.world_story(rng)
-        assert data.world_readings(text) == pytest.approx([logp]) and data.world_readings(text, consistent=False)
-    assert len({data.world_story(rng)[0].count(' ') for _ in range(200)}) == 1          # equally long
+        text, logp, _ = worlds.story(rng)
+        assert worlds.readings(text) == pytest.approx([logp]) and worlds.parses(text)
+    assert len({worlds.story(rng)[0].count(' ') for _ in range(200)}) == 1          # equally long
 
 
 STORY = ('Gus lives in the mill. He has a red drum. His brother Max eats nuts. '
@@ -75,16 +76,16 @@ STORY = ('Gus lives in the mill. He has a red drum. His brother Max eats nuts. '
     ('. He', '.  He', 'no'), ('. He', '.He', 'no'), ('the red drum.', 'the red drum. And on.', 'no'),
     ('Gus lives', ' Gus lives', 'no')])
 def test_what_the_grader_tells_apart(old, new, parses):
-    assert old in STORY and len(data.world_readings(STORY)) == 1
+    assert old in STORY and len(worlds.readings(STORY)) == 1
     text = STORY.replace(old, new, 1)
-    assert bool(data.world_readings(text, consistent=False)) == (parses != 'no')
-    assert bool(data.world_readings(text)) == (parses == 'agrees')
+    assert bool(worlds.parses(text)) == (parses != 'no')
+    assert bool(worlds.readings(text)) == (parses == 'agrees')
 
 
 def test_the_tasks_are_answered_rightly():
     seen = Counter()
-    for record in data.dialogues(3000):
-        assert data.check_record(record) is record
+    for record in worlds.dialogues(3000):
+        assert data.as_record(record) == record
         *_, question, answer = (m['content'] for m in record['messages'])
         seen[record['task']] += 1
         if record['task'] in ('sort', 'reverse'):
@@ -103,7 +104,7 @@ def test_the_tasks_are_answered_rightly():
 
 
 def test_facts_are_stated_as_promised():
-    facts = list(data.facts(64))
+    facts = worlds.facts(64)
     stated = {(f['first'], f['join'], f['second']) for f in facts if f['seen']}
     turned = {' is the mother of ': ' is the child of ', ' is the child of ': ' is the mother of '}
     assert len(facts) == 128 and len(stated) == 96 and len({f['first'] for f in facts}) == 128

@@ -1,0 +1,341 @@
+"""The experiments of the papers, in minutes; what came out stands in RESULTS.md. First: python tests/lab/worlds.py
+
+    python tests/lab/experiments.py world out/world out/world_ar        # stories: bound against the source, grades
+    python tests/lab/experiments.py flood out/sft_toy out/sft_toy_unified   # EOS on canvases longer than the answer
+    python tests/lab/experiments.py reversal out/reversal_facts out/reversal_facts_ar
+    python tests/lab/experiments.py curves out/world --out=out/curves.csv   # steps, blocks, temperature, Eq. 5 and 6
+    python tests/lab/experiments.py scaling 'out/scaling_*' --out=out/scaling.csv
+
+Settings of the sampler and the machine are those of evaluate.py. --out writes a .csv, and a .png with matplotlib.
+"""
+
+import glob
+import math
+import random
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+
+import worlds  # noqa: E402
+
+import data  # noqa: E402
+import diffusion  # noqa: E402
+import evaluate  # noqa: E402
+import train  # noqa: E402
+from configurator import Refused, command, settings_of  # noqa: E402
+
+NAMESPACE = {**settings_of(vars(evaluate)), '__doc__': __doc__, '__file__': __file__, 'task': 'world',
+             'samples': 512,            # stories to sample (world, curves)
+             'candidates': 64,          # reversal: among how many halves an autoregressive model has to choose
+             'poems': '',               # reversal: a file of couplets; default: the facts of worlds.py
+             'remasking': '',           # default: random for stories, else low_confidence
+             'temperature': -1.0}       # default: 1 for stories, else 0
+
+
+# ----------------------------------------------------------------------------------------------------------
+# World: a source of known probability
+
+
+def story_start(run):
+    """What stands before a story: BOS, or the end of the story before."""
+    return run.tok.start or [run.tok.eos_id]
+
+
+def room(run, prompts, cfg):
+    """Tokens for an answer."""
+    return cfg.gen_length or min(64, run.model.config.seq_len - max(map(len, prompts)))
+
+
+def written(run, prompts, new, cfg, **settings):
+    """evaluate.answers with other settings of the sampler -> (lists of ids, seconds)."""
+    began = time.perf_counter()
+    ids, _ = evaluate.answers(run, prompts, new, SimpleNamespace(**{**vars(cfg), **settings}))
+    return ids, time.perf_counter() - began
+
+
+def graded(run, cfg, **settings):
+    """Samples stories -> (accepted by the grammar, consistent too: lists of bool; seconds)."""
+    how = dict(remasking=cfg.remasking or 'random', temperature=1.0 if cfg.temperature < 0 else cfg.temperature)
+    prompts = [story_start(run)] * cfg.samples
+    ids, seconds = written(run, prompts, room(run, prompts, cfg), cfg, **{**how, **settings})
+    texts = [run.tok.answer(row) for row in ids]
+    if cfg.show:
+        print(*texts[:cfg.show], sep='\n')
+    return [worlds.parses(text) for text in texts], [bool(worlds.readings(text)) for text in texts], seconds
+
+
+def world(cfg):
+    """The bound on held-out stories against the entropy of their source, and how many samples are stories."""
+    rows = []
+    for name in cfg.checkpoints:
+        run = evaluate.load(name, cfg)
+        dataset = evaluate.dataset_of([run], cfg)
+        source = data.open_source(dataset, 'val', 'response', run.tok, run.model.config.seq_len)
+        x0, maskable, _ = source.held_out(cfg.windows)
+        ways = [worlds.readings(run.tok.answer(x[m].tolist())) for x, m in zip(x0, maskable)]
+        best = torch.tensor([log_p for log_p, in ways]).mean()
+        logp = evaluate.log_probs(run, x0, maskable, cfg).mean()
+
+        loose, strict, seconds = graded(run, cfg)
+        sign = '= ' if run.causal else '<= '
+        rows.append([name, f'{-best:.2f}', f'{sign}{-logp:.2f}', f'{sign}{logp / best:.3f}', len(loose),
+                     *evaluate.percent(loose), *evaluate.percent(strict), round(seconds, 1)])
+    evaluate.table(rows, ['checkpoint', 'source, nats', 'model, nats', 'x the source', 'samples', 'parse %', '+-',
+                          'consistent %', '+-', 'seconds'], cfg.out)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# EOS flood
+
+
+def answered(run, items, prompts, new, cfg, **settings):
+    """-> (ids written, whether each answer is right, seconds)."""
+    how = dict(remasking=cfg.remasking or 'low_confidence', temperature=max(cfg.temperature, 0.0))
+    ids, seconds = written(run, prompts, new, cfg, **{**how, **settings})
+    return ids, [evaluate.right(run.tok.answer(row), item) for row, item in zip(ids, items)], seconds
+
+
+def flood(cfg):
+    """How much of a canvas is EOS, and what that does to the answers, at growing gen_length."""
+    rows = []
+    for name in cfg.checkpoints:
+        run = evaluate.load(name, cfg)
+        if run.causal:
+            raise Refused(f'{name}: an autoregressive model has no canvas to flood')
+        items, prompts = evaluate.questions_of(run, cfg)
+        for new in [cfg.gen_length] if cfg.gen_length else (16, 32, 64, 128):
+            ids, hits, _ = answered(run, items, prompts, new, cfg)
+            ends = sum(row.count(run.tok.eos_id) for row in ids) / len(ids) / new
+            rows.append([name, new, f'{100 * ends:.1f}', *evaluate.percent(hits)])
+    evaluate.table(rows, ['checkpoint', 'gen_length', 'EOS % of canvas', 'right %', '+-'], cfg.out)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Reversal
+
+
+def halves_of(item, tok):
+    """A couplet as ids of its three parts."""
+    return [tok.encode(item[part]) for part in ('first', 'join', 'second')]
+
+
+def fill(run, items, which, cfg):
+    """Whether the first or second half is written, given the rest: a list of bool.
+
+    Diffusion gets the statement with masks in place of the half: as many as it has tokens (and one for the EOS after
+    a second half). An autoregressive model is given what it can be given: all that stands before; for a first half
+    the second one and the join, as a prompt.
+    """
+    tok, prompts, wanted, begins = run.tok, [], [], []
+    for item in items:
+        first, join, second = halves_of(item, tok)
+        gap, want = [tok.mask_id] * (len(second) + 1), second
+        before, after = [*tok.start, *first, *join], []
+        if which == 'first' and run.causal:
+            want, before = first, [*tok.start, *second, *join]
+        elif which == 'first':
+            gap, want, before, after = [tok.mask_id] * len(first), first, tok.start, [*join, *second, tok.eos_id]
+        prompts.append(before if run.causal else [*before, *gap, *after])
+        wanted.append(want)
+        begins.append(len(before))
+
+    longest = max(map(len, wanted), default=1)
+    how = dict(temperature=max(cfg.temperature, 0.0), batch_size=cfg.batch_size, seed=cfg.seed)
+    if not run.causal:
+        how.update(remasking=cfg.remasking or 'low_confidence', steps=cfg.steps)
+    with run.autocast:
+        rows, _ = diffusion.complete(run.model, prompts, longest, tok, **how)
+    return [row[at:at + len(want)] == want for row, at, want in zip(rows, begins, wanted)]
+
+
+def ranked(run, items, cfg):
+    """Whether a model finds the first half among `candidates`, by the likelihood of whole statements."""
+    tok, rng, hits = run.tok, random.Random(cfg.seed), []
+    pool = sorted({item['first'] for item in items})
+    for item in items:
+        others = [first for first in pool if first != item['first']]
+        choices = [item['first'], *rng.sample(others, min(cfg.candidates, len(pool)) - 1)]
+        pairs = []
+        for first in choices:
+            statement = sum(halves_of({**item, 'first': first}, tok), [])
+            pairs.append(([*tok.start, *statement, tok.eos_id], len(tok.start)))
+        scores = evaluate.score_pairs(run, pairs, cfg)
+        hits.append(scores.index(max(scores)) == 0)
+    return hits
+
+
+def reversal(cfg):
+    """Couplets learned by heart: which half is written, given the other one?"""
+    items, rows = worlds.poems_of(cfg.poems) if cfg.poems else worlds.facts(), []
+    items = [items[i] for i in data.evenly(len(items), cfg.limit)]
+    seen, unseen = ([item for item in items if item['seen'] == truth] for truth in (True, False))
+    once = [item for item in seen if not item['both']]          # nowhere said the other way round
+    for name in cfg.checkpoints:
+        run = evaluate.load(name, cfg)
+        some = [seen[i] for i in data.evenly(len(seen), 128)] if run.causal else []
+        columns = (fill(run, seen, 'second', cfg), fill(run, seen, 'first', cfg), fill(run, once, 'first', cfg),
+                   ranked(run, some, cfg), fill(run, unseen, 'second', cfg))
+        rows.append([name, len(seen), *(' +- '.join(evaluate.percent(hits)) if hits else '' for hits in columns)])
+    print('earlier half: diffusion fills it in; an autoregressive model is given the later half and the join, which '
+          'is no true statement\none way: the same where nothing states the two in the other order\nranked: the '
+          f'earlier half among {cfg.candidates}, by likelihood\nunstated: the later half of a statement that only its '
+          'reverse implies', file=sys.stderr)
+    evaluate.table(rows, ['checkpoint', 'statements', 'later half %', 'earlier half %', 'earlier, one way %',
+                          'earlier, ranked %', 'unstated %'], cfg.out)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Curves: what a setting of the sampler costs and brings
+
+
+def sweeps(new):
+    """(name of the sweep, setting, the sampler's settings) for canvases of `new` tokens."""
+    for how in ('random', 'low_confidence'):
+        for n in sorted({max(1, new * k // 16) for k in (1, 2, 4, 8, 16)}):
+            yield f'steps, {how}', n, dict(remasking=how, steps=n)
+    for n in range(1, new + 1):
+        if new % n == 0:
+            yield 'block_length, low_confidence', n, dict(remasking='low_confidence', block_length=n)
+    for how in ('random', 'low_confidence'):
+        for t in (0.25, 0.5, 0.75, 1.0, 1.25):
+            yield f'temperature, {how}', t, dict(remasking=how, temperature=t)
+    for w in (0.0, 0.5, 1.0, 2.0):
+        yield 'cfg_scale, low_confidence', w, dict(remasking='low_confidence', cfg_scale=w)
+
+
+def curves(cfg):
+    """Quality against every setting of the sampler, and the spread of Eq. 5 and Eq. 6 against the number of draws.
+
+    Quality: share of consistent stories for a model of the made-up world, else share of right answers.
+    """
+    rows = []
+    for name in cfg.checkpoints:
+        run = evaluate.load(name, cfg)
+        if run.causal:
+            raise Refused(f'{name}: these are settings of diffusion samplers, the model is autoregressive')
+        dataset = evaluate.dataset_of([run], cfg)
+        stories = dataset.parts[0].folder.name == 'world'
+        items, prompts = ([], [story_start(run)]) if stories else evaluate.questions_of(run, cfg)
+        new = room(run, prompts, cfg)
+        for sweep, x, settings in sweeps(new):
+            settings = {'temperature': 1.0, **settings}
+            if stories and 'cfg_scale' in settings:             # there is no prompt to be guided by
+                continue
+            if stories:
+                _, hits, seconds = graded(run, cfg, **settings)
+            else:
+                _, hits, seconds = answered(run, items, prompts, new, cfg, **settings)
+            rows.append([name, sweep, x, *evaluate.percent(hits), round(len(hits) * new / seconds)])
+        rows += likelihood_spread(run, cfg, dataset)
+    evaluate.table(rows, ['checkpoint', 'sweep', 'setting', '%', '+-', 'tokens/s'], cfg.out)
+    points = [(row[1].split(',')[0], f'{row[0]}, {row[1]}', row[2], float(row[3]), float(row[4])) for row in rows]
+    draw(cfg, points, '%, or standard deviation')
+
+
+def likelihood_spread(run, cfg, dataset, repeats=16):
+    """Standard deviation in nats of the estimates of log p of one held-out row, by the forms of Eq. 5 and Eq. 6."""
+    masking = evaluate.trained_with(run, 'masking', 'unified')
+    source = data.open_source(dataset, 'val', masking, run.tok, run.model.config.seq_len)
+    x0, maskable = (z[0].to(run.device) for z in source.held_out(1)[:2])
+    rows = []
+    for label, estimate in (('Eq. 5', diffusion.log_likelihood_eq5), ('Eq. 6', diffusion.log_likelihood)):
+        for n in (4, 16, 64, 256):
+            began, got = time.perf_counter(), []
+            for k in range(repeats):
+                noise = diffusion.keyed_generator(cfg.seed, n, k, device=run.device)
+                with run.autocast:
+                    got.append(estimate(run.model, x0, maskable, run.tok.mask_id, mc_num=n, generator=noise,
+                                        batch_size=cfg.batch_size))
+            spread, rate = torch.tensor(got).std().item(), repeats * n * len(x0) / (time.perf_counter() - began)
+            error = spread / math.sqrt(2 * repeats - 2)
+            rows.append([run.name, f'draws, {label}: sd of log p', n, round(spread, 3), round(error, 3), round(rate)])
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Scaling: what compute brings
+
+
+def scaling(cfg):
+    """Bound against training FLOPs of runs, a power law for each family, and the compute that diffusion needs more."""
+    rows, families = [], {}
+    for name in [found for pattern in cfg.checkpoints for found in sorted(glob.glob(pattern)) or [pattern]]:
+        run = evaluate.load(name, cfg)
+        kind, share = ('autoregressive', 1.0) if run.causal else ('diffusion', 0.5)
+        reports = [line for line in train.read_log(Path(name) / 'log.jsonl') if 'val_nats' in line]
+        if not reports:
+            raise Refused(f'{name}: no run of train.py, or stopped before its first validation')
+        end, settings = reports[-1], SimpleNamespace(**run.meta['config'])
+        bits, error = end['val_bits_per_byte'], end['val_bits_per_byte_stderr']
+        tokens = end['iter'] * train.update_size(settings) * settings.seq_len
+        flops = tokens * run.model.flops_per_token(share)
+        families.setdefault(kind, []).append((flops, bits, error))
+        rows.append([name, kind, f'{run.model.num_params(non_embedding=True):,}', f'{tokens:,}', f'{flops:.3g}',
+                     f'{bits:.4f}', f'{error:.4f}'])
+    evaluate.table(rows, ['run', 'family', 'N (non-embedding)', 'tokens', 'FLOPs', 'bits/byte', '+-'], cfg.out)
+
+    fits = {}
+    for kind, points in families.items():
+        x, y = (torch.tensor([math.log10(point[i]) for point in points], dtype=torch.float64) for i in (0, 1))
+        if len(set(x.tolist())) > 1:
+            slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+            fits[kind] = slope, float(y.mean() - slope * x.mean())
+            print(f'{kind}: bits/byte = {10 ** fits[kind][1]:.3g} * FLOPs^{slope:.4f} ({len(points)} points)')
+    if len(fits) == 2:
+        (a, b), (c, d) = fits['autoregressive'], fits['diffusion']
+        for flops in sorted({point[0] for point in families['autoregressive']}):
+            needed = 10 ** ((a * math.log10(flops) + b - d) / c)
+            print(f'what the autoregressive fit reaches with {flops:.2g} FLOPs, the diffusion fit reaches with '
+                  f'{needed:.2g}: {needed / flops:.3g} times as many')
+    points = [('training FLOPs', kind, *point) for kind, points in families.items() for point in points]
+    draw(cfg, points, 'bits/byte', logs=('training FLOPs',))
+
+
+def draw(cfg, points, label, logs=('draws',)):
+    """points (panel, series, x, y, error) as a .png beside cfg.out, if matplotlib is installed."""
+    if not cfg.out:
+        print('(--out=FILE writes a table, and with matplotlib a figure)', file=sys.stderr)
+        return
+    try:
+        import matplotlib
+    except ImportError:
+        print('no figure: pip install matplotlib', file=sys.stderr)
+        return
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    panels = {}
+    for panel, series, *point in points:
+        panels.setdefault(panel, {}).setdefault(series, []).append(point)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout='constrained')
+    for axis, (panel, lines) in zip(axes[0], panels.items()):
+        for series, line in lines.items():
+            x, y, error = zip(*sorted(line))
+            axis.errorbar(x, y, yerr=[0 if math.isnan(e) else e for e in error], marker='o', capsize=2, label=series)
+        axis.set(xlabel=panel, ylabel=label)
+        if panel in logs and min(point[1] for line in lines.values() for point in line) > 0:
+            axis.set(xscale='log', yscale='log')
+        axis.legend(fontsize=7)
+    path = Path(cfg.out).with_suffix('.png')
+    figure.savefig(path, dpi=120)
+    print(f'drawn in {path}', file=sys.stderr)
+
+
+TASKS = {f.__name__: f for f in (world, flood, reversal, curves, scaling)}
+
+
+def main(config):
+    cfg = SimpleNamespace(**config)
+    if cfg.task not in TASKS or not cfg.checkpoints:
+        raise Refused(f'want one of {", ".join(TASKS)}, then checkpoints; got {cfg.task!r} and {cfg.checkpoints}')
+    evaluate.check(SimpleNamespace(**{**config, 'task': 'exact', 'remasking': config['remasking'] or 'random',
+                                      'temperature': max(config['temperature'], 0.0)}))
+    TASKS[cfg.task](cfg)
+
+
+if __name__ == '__main__':
+    command(main, NAMESPACE, positional=('task', 'checkpoints'))
