@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import time
+import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -202,7 +203,7 @@ def refuse(wrong):
 
 
 def out_of_range(cfg, ranges):
-    """A sentence for each setting that cannot be; ranges: (keys, what is said of them, whether a value fits)."""
+    """A sentence for each setting that cannot be; ranges: (keys, what they must be, whether a value fits)."""
     wrong = []
     for keys, says, fits in ranges:
         for key in keys.split():
@@ -239,6 +240,7 @@ def command(main, namespace, positional=()):
 
     That is: Refused, and an OSError that names a file. Ctrl-C (130) and a closed pipe (141) end quietly.
     """
+    sys.stdout = sys.stdout or open(os.devnull, 'w')                # somebody closed it
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='replace')                    # any text on any terminal
     try:
@@ -268,7 +270,7 @@ def refusing():
 
 
 def fail(message, code=2):
-    """One clear line on stderr, then out. Of many processes the first speaks, or one that is alone in trouble."""
+    """One clear line on stderr, then out. Of many processes the first speaks, or one alone in trouble."""
     if os.environ.get('RANK', '0') != '0':
         time.sleep(3)                                               # by then torchrun has ended this process
         message = f"process {os.environ['RANK']}: {message}"
@@ -278,7 +280,17 @@ def fail(message, code=2):
 
 def say(text):
     """A line on stderr: whatever is no result."""
-    print(text, file=sys.stderr, flush=True)
+    print(clean(str(text)), file=sys.stderr, flush=True)
+
+
+def clean(text):
+    """Text that cannot move the cursor or change colours or direction: control characters are dropped."""
+    kept = ''
+    for c in text:
+        turns = 0x202A <= ord(c) < 0x202F or 0x2066 <= ord(c) < 0x206A      # the direction of writing
+        if c in '\n\t' or unicodedata.category(c) not in ('Cc', 'Cs') and not turns:
+            kept += c
+    return kept
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -301,7 +313,7 @@ def read_json(path):
 
 
 def write_manifest(folder, facts):
-    """Makes a folder whole: writes manifest.json, `facts` and the checksum of every file, its own included."""
+    """Makes a folder whole: writes manifest.json, `facts` and the checksums of all files and of itself."""
     path, aside = folder / 'manifest.json', folder / 'manifest.tmp'
     files = {file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file != path}
     manifest = {**facts, 'files': files}

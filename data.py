@@ -53,7 +53,7 @@ name = ''                       # a data set from the list below
 input = ''                      # .txt, .jsonl(.gz), .json or .parquet files or patterns, separated by commas
 val_input = ''                  # likewise, to be held out; default: a part of the input, see val_every
 out = ''                        # folder to write; default data/NAME
-tokenizer = ''                  # 'bytes', bpe-N (learned here), a tiktoken name, a tokenizer.json; default bpe-1024
+tokenizer = ''            # 'bytes', bpe-N (learned here), a tiktoken name, a tokenizer.json; default bpe-1024
 workers = 0                     # processes, for several files; 0: one a core
 val_every = 10                  # hold out every N-th piece of text, or question
 
@@ -68,6 +68,7 @@ WHOLE = Cuts()
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"    # GPT-2's, digits alone
 GPT2_PATTERN = PATTERN.replace(r'\p{N}|', r'\p{N}+|')
 LONGEST_PIECE = 400_000                                 # tiktoken gives up on about a million spaces in a row
+TWO_MEANINGS = r'\}\+|[$^]'                      # possessive or repeated, of a text or a line: engines differ
 # The two chat formats known here, as the texts that a template may put around a message: LLaDA's as released,
 # and the one drawn in its guideline. What stands between header and message is the difference.
 CHAT_FORMATS = {
@@ -145,14 +146,31 @@ class Tokenizer:
         bos, start, end, eot = parts
 
         def header(role):
-            return [start, *self.encode(role), end, *self.encode(self.chat)]
+            return [start, *self.encode(role), end]
 
         ids = [bos]
         for message in messages:
             ids += header(message['role'])
-            ids += self.encode(message['content'].strip())
+            ids += self.encode(self.chat + message['content'].strip())
             ids.append(eot)
-        return ids + header('assistant')
+        return ids + header('assistant') + self.encode(self.chat)
+
+    def encode_begun(self, messages):
+        """encode_chat, but what the assistant has begun in a last message is left open, to be continued."""
+        *before, last = messages or [{'role': ''}]
+        if last['role'] != 'assistant':
+            return self.encode_chat(messages)
+        return self.encode_chat(before) + self.encode(last['content'].strip())
+
+    def cut(self, ids, room):
+        """The ids of a prompt in at most `room`: BOS and a first header stay, what comes after them goes."""
+        keep = 0
+        if ids[:1] == [self.bos_id]:
+            keep = 1
+            if ids[1:2] == [self.specials.get('start_header')]:
+                keep += ids.index(self.specials['end_header'])
+        lost = max(0, len(ids) - room)
+        return ids[:keep] + ids[keep + lost:]
 
     def unused(self, vocab_size):
         """The ids below vocab_size that stand for no token: rows of a head that were never trained."""
@@ -174,11 +192,12 @@ def get_tokenizer(spec, complete=True):
 
     known = tiktoken.list_encoding_names()
     if spec not in known:
-        raise Refused(f"tokenizer must be 'bytes', a tokenizer.json or {', '.join(known)}; got {spec!r}")
+        raise Refused(f"tokenizer must be 'bytes', bpe-N, a tokenizer.json or {', '.join(known)}; got {spec!r}")
     try:
         full = tiktoken.get_encoding(spec)
     except (OSError, ValueError) as error:
-        raise Refused(f'tokenizer {spec}: could not be downloaded ({type(error).__name__})') from None
+        raise Refused(f'tokenizer {spec}: could not be downloaded ({type(error).__name__}); where there is no '
+                      'network, TIKTOKEN_CACHE_DIR names a folder that has it, or give a tokenizer.json') from None
     tokens = sorted(full._mergeable_ranks, key=full._mergeable_ranks.get)       # ids are ranks, with gaps
     ranks = {token: rank for rank, token in enumerate(tokens)}
     plain = tiktoken.Encoding(spec, pat_str=full._pat_str, special_tokens={}, mergeable_ranks=ranks)
@@ -241,8 +260,16 @@ def read_bpe(path, complete):
         what = f'{type(error).__name__}: {error}'
         raise Refused(f'{path}: not a tokenizer.json with a BPE model ({what})') from None
 
-    encoding = tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    return Tokenizer(encoding, ids, roles, path, others, chat_format(path, roles), complete)
+    try:
+        encoding = tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    except ValueError as error:
+        raise Refused(f'{path}: its regex cannot be used here ({error})') from None
+    tok = Tokenizer(encoding, ids, roles, path, others, chat_format(path, roles), complete)
+    characters = [chr(i) for i in range(2 ** 16) if not 0xD800 <= i < 0xE000]
+    for glue in ('', ' ', 'a', '1.', '\n'):
+        text = glue.join(characters)
+        demand(tok.decode(tok.encode(text)) == text, 'its pattern leaves out characters')
+    return tok
 
 
 def check_kind(file, demand):
@@ -251,7 +278,8 @@ def check_kind(file, demand):
     demand(model.get('type', 'BPE') == 'BPE', f"model type {model.get('type')}")
     for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback'):
         demand(not model.get(key), f'{key} is {model.get(key)!r}')
-    demand(not file.get('normalizer'), f"it has a normalizer ({(file.get('normalizer') or {}).get('type')})")
+    normalizer = file.get('normalizer') or {'normalizers': []}
+    demand(normalizer.get('normalizers') == [], f"it has a normalizer ({normalizer.get('type')})")
     plain = [added['content'] for added in file.get('added_tokens') or [] if not added.get('special')]
     demand(not plain, f'added token {plain[:1]} is matched in plain text')
 
@@ -266,19 +294,25 @@ def check_kind(file, demand):
         demand(splits_itself, 'ByteLevel without a regex')
         return GPT2_PATTERN
 
-    split = steps[0]
     demand(not splits_itself, 'Split and ByteLevel both split')
-    demand(split.get('behavior') == 'Isolated', f"Split is {split.get('behavior')}")
-    demand(not split.get('invert'), 'Split is inverted')
-    demand((split.get('pattern') or {}).get('Regex'), 'Split without a regex')
-    return split['pattern']['Regex']
+    pattern = (steps[0].get('pattern') or {}).get('Regex')
+    demand(pattern, 'Split without a regex')
+    bare = re.sub(r'\\[pP]\{[^}]*\}|\\.|\[(\\.|[^\]])*\]', 'x', pattern)         # without classes and escapes
+    demand(not re.search(TWO_MEANINGS, bare), f'its regex means different things to different engines: {pattern}')
+
+    split = steps[0].get('behavior'), bool(steps[0].get('invert'))
+    demand(split in (('Isolated', False), ('Removed', True)), f'Split is {split[0]}, inverted: {split[1]}')
+    if split[0] == 'Removed':
+        return pattern                                      # read_bpe looks whether it leaves nothing out
+    return f'{pattern}|(?:(?!{pattern})[\\s\\S])+'          # what lies between matches is a piece of its own
 
 
 def convert_merges(model, names, demand):
     """Merges in their order -> tiktoken's ranks (bytes -> rank), the id of each rank, ids never made -> bytes.
 
     tiktoken merges by rank, so the rank must be the position in the merge list, never the id. It joins any two
-    pieces that make a token, Hugging Face the two of the list: the same for every vocabulary that was learned.
+    pieces that make a token, Hugging Face the two of the list: the same for every vocabulary that was learned,
+    and for those that list all ways to make a token one after the other (Llama 3).
     """
     vocab, symbols = model['vocab'], byte_symbols()
     byte_of = {symbol: b for b, symbol in enumerate(symbols)}
@@ -301,7 +335,9 @@ def convert_merges(model, names, demand):
         pair = merge.split(' ') if isinstance(merge, str) else merge
         new = ''.join(pair)
         demand(len(pair) == 2 and {*pair, new} <= raw.keys(), f'merge {pair} has no token')
-        demand(raw[new] not in ranks, f'two merges make the token {new!r}')
+        if raw[new] in ranks:
+            demand(ids[-1] == vocab[new], f'merges far apart make the token {new!r}')
+            continue
         ranks[raw[new]] = len(ids)
         ids.append(vocab[new])
 
@@ -637,7 +673,7 @@ def run_jobs(jobs, workers):
     if workers < 2:
         return list(tqdm(map(tokenize_source, jobs), **bar))
 
-    ignore = (signal.SIGINT, signal.SIG_IGN)                # Ctrl-C is for this process, which ends the others
+    ignore = (signal.SIGINT, signal.SIG_IGN)               # Ctrl-C is for this process, which ends the others
     with multiprocessing.get_context('spawn').Pool(workers, signal.signal, ignore) as pool:
         return list(tqdm(pool.imap(tokenize_source, jobs), **bar))
 
@@ -648,8 +684,8 @@ def collect(parts, folder, spec):
     for split, shards in splits.items():
         shards += [part[split] for part in parts if part[split]['tokens']]
         if not shards:
-            raise Refused(f'too little text: of its pieces of 4 kB, or examples, some are held out, and none is '
-                          f'left for {split}')
+            raise Refused(f'too little text: some of its pieces of 4 kB, or of the first questions of its examples, '
+                          f'are held out, and none is left for {split}; --val_input=FILE says what to hold out')
 
     names = {shard['name'] for shards in splits.values() for shard in shards}
     for file in folder.iterdir():
@@ -709,7 +745,7 @@ def text_of(record):
 
 
 def chunks(text, size=4096):
-    """A text in pieces of about `size` characters, cut at line ends, else at spaces, else where they stand."""
+    """A text in pieces of about `size` characters, cut at line ends, else at spaces, else anywhere."""
     start = 0
     while start < len(text):
         window = (start + size, start + 2 * size)
@@ -721,7 +757,7 @@ def chunks(text, size=4096):
 
 
 class Shard:
-    """A file of tokens being written; of examples also where each stands: (start, response, end, dialogue)."""
+    """A file of tokens being written; of examples also where each is: (start, response, end, dialogue)."""
 
     def __init__(self, folder, split, number, tok):
         self.path = folder / f'{split}_{number:05d}.bin'
@@ -931,13 +967,13 @@ def check_same(theirs, ours, name, folder):
         raise Refused(f'{name}: its tokenizer is not the one of {folder}')
 
 
-def open_source(dataset, split, masking, tok, seq_len, seed=0, **cuts):
+def open_source(dataset, split, masking, tok, seq_len, seed=0, pad_group=1, **cuts):
     """The rows of a split as training sees them: Examples for masking 'response', else Windows, cut as asked.
 
-    dataset: a Dataset. Both answer to batch, total, held_out, per and bytes_per_token.
+    dataset: a Dataset. Both answer to batch, held_out and bytes_per_token.
     """
     if masking == 'response':
-        return Examples(dataset, split, tok, seq_len, seed)
+        return Examples(dataset, split, tok, seq_len, seed, pad_group)
     return Windows(dataset, split, tok, seq_len, seed, Cuts(**cuts))
 
 
@@ -956,9 +992,9 @@ def shuffled(index, n, key):
             return index
 
 
-def philox(seed, number, counter=(0, 0, 0, 0)):
-    """The numpy generator of a key."""
-    return np.random.Generator(np.random.Philox(key=[seed, number], counter=counter))
+def philox(seed, number, stream, index=0):
+    """A numpy generator. Streams: 0 noise of rows (diffusion.row_noise), 1 orders, 2 turns, 3 cuts."""
+    return np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, 0, stream, index]))
 
 
 def nth(sample, n, seed, slack=1):
@@ -967,7 +1003,7 @@ def nth(sample, n, seed, slack=1):
     -> (epoch, which of the n, the epoch's own offset below slack).
     """
     epoch, index = divmod(int(sample), n)
-    rng = philox(seed, epoch)
+    rng = philox(seed, epoch, 1)
     offset = int(rng.integers(slack))
     key = [int(k) for k in rng.integers(2 ** 63, size=4)]
     return epoch, shuffled(index, n, key), offset
@@ -986,7 +1022,7 @@ class Windows:
     either, with borders behind each EOS.
     """
 
-    per = 'token'
+    logit_normal = 0.5                                      # not the papers': a better bound in as many updates
 
     def __init__(self, dataset, split, tok, seq_len, seed=0, cuts=WHOLE):
         self.parts, self.split, self.eos_id = dataset.parts, split, tok.eos_id
@@ -1001,10 +1037,10 @@ class Windows:
         self.share = np.array(dataset.weights) / sum(dataset.weights)
         turns = np.floor(self.share * 1000).astype(int)
         missing = 1000 - turns.sum()
-        turns[np.argsort(turns - self.share * 1000)[:missing]] += 1             # the largest remainders round up
+        turns[np.argsort(turns - self.share * 1000)[:missing]] += 1          # the largest remainders round up
         if turns.min() == 0:
             raise Refused('dataset: a weight is less than a thousandth of the whole')
-        self.turns = philox(0, 0).permutation(np.repeat(np.arange(len(turns)), turns))
+        self.turns = philox(0, 0, 1).permutation(np.repeat(np.arange(len(turns)), turns))
 
         each = [corpus.count(split, 'bytes') / n for corpus, n in zip(self.parts, self.tokens)]
         self.bytes_per_token = float(self.share @ each)
@@ -1022,16 +1058,12 @@ class Windows:
 
     def cuts(self, it, size):
         """Of each window of an iteration how many tokens are kept, and where a border stands (T: nowhere)."""
-        which, where = philox(self.seed, 2 ** 62 + it).random((size, 2)).T
+        which, where = philox(self.seed, it, 3).random((size, 2)).T
         short = which < self.asked.random_length
         split = ~short & (which < self.asked.random_length + self.asked.random_split)
         keep = np.where(short, 1 + (where * self.T).astype(int), self.T)
         border = np.where(split, 1 + (where * (self.T - 1)).astype(int), keep)
         return keep, border
-
-    def total(self, it, size):
-        """What the loss of an iteration is divided by: its tokens (b L of Eq. 3), less cut tails."""
-        return int(self.cuts(it, size)[0].sum())
 
     def batch(self, it, rows, size):
         """Rows `rows` (a range) of the `size` windows of iteration `it` -> Batch. Every window once an epoch."""
@@ -1052,7 +1084,7 @@ class Windows:
         return Batch(x0, maskable, torch.tensor(filled, dtype=torch.int32))
 
     def held_out(self, limit=0):
-        """The split in order, less a last partial window: x0 (n, T), maskable (n, T), bytes of text in a row."""
+        """The split in order, less a last partial window: [(x0, maskable)], (n, T) both, bytes of text in a row."""
         x0 = []
         for corpus, tokens, share in zip(self.parts, self.tokens, self.share):
             n = limit
@@ -1060,19 +1092,21 @@ class Windows:
                 n = max(1, round(share * (limit or 1000)))
             x0 += [corpus.read(self.split, i * self.T, self.T) for i in evenly(tokens // self.T, n)]
         x0 = torch.from_numpy(np.stack(x0))
-        return x0, torch.ones_like(x0, dtype=torch.bool), self.T * self.bytes_per_token
+        return [(x0, torch.ones_like(x0, dtype=torch.bool))], self.T * self.bytes_per_token
 
 
 class Examples:
-    """One example a row, EOS up to the longest row of the update: LLaDA's fine-tuning.                   Eq. 5
+    """One example a row, EOS up to the longest of pad_group rows: LLaDA's fine-tuning.                   Eq. 5
 
     The response, its EOS and the padding are maskable, hence counted as L' (App. B.1); the prompt is not.
     """
 
-    per, bytes_per_token = 'sequence', None
+    bytes_per_token = None
+    logit_normal = 0.0                                      # an answer is begun at t = 1: that must be trained
 
-    def __init__(self, dataset, split, tok, seq_len, seed=0):
+    def __init__(self, dataset, split, tok, seq_len, seed=0, pad_group=1):
         self.corpus, self.split, self.tok, self.seed = dataset.parts[0], split, tok, seed
+        self.T, self.pad_group = seq_len, pad_group
         if len(dataset.parts) > 1 or not self.corpus.rows[split]:
             raise Refused(f"{self.corpus.folder}: masking = 'response' needs one set of examples, made of "
                           '"messages" or "prompt" and "response"')
@@ -1095,27 +1129,25 @@ class Examples:
         begins = np.diff(self.rows[:, 3], prepend=-1)       # not 0: the first turn of a dialogue
         self.borders = np.append(np.flatnonzero(begins), len(self.rows))
 
-    def drawn(self, it, size):
-        """The examples of an iteration (size, 4): every dialogue once an epoch, of each one turn by chance.
+    def drawn(self, samples):
+        """Examples by number in an endless stream, (n, 4): every dialogue once an epoch, of each a turn by chance.
 
         Its other turns have to wait for another epoch (issue 77 of the official repository).
         """
         chosen = []
-        for sample in range(it * size, (it + 1) * size):
+        for sample in samples:
             epoch, dialogue, _ = nth(sample, len(self.borders) - 1, self.seed)
             turns = self.borders[dialogue:dialogue + 2]
-            chosen.append(philox(self.seed, epoch, (0, 0, 1, dialogue)).integers(*turns))
+            chosen.append(philox(self.seed, epoch, 2, dialogue).integers(*turns))
         return self.rows[chosen]
 
-    def total(self, it, size):
-        """What the loss of an iteration is divided by: its rows."""
-        return size
-
     def batch(self, it, rows, size):
-        """Rows `rows` (a range) of the `size` examples of iteration `it` -> Batch."""
-        drawn = self.drawn(it, size)
-        longest = int((drawn[:, 2] - drawn[:, 0]).max())
-        return Batch(*self.padded(drawn[rows.start:rows.stop], longest), None)
+        """Rows `rows` (a range inside a group) of the `size` examples of iteration `it` -> Batch."""
+        start = rows.start // self.pad_group * self.pad_group
+        stop = max(rows.stop, min(start + self.pad_group, size))
+        group = self.drawn(range(it * size + start, it * size + stop))
+        longest = int((group[:, 2] - group[:, 0]).max())
+        return Batch(*self.padded(group[rows.start - start:rows.stop - start], longest), None)
 
     def padded(self, rows, length):
         """Examples (n, 4) -> x0 (n, length), maskable (n, length)."""
@@ -1126,12 +1158,19 @@ class Examples:
         return x0, maskable
 
     def held_out(self, limit=0):
-        """The examples in order, padded to the longest: x0 (n, T), maskable (n, T), bytes of text in a row."""
+        """The examples by length: [(x0 (n, T), maskable (n, T)), ...] for several T, bytes of text in a row.
+
+        Each is padded to a multiple of 32: what it costs does not depend on what others are there.
+        """
         rows = self.rows[evenly(len(self.rows), limit)]
-        x0, maskable = self.padded(rows, int((rows[:, 2] - rows[:, 0]).max()))
-        ends = (self.tok.eos_id, self.tok.pad_id)
-        text = self.tok.decode_bytes(i for i in x0[maskable].tolist() if i not in ends)
-        return x0, maskable, len(text) / len(x0)
+        length = -(-(rows[:, 2] - rows[:, 0]) // 32) * 32
+        length = np.minimum(length, self.T)
+        groups = [self.padded(rows[length == T], int(T)) for T in np.unique(length)]
+
+        ends, size = (self.tok.eos_id, self.tok.pad_id), 0
+        for x0, maskable in groups:
+            size += len(self.tok.decode_bytes(i for i in x0[maskable].tolist() if i not in ends))
+        return groups, size / len(rows)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1171,7 +1210,8 @@ def main(config):
         tokens = sum(shard['tokens'] for shard in shards)
         size = sum(shard['bytes'] for shard in shards)
         print(f'{out}/{split}: {tokens:,} tokens, {size / tokens:.2f} bytes each, {len(shards)} shard(s)')
-    print(f'train on it:  python train.py --dataset={out}')
+    how = ' --masking=response' if manifest['splits']['train'][0]['examples'] else ''
+    print(f'train on it:  python train.py --dataset={out}{how} --out_dir=out/{Path(out).name}')
 
 
 if __name__ == '__main__':

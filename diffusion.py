@@ -30,11 +30,12 @@ GOLDEN = (5 ** 0.5 - 1) / 2                             # its multiples, modulo 
 # Forward process (Sec. 2.1): a mask ratio t per sequence, every token hidden with probability t
 
 
-def sample_t(batch_size, eps=1e-3, stratified=True, generator=None, device=None):
+def sample_t(batch_size, eps=1e-3, stratified=True, generator=None, device=None, *, logit_normal=0.):
     """Mask ratios t (B,) float32, each uniform on (eps, 1] (the guideline's p_mask = (1 - eps) t + eps).
 
     stratified: one t in each of B equal slices, so that the loss of a batch is less noisy, and every
     micro-batch and every rank gets an even mixture of easy and hard rows. False: i.i.d., as in LLaDA.
+    logit_normal: above 0 t is sigmoid(logit_normal * z), z normal, on the same interval: more of middle t.
     """
     u = torch.rand(batch_size, generator=generator, device=device)
     if stratified:
@@ -44,6 +45,8 @@ def sample_t(batch_size, eps=1e-3, stratified=True, generator=None, device=None)
         turn = torch.randint(batch_size, (1,), generator=generator, device=device)
         slices = (slices + turn) % batch_size
         u = (slices + u) / batch_size
+    if logit_normal:
+        u = (logit_normal * torch.special.ndtri(u)).sigmoid()
     return 1 - (1 - eps) * u
 
 
@@ -243,14 +246,15 @@ def bound_per_row(model, x0, maskable, mask_id,
                   draws=16, seed=0, first=0, **options):
     """Eq. 6 for many rows: x0 (N, T), maskable (N, T) -> lower bounds on log p, (N,) float64.
 
-    The noise is fixed by the seed, and stratified over the draws of a row and over the rows: two checkpoints
-    are compared on the same masks. first: number of the first row, when the rows are part of a longer list.
+    The noise is fixed by the seed: two checkpoints are compared on the same masks. t is stratified over the draws
+    of a row and over the rows, a lattice turned at random. first: number of the first row in a longer list.
     options: batch_size=16.
     """
     end = first + len(x0)
     number = torch.arange(first * draws, end * draws)           # of the masks, row by row
     row, draw = number // draws, number % draws
-    place = (row.double() + 0.5) * GOLDEN % 1                   # in the slice of the draw
+    turn = torch.rand(1, generator=keyed_generator(seed), dtype=torch.float64)
+    place = (row.double() * GOLDEN + turn) % 1             # in the slice of the draw
     t = 1 - (draw + place) / draws
     noise = row_noise(seed, 2 ** 63, number.tolist(), x0.shape[1])      # a key that no iteration has
 
@@ -273,11 +277,13 @@ def log_prob_rows(model, x0, maskable, tok,
     return bound_per_row(model, x0, maskable, tok.mask_id, batch_size=batch_size, **which)
 
 
-def nats_and_bits(logp, maskable, n_bytes):
-    """log p of rows as nats per maskable token and bits per byte: -> [mean, standard error, mean, ...]."""
+def nats_and_bits(logp, n_tokens, n_bytes):
+    """log p of rows (N,) in nats per token and bits per byte -> [mean, standard error, mean, standard error]."""
     numbers = []
-    for values in (-logp / maskable.sum(1), -logp / n_bytes / math.log(2)):
+    for values in (-logp / n_tokens, -logp / n_bytes / math.log(2)):
         numbers.append(values.mean().item())
+        if len(values) >= 64:                            # neighbouring windows of a text are alike: by eights
+            values = values[:len(values) // 8 * 8].view(-1, 8).mean(1)
         error = values.std() / len(values) ** 0.5
         numbers.append(error.item() if len(values) > 1 else math.nan)
     return numbers
@@ -456,7 +462,7 @@ def uniform(rows, columns, generator):
 
 
 def propose(logits, masked, rules):
-    """For each True position of masked (B, T), by its logits (M, V): a token (M,), how far it is trusted (M,)."""
+    """For the True positions of masked (B, T), by logits (M, V): a token (M,), how far it is trusted (M,)."""
     u = None
     if rules.temperature > 0:
         u = uniform(masked, logits.shape[1], rules.generator)
@@ -472,7 +478,7 @@ def propose(logits, masked, rules):
 
 
 def write(x, masked, guess, trust, n, threshold):
-    """Writes the most trusted of the guesses (M,) for masked positions -> (new canvas, committed), (B, T) both."""
+    """Writes the most trusted of the guesses (M,) for masked positions -> new canvas (B, T), committed (B, T)."""
     everywhere = trust.new_zeros(x.shape).masked_scatter(masked, trust)
     committed = select(everywhere, masked, n, threshold)
     filled = x.masked_scatter(masked, guess)
@@ -506,12 +512,21 @@ def block_plan(x, mask_id, gen_start, block_length, steps):
     return blocks
 
 
+def masks_between(x, mask_id, start, end):
+    """The masks of x (B, T) in the columns from start to end, (B, T) bool."""
+    masked = x == mask_id
+    masked[:, :start] = False
+    masked[:, end:] = False
+    return masked
+
+
 def recomputed_rows(cache, T, block, step, n_steps):
-    """The columns that step `step` of a block computes anew; n_steps: those made before, in all blocks.
+    """The columns that step `step` of a block computes anew, in order; n_steps: those made before, in all blocks.
 
     Attention looks both ways, so every commit changes every row, and any cache is an approximation. 'prefix'
     recomputes from the block to the end and 'dual' the block alone, with a full pass when a block begins
-    (Fast-dLLM, arXiv 2505.22618); 'roll' makes one full pass, then the block and as many others, in turn.
+    (Fast-dLLM, arXiv 2505.22618); 'roll' makes one full pass, then the block and as many others, in turn (which,
+    depends on the width of the batch, padding included).
     """
     start, end = block
     if not cache or (n_steps if cache == 'roll' else step) == 0:
@@ -542,9 +557,8 @@ def check_sampler(steps, temperature, cfg_scale, remasking, cache, threshold):
 @torch.no_grad()
 def generate(model, x, mask_id, *,
              steps, block_length=None, gen_start=None, cache=None,
-             temperature=0., remasking='low_confidence', threshold=None,
-             cfg_scale=0., prompt=None, visible=None,
-             eos_id=None, eot_id=None, logits_eos_inf=False, confidence_eos_eot_inf=False,
+             temperature=0., remasking='low_confidence', threshold=None, cfg_scale=0., prompt=None, visible=None,
+             eos_id=None, eot_id=None, logits_eos_inf=False, confidence_eos_eot_inf=False, until_end=False,
              suppress=(), adjust=None, generator=None, on_step=None):
     """Fills every [MASK] of the canvas x (B, T) int64, wherever it stands -> Generated(x, n_forward).
 
@@ -553,49 +567,50 @@ def generate(model, x, mask_id, *,
         later ones stay in view as masks. They begin at gen_start (default: the first mask).
     temperature: of the proposals. remasking: which of them survive a step, 'low_confidence' the most probable
         (Alg. 5: it seeks modes), 'random' any (Alg. 4 with a fixed count).
-    threshold: parallel decoding: commits every proposal this probable, in as many steps as that takes; 0: none.
+    threshold: above 0, parallel decoding: commits every proposal this probable, in as many steps as it takes.
     cfg_scale, prompt (B, T) bool: guidance away from the canvas without its prompt (default: what is given).
-    visible (B, T) bool: False on left padding.
+    visible (B, T) bool: False on left padding. suppress: ids never written; [MASK] never is.
     cache: None or '' is exact; 'prefix', 'dual', 'roll': see recomputed_rows; the model needs new_kv.
     logits_eos_inf: EOS is never written. confidence_eos_eot_inf: EOS and EoT are written last (App. B.4).
-    suppress: ids never written; [MASK] never is. adjust(logits (M, V), x, masked) -> logits: see end_think.
-    generator: see uniform. on_step(x, committed): called after each step.
+    until_end: leave as soon as finished blocks of every row hold EOS or EoT, the rest EOS: the text is the same.
+    adjust(logits (M, V), x, masked) -> logits: see end_think. generator: see uniform.
+    on_step(x, committed): called after each step, and may write on the canvas x.
     """
     check_sampler(steps, temperature, cfg_scale, remasking, cache, threshold)
     if (logits_eos_inf or confidence_eos_eot_inf) and eos_id is None:
         raise ValueError('logits_eos_inf and confidence_eos_eot_inf need eos_id')
     ends = [i for i in (eos_id, eot_id) if i is not None]
-    last = ends if confidence_eos_eot_inf else []
-    rules = Rules(temperature, remasking, [mask_id, *suppress], last, generator)
+    rules = Rules(temperature, remasking, [mask_id, *suppress], ends if confidence_eos_eot_inf else [], generator)
     given = x != mask_id if prompt is None else prompt
     visible = None if visible is None or visible.all() else visible
     n_steps, opinions = 0, 2 if cfg_scale else 1
     kv = [model.new_kv(*x.shape) if cache else None for _ in range(opinions)]
+    blocks = block_plan(x, mask_id, gen_start, block_length, steps)
 
-    for start, end, block_steps in block_plan(x, mask_id, gen_start, block_length, steps):
-        masked = x == mask_id
-        masked[:, :start] = False
-        masked[:, end:] = False
-        schedule = num_transfer_tokens(masked.sum(1), block_steps).T.tolist()       # steps x B
-        if threshold:
-            schedule = [[1] * len(x)] * (end - start)           # at least one each, until none is left
+    for start, end, block_steps in blocks:
+        ended = torch.isin(x[:, blocks[0][0]:start], torch.tensor(ends, device=x.device)).any(1)
+        if until_end and ended.all():
+            x = x.masked_fill(x == mask_id, eos_id)
+            break
 
+        n_masked = masks_between(x, mask_id, start, end).sum(1)
+        schedule = [] if threshold else num_transfer_tokens(n_masked, block_steps).T.tolist()      # steps x B
+        schedule += [[1] * len(x)] * (end - start)              # until none is left, if on_step puts some back
         for step, n in enumerate(schedule):
+            masked = masks_between(x, mask_id, start, end)                          # (B, T)
             if not masked.any():
                 break
-            pos = recomputed_rows(cache, x.shape[1], (start, end), step, n_steps)
-            pos = torch.tensor(pos, device=x.device)            # in order, so that rows stay row by row
+
+            pos = torch.tensor(recomputed_rows(cache, x.shape[1], (start, end), step, n_steps), device=x.device)
             logits = guided_logits(
                 model, x[:, pos], given[:, pos], cfg_scale, mask_id, rows=masked[:, pos],
                 visible=visible, kv=kv, pos=pos if cache else None)                 # (M, V)
             if adjust is not None:
                 logits = adjust(logits, x, masked)
-            if logits_eos_inf:
-                logits = forbid(logits, [eos_id])
+            logits = forbid(logits, [eos_id] if logits_eos_inf else [])
 
             guess, trust = propose(logits, masked, rules)                           # (M,), (M,)
             x, committed = write(x, masked, guess, trust, n, threshold)             # (B, T), (B, T)
-            masked = masked & ~committed
             n_steps += 1
             if on_step is not None:
                 on_step(x, committed)
@@ -720,7 +735,7 @@ def complete(model, prompts, gen_length, tok, *,
             x, n = generate(
                 model, x, tok.mask_id,
                 steps=steps or int(masks.max()), block_length=block_length or None,
-                prompt=given, visible=visible,
+                prompt=given, visible=visible, until_end=not gaps,
                 **how, **more)
             rows = [row[seen].tolist() for row, seen in zip(x, visible)]
 
@@ -834,7 +849,7 @@ def ar_generate(model, prompt, n_new, *, eos_id=None, visible=None, **sampling):
 
 
 def next_token(logits, *, temperature=1., generator=None, suppress=()):
-    """A token for each row by its logits (B, V): -> (B,) int64. suppress: ids never taken; generator: see uniform."""
+    """A token for each row by its logits (B, V): -> (B,). suppress: ids never taken; generator: see uniform."""
     u = None
     if temperature > 0:
         each = torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)

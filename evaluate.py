@@ -10,12 +10,16 @@ bound: nats per token and bits per byte. For a diffusion model this is an upper 
 not read the two as the same kind of number. The experiments of the papers: tests/lab/experiments.py.
 """
 
+import os
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')        # before torch, see train.py
+
 import csv
 import json
 import math
 import re
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,21 +28,22 @@ from tqdm import tqdm
 
 import data
 import diffusion
-from configurator import Refused, command, out_of_range, refuse, refusing, say
+from configurator import Refused, clean, command, out_of_range, refuse, refusing, say
 from model import open_model
 
 task = 'bound'                  # bound, exact, choice or lm_eval
 checkpoints = []                # runs or steps of train.py, or folders of released weights
 dataset = ''                    # a data set; default: the one that the first checkpoint was trained on
 split = 'val'                   # 'val' or 'train' (bound)
-input = []                      # files of questions or choices (repeat, or patterns); exact: else held-out ones
-windows = 0                     # held-out windows or examples (bound), evenly spread; 0: all, of a mixture about 1000
+input = []                    # files of questions or choices (repeat, or patterns); exact: else held-out ones
+windows = 0                     # windows or examples (bound), evenly spread; 0: all, of a mixture 1000
 limit = 0                       # how many questions, evenly spread; 0: all
 # --- likelihood
 seq_len = 0                     # tokens in a window (bound); 0: the shortest context among the checkpoints
 draws = 16                      # masks for each window (bound), stratified
 mc_num = 128                    # masks for each choice (choice, lm_eval): Eq. 6
 method = 'likelihood'           # of choice and lm_eval: 'likelihood' (Eq. 6) or 'confidence' (iLLaDA)
+same_masks = True               # choices of a question share their masks: far less noise between them
 add_bos = False                 # begin plain prompts with BOS (iLLaDA); runs trained on examples always do
 pad_eos = False                 # confidence: an EOS stands in sight behind the choice (iLLaDA)
 # --- sampler
@@ -59,7 +64,7 @@ instruct = False                # put questions into the chat template
 extract = ''                    # exact: a regular expression; its last match in answer and output is compared
 stop = []                       # exact, lm_eval: an answer ends before these strings
 # --- lm_eval
-tasks = []                      # lm_eval tasks or .yaml files of some, each perhaps with :N examples in the prompt
+tasks = []                 # lm_eval tasks or .yaml files of some, each perhaps with :N examples in the prompt
 unsafe_code = False             # let tasks run code that the model wrote (HumanEval, MBPP): in a sandbox only
 # --- machine and output
 batch_size = 64                 # rows in one forward pass
@@ -77,7 +82,7 @@ def check(cfg):
     """Refuses settings that cannot be."""
     wrong = out_of_range(cfg, (
         ('limit windows seq_len seed gen_length show', 'in 0 .. 2^31', lambda v: 0 <= v < 2 ** 31),
-        ('draws mc_num batch_size', 'in 1 .. 2^31', lambda v: 1 <= v < 2 ** 31),
+        ('draws mc_num batch_size', 'in 1 .. 9999', lambda v: 1 <= v < 10 ** 4),
         ('task', f'one of {", ".join(TASKS)}', lambda v: v in TASKS),
         ('method', 'one of likelihood, confidence', lambda v: v in ('likelihood', 'confidence')),
         ('split', 'one of train, val', lambda v: v in ('train', 'val'))))
@@ -130,7 +135,7 @@ def items_of(files, limit, accept):
     """The rows of files or patterns as accept(row) makes them, `limit` of them, evenly spread."""
     found = []
     for path in data.files_of(files):
-        found += [item for _, item in data.read_records(path, accept)]
+        found += [{**item, 'file': Path(path).stem} for _, item in data.read_records(path, accept)]
     return [found[i] for i in data.evenly(len(found), limit)]
 
 
@@ -150,7 +155,7 @@ def table(rows, columns, out=''):
     widths = [max(map(len, column)) for column in zip(*lines)]
     for first, *others in lines:
         right = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        print('  '.join([first.ljust(widths[0]), *right]))
+        print(clean('  '.join([first.ljust(widths[0]), *right])))
 
     if out:
         path = Path(out)
@@ -164,15 +169,17 @@ def table(rows, columns, out=''):
 # Likelihood of held-out text
 
 
-def log_probs(run, x0, maskable, cfg):
-    """log p of the maskable tokens of each row (N, T): exact if causal, else the bound of Eq. 6 -> (N,)."""
-    parts = []
-    for i in tqdm(range(0, len(x0), cfg.batch_size), desc=run.name, disable=None, leave=False):
-        x, m = (z[i:i + cfg.batch_size].to(run.device) for z in (x0, maskable))
+def log_probs(run, groups, cfg):
+    """log p of the maskable tokens of the rows of groups (x0, maskable): exact if causal, else Eq. 6 -> (N,)."""
+    n, parts, before = cfg.batch_size, [], 0
+    batches = [pair for x0, maskable in groups for pair in zip(x0.split(n), maskable.split(n))]
+    for x, m in tqdm(batches, desc=run.name, disable=None, leave=False):
         with run.autocast:
-            parts.append(diffusion.log_prob_rows(run.model, x, m, run.tok, draws=cfg.draws, first=i,
-                                                 seed=cfg.seed, batch_size=cfg.batch_size))
-    return torch.cat(parts).cpu()
+            part = diffusion.log_prob_rows(run.model, x.to(run.device), m.to(run.device), run.tok, draws=cfg.draws,
+                                           first=before, seed=cfg.seed, batch_size=n)
+        parts.append(part.cpu())
+        before += len(x)
+    return torch.cat(parts)
 
 
 def bound(cfg):
@@ -183,18 +190,26 @@ def bound(cfg):
     masking = kinds.pop() if len(kinds) == 1 else 'unified'
     T = cfg.seq_len or min(run.model.config.seq_len for run in runs)
     source = data.open_source(dataset, cfg.split, masking, tok, T)
-    x0, maskable, n_bytes = source.held_out(cfg.windows)
-    say(f'{cfg.split}: {len(x0)} rows of {x0.shape[1]} tokens, {cfg.draws} masks each')
+    groups, n_bytes = source.held_out(cfg.windows)
+    n_tokens = torch.cat([maskable.sum(1) for _, maskable in groups])
+    say(f'{cfg.split}: {len(n_tokens)} rows of up to {groups[-1][0].shape[1]} tokens, {cfg.draws} masks each')
 
-    rows = []
+    rows, first = [], None
     for run in runs:
         began = time.perf_counter()
-        logp = log_probs(run, x0, maskable, cfg)
+        logp = log_probs(run, groups, cfg)
         seconds = round(time.perf_counter() - began, 1)
         kind, sign = ('autoregressive', ' =') if run.causal else ('diffusion', '<=')
-        numbers = [f'{number:.4f}' for number in diffusion.nats_and_bits(logp, maskable, n_bytes)]
-        rows.append([f'{run.name} ({kind})', run.meta['iteration'] or '', sign, *numbers, seconds])
-    table(rows, ['checkpoint', 'iteration', '', 'nats/token', '+-', 'bits/byte', '+-', 'seconds'], cfg.out)
+        numbers = diffusion.nats_and_bits(logp, n_tokens, n_bytes)
+        first = logp if first is None else first
+        if len(runs) > 1:                               # on the same windows and masks: far surer than either
+            numbers += diffusion.nats_and_bits(logp - first, n_tokens, n_bytes)[2:]
+        cells = [f'{number:.4f}' for number in numbers]
+        rows.append([f'{run.name} ({kind})', run.meta['iteration'] or '', sign, *cells, seconds])
+
+    paired = ['above the first', '+-'] if len(runs) > 1 else []
+    columns = ['checkpoint', 'iteration', '', 'nats/token', '+-', 'bits/byte', '+-', *paired, 'seconds']
+    table(rows, columns, cfg.out)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -223,6 +238,9 @@ def as_choice(row):
 
 def encode_pair(context, continuation, tok):
     """Ids of both, and how many belong to the context: encoded as one text, blanks between go to the second."""
+    if not continuation:
+        ids = [*tok.start, *tok.encode(context)]
+        return ids, len(ids)
     alone, ids = tok.encode(context.rstrip()), tok.encode(context + continuation)
     n = min(len(alone), len(ids) - 1)
     while alone[:n] != ids[:n]:
@@ -236,13 +254,17 @@ def score_pairs(run, pairs, cfg):
     What is longer than the model's context loses the beginning of its own context.
     """
     T, tok, scores = run.model.config.seq_len - cfg.pad_eos, run.tok, []
-    noise = diffusion.keyed_generator(cfg.seed, device=run.device)
     for ids, n in tqdm(pairs, desc=f'{run.name}: scoring', disable=None, leave=False):
-        if len(ids) - n > T:
+        if n == len(ids):                                   # log p of nothing
+            scores.append(0.0)
+            continue
+        context = tok.cut(ids[:n], T - len(ids) + n)
+        x0 = torch.tensor([*context, *ids[n:]], device=run.device)
+        if len(x0) > T:
             raise Refused(f'a continuation has {len(ids) - n} tokens, the context of {run.name} holds {T}')
-        n -= max(0, len(ids) - T)
-        x0 = torch.tensor(ids[-T:], device=run.device)
-        maskable = torch.arange(len(x0), device=run.device) >= n
+        maskable = torch.arange(len(x0), device=run.device) >= len(context)
+        key = ids[:n] if cfg.same_masks else ids
+        noise = diffusion.keyed_generator(cfg.seed, *key, device=run.device)
 
         with run.autocast:
             if run.causal:
@@ -261,32 +283,39 @@ def score_pairs(run, pairs, cfg):
 
 
 def choice(cfg):
-    """Accuracy on multiple choice, by score and by score per byte of the choice."""
+    """Accuracy on multiple choice, by score and by score per byte; beside it, by taking the fewest tokens."""
     items, rows = items_of(cfg.input, cfg.limit, as_choice), []
     if not items:
         raise Refused('choice needs --input=FILE')
     by = 'confidence' if cfg.method == 'confidence' else f'Eq. 6, {cfg.mc_num} masks'
     for name in cfg.checkpoints:
-        run, began = load(name, cfg), time.perf_counter()
-        plain, per_byte = [], []
+        run, hits = load(name, cfg), {}
 
         for item in items:
             space = ' ' if item['context'] else ''
             pairs = [encode_pair(item['context'], space + text, run.tok) for text in item['choices']]
             scores = score_pairs(run, pairs, cfg)
             relative = [score / len(text.encode()) for score, text in zip(scores, item['choices'])]
-            plain.append(scores.index(max(scores)) == item['answer'])
-            per_byte.append(relative.index(max(relative)) == item['answer'])
+            few = [n - len(ids) for ids, n in pairs]
+            right = [best.index(max(best)) == item['answer'] for best in (scores, relative, few)]
+            hits.setdefault(item['file'], []).append(right)
 
-        rate = len(items) / (time.perf_counter() - began)
-        kind = 'exact' if run.causal else by
-        rows.append([run.name, kind, len(items), *percent(plain), *percent(per_byte), f'{rate:.1f}'])
+        for file, answers in with_all(hits):
+            plain, per_byte, fewest = zip(*answers)
+            kind = 'exact' if run.causal else by
+            rows.append([run.name, kind, file, len(answers), *percent(plain), *percent(per_byte)])
+            rows.append([run.name, 'fewest tokens', file, len(answers), *percent(fewest), '', ''])
 
     chances = [1 / len(item['choices']) for item in items]
-    guess = f'{100 * sum(chances) / len(items):.1f}'
-    rows.append(['random guess', '', len(items), guess, '', guess, '', ''])
-    columns = ['checkpoint', 'score', 'questions', 'acc %', '+-', 'acc_norm %', '+-', 'questions/s']
-    table(rows, columns, cfg.out)
+    rows.append(['random guess', '', '', len(items), percent(chances)[0], '', '', ''])
+    table(rows, ['checkpoint', 'score', 'file', 'questions', 'acc %', '+-', 'acc_norm %', '+-'], cfg.out)
+
+
+def with_all(groups):
+    """The items of a dict of lists; of several also all of them together."""
+    if len(groups) > 1:
+        groups = {**groups, 'all': sum(groups.values(), [])}
+    return groups.items()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -298,6 +327,8 @@ def answers(run, prompts, new, cfg):
     with refusing():
         diffusion.check_steps(new, cfg)
     longest, seq_len = max(map(len, prompts)) + new, run.model.config.seq_len
+    if longest > 8 * seq_len:
+        raise Refused(f'{run.name}: gen_length: {longest} tokens, the context holds {seq_len}')
     if longest > seq_len:
         say(f'{run.name}: up to {longest} tokens, longer than the {seq_len} of training')
 
@@ -319,17 +350,24 @@ def as_question(row):
     return row
 
 
+def value(text):
+    """What a text says: a number ($1,080.00 is 1080, and so is 1080.), or itself."""
+    number = re.fullmatch(r'[^\w.-]*(-?[\d,]*\.?\d+)\D*', text)
+    return float(number[1].replace(',', '')) if number else text.strip()
+
+
 def right(text, item, extract=''):
     """Whether an answer is right: as "accept" says, by what `extract` finds last in both, or word for word."""
-    text, want = text.strip(), item['messages'][-1]['content'].strip()
+    text = text.split('\nQuestion:')[0].strip()                 # a base model may go on with a question of its own
+    want = item['messages'][-1]['content'].strip()
     if item['accept']:
         return bool(re.fullmatch(item['accept'], text))
     if not extract:
         return text == want
-    found, wanted = re.findall(extract, text), re.findall(extract, want)
+    found, wanted = (re.findall(extract, t.replace('$', '')) for t in (text, want))
     if not wanted:
         raise Refused(f'extract: {extract!r} finds nothing in the answer {want[-60:]!r}')
-    return found[-1:] == wanted[-1:]
+    return bool(found) and value(str(found[-1])) == value(str(wanted[-1]))
 
 
 def questions_of(run, cfg):
@@ -346,7 +384,7 @@ def questions_of(run, cfg):
     for item in items:
         *history, asked, _ = item['messages']
         if chat or history:
-            prompts.append(run.tok.encode_chat([*history, asked]))
+            prompts.append(run.tok.encode_begun([*history, asked]))
         else:
             prompts.append([*run.tok.start, *run.tok.encode(f"Question: {asked['content']}\nAnswer:")])
     return items, prompts
@@ -372,9 +410,7 @@ def exact(cfg):
                 want = item['accept'] or item['messages'][-1]['content']
                 print(f'{"right" if hit else "WRONG"}: {text!r}, want {want!r}')
 
-        if len(by_task) > 1:
-            by_task['all'] = sum(by_task.values(), [])
-        rows += [[run.name, kind, len(hits), *percent(hits)] for kind, hits in by_task.items()]
+        rows += [[run.name, kind, len(hits), *percent(hits)] for kind, hits in with_all(by_task)]
         say(f'{run.name}: canvases of {new} tokens, {rate:.0f} tokens/s, {n} forward passes')
     table(rows, ['checkpoint', 'task', 'questions', 'right %', '+-'], cfg.out)
 
@@ -393,7 +429,8 @@ class Harness:
     def loglikelihood(self, requests, disable_tqdm=False):
         """[(context, continuation)] -> [(log p, its bound, or confidence; is_greedy)].
 
-        is_greedy is not asked of a diffusion model (it would need one forward pass a token) and always False.
+        is_greedy, whether the model itself would write this, takes a forward pass a token: it is asked only
+        where a document has one continuation (LAMBADA); of several no metric looks at it.
         """
         pairs, tok = [], self.run.tok
         for context, continuation in (request.args for request in requests):
@@ -402,12 +439,24 @@ class Harness:
                 pairs.append(([*before, *tok.encode(continuation)], len(before)))
             else:
                 pairs.append(encode_pair(context, continuation, tok))
-        return [(score, False) for score in score_pairs(self.run, pairs, self.cfg)]
+
+        asked = [(getattr(request, 'task_name', ''), getattr(request, 'doc_id', 0)) for request in requests]
+        many, scores = Counter(asked), score_pairs(self.run, pairs, self.cfg)
+        return [(score, many[key] == 1 and self.greedy(*pair))
+                for key, pair, score in zip(asked, pairs, scores)]
+
+    def greedy(self, ids, n):
+        """Whether the model, at temperature 0 and a token a step, writes ids[n:] after ids[:n]."""
+        new, tok = len(ids) - n, self.run.tok
+        context = tok.cut(ids[:n], self.run.model.config.seq_len - new)
+        with self.run.autocast:
+            (row,), _ = diffusion.complete(self.run.model, [context], new, tok)
+        return row[len(context):] == ids[n:]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         """[(text,)] -> [log p or its bound], over windows of the model's context that do not overlap."""
         out, start = [], self.run.tok.start
-        T = self.run.model.config.seq_len - len(start)
+        T = self.run.model.config.seq_len - len(start) - self.cfg.pad_eos
         for request in requests:
             ids = self.run.tok.encode(request.args[0])
             windows = [([*start, *ids[i:i + T]], len(start)) for i in range(0, len(ids), T)]
@@ -415,38 +464,52 @@ class Harness:
         return out
 
     def generate_until(self, requests, disable_tqdm=False):
-        """[(context, {'until', 'max_gen_toks'})] -> [text up to a stop string]; contexts are cut on the left."""
+        """[(context, see wishes)] -> [text up to a stop string]; of a long context what comes first is cut."""
         run, T, block = self.run, self.run.model.config.seq_len, self.cfg.block_length or 1
-        asked = {}                                          # (length, stop strings) -> number: prompt
+        asked = {}                                     # (length, stop strings, temperature) -> number: prompt
         for number, (context, wish) in enumerate(request.args for request in requests):
-            until = wish.get('until') or []
-            until = [until] if isinstance(until, str) else until
-            want = self.cfg.gen_length or wish.get('max_gen_toks') or 256
+            want, until, temperature = self.wishes(**wish)
             new = max(block, min(want, T // 2) // block * block)
-
             ids = [*run.tok.start, *run.tok.encode(context)]
             if self.cfg.instruct:
                 ids = self.conversation(context)
-            lost = max(0, len(ids) - T + new)
-            if new < want or lost:
-                say(f'a context of {T} tokens: {new} of {want} will be written, and the first {lost} of the '
+
+            kept = run.tok.cut(ids, T - new)
+            if len(kept) + new > T:
+                raise Refused(f'block_length {block} leaves no room for a prompt in a context of {T} tokens')
+            if new < want or kept != ids:
+                say(f'a context of {T} tokens: {new} of {want} will be written, and {len(ids) - len(kept)} of the '
                     'prompt are left out')
-            asked.setdefault((new, tuple(until)), {})[number] = ids[lost:]
+            asked.setdefault((new, until, temperature), {})[number] = kept
 
         out = [''] * len(requests)
-        for (new, until), prompts in asked.items():
-            cfg = SimpleNamespace(**{**vars(self.cfg), 'stop': [*until, *self.cfg.stop]})
+        for (new, until, temperature), prompts in asked.items():
+            stop = [*until, *self.cfg.stop]
+            cfg = SimpleNamespace(**{**vars(self.cfg), 'stop': stop, 'temperature': temperature})
             rows, _ = answers(run, list(prompts.values()), new, cfg)
             for number, row in zip(prompts, rows):
-                out[number] = run.tok.answer(row, cfg.stop)
+                out[number] = run.tok.answer(row, stop)
         return out
 
+    def wishes(self, until=(), do_sample=False, temperature=1.0, top_p=1.0, top_k=0, **lengths):
+        """What a task asks of generation -> (tokens, stop strings, temperature), or Refused."""
+        unknown = lengths.keys() - {'max_gen_toks', 'max_new_tokens', 'max_tokens'}
+        if unknown or do_sample and (top_p != 1 or top_k):
+            raise Refused(f'a task asks for what no sampler here has: {sorted(unknown) or "top_p, top_k"}')
+        until = [until] if isinstance(until, str) else until or ()
+        until = tuple(text for text in until if text)       # an empty one would end every answer at once
+        want = self.cfg.gen_length or max(lengths.values(), default=256)
+        return want, until, float(temperature) if do_sample else self.cfg.temperature
+
     def conversation(self, context):
-        """Ids of messages as apply_chat_template has left them; what the assistant has begun is left open."""
-        messages, begun = json.loads(context), ''
-        if messages[-1]['role'] == 'assistant':
-            begun = messages.pop()['content']
-        return [*self.run.tok.encode_chat(messages), *self.run.tok.encode(begun)]
+        """Ids of messages as apply_chat_template has left them; a context that did not go through it is a user's."""
+        try:
+            messages = json.loads(context)
+        except ValueError:
+            messages = [{'role': 'user', 'content': context}]
+        if not isinstance(messages, list) or not context:
+            messages = []
+        return self.run.tok.encode_begun(messages)
 
     @property
     def tokenizer_name(self):
@@ -459,34 +522,50 @@ class Harness:
 
 def harness(run, cfg):
     """A run as an lm_eval.api.model.LM."""
+    return type('NanoLLaDA', (Harness, harness_package().LM), {})(run, cfg)
+
+
+def harness_package():
+    """lm_eval.api.model, if there is one."""
     try:
-        from lm_eval.api.model import LM
+        import lm_eval.api.model
     except ImportError:
         raise Refused('this task needs one more package: pip install lm_eval') from None
-    return type('NanoLLaDA', (Harness, LM), {})(run, cfg)
+    return lm_eval.api.model
 
 
 def lm_eval(cfg):
     """Tasks of lm-evaluation-harness; the papers' settings for them are config/eval_*.py."""
     if not cfg.tasks:
         raise Refused('lm_eval needs --tasks=NAME, or a file such as config/eval_llada_base.py')
-    rows = []
+    rows, manager = [], task_manager(cfg.tasks)
     for name in cfg.checkpoints:
         lm = harness(load(name, cfg), cfg)
         for task in cfg.tasks:
-            rows += [[name, *row] for row in results_of(lm, task, cfg)]
+            rows += [[name, *row] for row in results_of(lm, task, manager, cfg)]
     table(rows, ['checkpoint', 'task', 'metric', 'value', '+-'], cfg.out)
 
 
-def results_of(lm, task, cfg):
-    """One task, perhaps with :N for N examples in its prompts -> rows [task, metric, value, standard error]."""
-    import lm_eval
+def task_manager(tasks):
+    """lm_eval's index of tasks, with those of our .yaml files; what it does not know is refused."""
+    harness_package()
     from lm_eval.tasks import TaskManager
 
+    files = [task.partition(':')[0] for task in tasks]
+    folders = {str(Path(file).parent) for file in files if file.endswith('.yaml')}
+    manager = TaskManager(include_path=sorted(folders) or None)
+    unknown = [file for file in files if Path(file).name.removesuffix('.yaml') not in manager.all_tasks]
+    refuse([f'tasks: lm_eval knows no {file!r}' for file in unknown])
+    return manager
+
+
+def results_of(lm, task, manager, cfg):
+    """One task, perhaps with :N for N examples in its prompts -> rows [task, metric, value, standard error]."""
+    import lm_eval
+
     task, _, shots = task.partition(':')
-    manager = TaskManager()
     if task.endswith('.yaml'):
-        manager, task = TaskManager(include_path=str(Path(task).parent)), Path(task).stem
+        task = Path(task).stem
     result = lm_eval.simple_evaluate(
         model=lm, tasks=[task], task_manager=manager,
         num_fewshot=int(shots) if shots else None, limit=cfg.limit or None,

@@ -118,19 +118,35 @@ def attention(q, k, v, *, causal=False, may_see=None, cu_seqlens=None):
     if cu_seqlens is not None:
         return packed_attention(q, k, v, cu_seqlens)
 
-    # torch's fused CPU kernel loses to plain lines on short canvases: its backward in bfloat16 is 2-8x slower
-    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and k.shape[2] <= 512:
+    # In training on short canvases torch's fused CPU kernel loses to plain lines: a 4x slower bfloat16 backward
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.requires_grad and k.shape[2] <= 256:
         k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                        # (B, H, W, T)
+        scores = Scores.apply(q, k) * q.shape[-1] ** -0.5                               # (B, H, W, T) float32
         if causal:
             may_see = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
         if may_see is not None:
             scores = scores.masked_fill(~may_see, -math.inf)
-        return scores.softmax(-1) @ v
+        return scores.softmax(-1).to(v.dtype) @ v
 
     # (On CUDA a mask stays out of training: cuDNN's masked backward has returned NaN since torch 2.11.)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=may_see, is_causal=causal, enable_gqa=grouped)
+
+
+class Scores(torch.autograd.Function):
+    """q k^T in float32 (a softmax multiplies the rounding of scores); gradients in the dtype of q and k."""
+
+    @staticmethod
+    def forward(ctx, q, k):
+        ctx.save_for_backward(q, k)
+        with torch.autocast(q.device.type, enabled=False):
+            return q.float() @ k.float().transpose(-2, -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k = ctx.saved_tensors
+        grad = grad.to(q.dtype)
+        return grad @ k, grad.transpose(-2, -1) @ q
 
 
 def repeat_heads(z, H):
@@ -167,7 +183,7 @@ class Attention(nn.Module):
         k = apply_rope(self.heads(self.k(x)), cos, sin)                                     # (B, Hkv, W, D)
         v = self.heads(self.v(x))
 
-        if kv is not None:                                  # refresh rows pos of the cache, look at all T rows
+        if kv is not None:                                 # refresh rows pos of the cache, look at all T rows
             k = kv[0].index_copy_(2, pos, k.to(kv.dtype)).to(q.dtype)                       # (B, Hkv, T, D)
             v = kv[1].index_copy_(2, pos, v.to(kv.dtype)).to(q.dtype)
         y = attention(q, k, v, **limits)
@@ -272,10 +288,10 @@ class Transformer(nn.Module):
         x = self.embed(ids)                                                                 # (B, W, C)
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))        # a narrow residual stream: half the memory traffic
+            x = x.to(torch.get_autocast_dtype(kind))       # a narrow residual stream: half the memory traffic
 
         if pos is None:
-            pos = segment_positions(ids, cu_seqlens)                                        # (W,) or (B, 1, W)
+            pos = segment_positions(ids, cu_seqlens)                                       # (W,) or (B, 1, W)
         cos, sin = rope_angles(pos, self.config.head_dim, self.config.rope_theta)           # (..., W, D/2)
         if not self.config.rope_fp32:
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -297,7 +313,7 @@ class Transformer(nn.Module):
         return F.linear(x, head)
 
     def _limits(self, x, pos, kv, visible, cu_seqlens):
-        """What attention is told of who may see whom, for x (B, W, C): a mask only if nothing shorter says it."""
+        """What attention is told of who may see whom: a mask only if nothing shorter says it. x (B, W, C)."""
         causal, device = self.config.causal, x.device
         if cu_seqlens is None:
             if visible is None and not (causal and kv is not None):
@@ -367,18 +383,14 @@ def segment_positions(ids, cu_seqlens):
 
 
 @torch.no_grad()
-def init_weights(model, seed=0, emb_std=None, locality=0.0, device=None):
+def init_weights(model, seed=0, emb_std=None, device=None):
     """Fills a fresh model; each matrix from its own generator, by seed and name, whatever is sharded where.
 
     The scheme is the one named in the released LLaDA config ("mitchell"; that pre-training used it is
     unconfirmed): a normal cut at three sigma with std 1/sqrt(fan_in), divided by sqrt(2 * layer) for the two
     matrices of a block that write to the residual stream; the embedding has std 1/sqrt(C) unless `emb_std`
-    says otherwise. locality: see look_nearby, not in the papers. device: where matrices are drawn.
+    says otherwise. device: where matrices are drawn.
     """
-    nearby = {}
-    if locality:
-        nearby = look_nearby(model.config, seed, locality * (emb_std or model.config.d_model ** -0.5))
-
     for name, p in model.named_parameters():
         full = torch.ones(p.shape, dtype=p.dtype, device=device or p.device)
         if p.dim() == 2:
@@ -391,8 +403,6 @@ def init_weights(model, seed=0, emb_std=None, locality=0.0, device=None):
             key = zlib.crc32(f'{seed} {name}'.encode())     # torch's CPU generator uses 32 bits only
             generator = torch.Generator(full.device).manual_seed(key)
             nn.init.trunc_normal_(full, 0.0, std, -3 * std, 3 * std, generator=generator)
-            if name in nearby:
-                nearby[name](full)
         put(p, full)
     return model
 
@@ -405,44 +415,6 @@ def put(parameter, full):
         full = distribute_tensor(full.to(parameter.device), parameter.device_mesh, parameter.placements,
                                  src_data_rank=None)        # nothing is sent: it is everywhere already
     parameter.copy_(full)
-
-
-def look_nearby(config, seed, size):
-    """Changes to fresh weights, name -> function: every attention head begins by looking at one near position.
-
-    Why: a masked position has no content to search by, and a small model spends its first thousand updates on
-    finding its neighbours. How: all embeddings share one direction, of the given size per channel; on it q and
-    k answer with a fixed pair (q0, k0), k0 = q0 rotated back by the head's offset, so that the key so far away
-    has the highest score, whatever the tokens. Only fast rotary frequencies (period below about 40 tokens)
-    take part. Offsets go round -1, 1, -2, 2, ... over the heads of all layers, only back in a causal model.
-    """
-    c = config
-    generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} nearby'.encode()))
-    shared = torch.randn(c.d_model, generator=generator)
-    shared *= c.d_model ** 0.5 / shared.norm()                                              # root mean square 1
-
-    def teach(w, answer):
-        """Lets a projection (H * D, C) answer to the shared direction with `answer` (H * D,), whatever it was."""
-        direction = shared.to(w)
-        w += torch.outer(answer.to(w) - w @ direction, direction) / c.d_model
-
-    changes = {'embed.weight': lambda w: w.add_(size * shared.to(w))}
-    frequency = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2) / c.head_dim)
-    for i in range(c.n_layer):
-        q0 = torch.randn(c.n_kv_head, 2, c.head_dim // 2, generator=generator)
-        q0 = q0.masked_fill(frequency < 0.15, 0).flatten(1)                                 # (Hkv, D)
-        q0 = q0 * c.head_dim ** 0.5 / q0.norm(dim=1, keepdim=True)
-        number = torch.arange(c.n_kv_head) + i * c.n_kv_head
-        offset = (number % 8 // 2 + 1) * (2 * (number % 2) - 1)
-        if c.causal:
-            offset = -(number % 8 + 1)
-
-        angle = -offset[:, None] * frequency
-        k0 = apply_rope(q0, angle.cos(), angle.sin())
-        q0 = q0.repeat_interleave(c.n_head // c.n_kv_head, 0)               # one offset for a group of queries
-        changes[f'blocks.{i}.attn.q.weight'] = partial(teach, answer=q0.flatten())
-        changes[f'blocks.{i}.attn.k.weight'] = partial(teach, answer=k0.flatten())
-    return changes
 
 
 def pick_device(device, dtype):
@@ -498,7 +470,7 @@ def load_model(path, device='cpu', dtype=None):
 
     steps = [path] if (path / 'manifest.json').is_file() else find_checkpoints(path)
     if not steps:
-        what = 'no checkpoint here (want a folder of train.py or of released weights)'
+        what = 'no checkpoint here (train.py writes the first after eval_interval updates; or released weights)'
         raise FileNotFoundError(ENOENT, what, str(path))
     folder = steps[-1]
     manifest = read_checkpoint(folder)
@@ -575,12 +547,24 @@ def stored_tensors(folder):
             if not (folder / Path(info.relative_path).name).is_file():
                 raise ValueError(f'it points to {info.relative_path}')
         for name, entry in table.state_dict_metadata.items():
-            if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+            if not covers(entry.chunks, entry.size):
                 raise ValueError(f'it has only parts of {name}')
         return {name: entry.size for name, entry in table.state_dict_metadata.items()}
 
     except Exception as error:                              # a pickle has a dozen ways to be broken
         raise Refused(f'{path}: not a table of tensors ({type(error).__name__}: {error})') from None
+
+
+def covers(chunks, size):
+    """Whether chunks are the rows of a tensor of this size, each once, as FSDP cuts it. (A number is one chunk.)"""
+    end, (rows, *rest) = 0, size or (1,)
+    for chunk in sorted(chunks, key=lambda chunk: tuple(chunk.offsets)):
+        start, *corner = chunk.offsets or (0,)
+        n, *width = chunk.sizes or (1,)
+        if start != end or any(corner) or width != rest:
+            return False
+        end += n
+    return end == rows
 
 
 def read_tensors(folder, state):
@@ -639,8 +623,12 @@ PLAIN = {           # what the two architectures are, as far as config.json can 
         activation_type='silu', block_type='llama', layer_norm_type='rms', rope=True, alibi=False,
         include_bias=False, include_qkv_bias=False, bias_for_layer_norm=False, attention_layer_norm=False,
         input_emb_norm=False, scale_logits=False, multi_query_attention=None, layer_norm_with_affine=True),
-    'illada': dict(
-        hidden_act='silu', attention_bias=False, mlp_bias=False, layer_norm_eps=None, rope_scaling=None)}
+    'illada': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, layer_norm_eps=None)}
+HARMLESS = (        # keys of config.json that change nothing of what is computed here
+    'architectures auto_map model_type torch_dtype dtype transformers_version use_cache sha256 _name_or_path '
+    'vocab_size bos_token_id eos_token_id pad_token_id mask_token_id eot_token_id init_fn init_std init_device '
+    'init_cutoff_factor initializer_range precision flash_attention block_group_size alibi_bias_max mlp_ratio '
+    'attention_layer_norm_with_affine attention_dropout embedding_dropout residual_dropout resid_pdrop').split()
 
 
 def release_names(kind, config):
@@ -667,8 +655,20 @@ def release_config(folder):
         if raw.get(key) not in (None, plain):
             raise Refused(f'{path}: {key} = {raw[key]!r} is not supported (only {plain!r})')
 
-    keys = CONFIG_KEYS[kind]
+    keys, ropes = CONFIG_KEYS[kind], ('rope_scaling', 'rope_parameters')
+    known = {*PLAIN[kind], *keys.values(), *HARMLESS, *ropes}
+    strange = [f'{key} = {value!r}' for key, value in raw.items() if value and key not in known]
+    if strange:                                             # it may say something that changes the logits
+        raise Refused(f'{path}: {strange[0]} is not known here; if it changes nothing, take it out of the file')
+
     told = {ours: raw[theirs] for ours, theirs in keys.items() if raw.get(theirs) is not None}
+    for rope in (raw.get(key) or {} for key in ropes):     # transformers keeps the base and its scaling there
+        if not isinstance(rope, dict) or rope.get('rope_type', rope.get('type', 'default')) != 'default':
+            raise Refused(f'{path}: scaled rotary angles are not supported, got {rope}')
+        base = rope.get('rope_theta')
+        if base is not None and told.setdefault('rope_theta', base) != base:
+            raise Refused(f"{path}: rope_theta is {told['rope_theta']} and {base}: which one?")
+
     told.setdefault('vocab_size', raw.get('vocab_size'))
     told.setdefault('n_kv_head', told.get('n_head'))
     if kind == 'illada':
@@ -690,7 +690,11 @@ def release_files(folder):
     names = read_json(index).get('weight_map')
     if not isinstance(names, dict):
         raise Refused(f'{index}: not a safetensors index')
-    return [folder / Path(str(name)).name for name in sorted(set(names.values()))]
+    files = {folder / Path(str(name)).name for name in names.values()}
+    single = folder / 'model.safetensors'
+    if single.is_file() and single not in files:
+        raise Refused(f'{folder}: its index does not know {single.name}: which weights? Remove one of the two')
+    return sorted(files)
 
 
 def read_release(folder, device='cpu', dtype=None):
@@ -730,9 +734,10 @@ def read_safetensors(file):
 def release_model(folder, kind, config, stored, device='cpu', dtype=None):
     """A model of tensors by their released names; every name and shape is compared."""
     names = release_names(kind, config)
-    if config.tied:                                         # some files store the tied head as well
+    stored = {name: z for name, z in stored.items() if not name.endswith('.inv_freq')}      # rope_theta says it
+    if config.tied:                                         # some files store it twice, or as the head
         head = stored.pop(f"{RELEASES[kind]['head']}.weight", None)
-        if head is not None and not torch.equal(head, stored[names['embed.weight']]):
+        if head is not None and not torch.equal(head, stored.setdefault(names['embed.weight'], head)):
             raise Refused(f'{folder}: the configuration ties the head to the embedding, but they differ')
     missing, extra = set(names.values()) - set(stored), set(stored) - set(names.values())
     if missing or extra:

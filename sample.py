@@ -8,17 +8,23 @@
     python sample.py out/docs --num_samples=1 --html=out/trace.html     # a page to scrub through the steps
 
 A ___ in a prompt is a gap: gap_length masks, filled in sight of both sides, which no left-to-right model can
-do. The default, random remasking at temperature 1, draws from the model. Low-confidence remasking commits the
-most probable tokens first: it looks for the mode, and over a whole canvas with nothing given the mode of a
-small model is one phrase again and again. So give it a prompt and small blocks.
+do. By default answers (chat, instruct, released weights, models trained on examples) are low-confidence remasking
+at temperature 0, anything else random remasking at temperature 1. That draws from the model. Low-confidence
+remasking commits the most probable tokens first: it looks for the mode, and over a whole canvas with nothing
+given the mode of a small model is one phrase again and again. So give it a prompt and small blocks.
 """
 
+import os
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')        # before torch, see train.py
+
+import codecs
 import json
+import math
 import re
 import shutil
 import sys
 import time
-import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +32,7 @@ from tqdm import tqdm
 
 import data
 import diffusion
-from configurator import Refused, command, out_of_range, refuse, refusing, say
+from configurator import Refused, clean, command, out_of_range, refuse, refusing, say
 from model import open_model
 
 # --- what to write
@@ -43,8 +49,8 @@ stop = []                       # text is cut before this string (repeat for mor
 steps = 0                       # denoising steps, with variable_length of one block; 0: one token a step
 block_length = 0                # finish blocks of this many tokens from left to right; 0: the whole canvas
 variable_length = False         # blocks come into being one by one, until the end is written (iLLaDA)
-remasking = 'random'            # which proposals survive a step: 'random' or 'low_confidence'
-temperature = 1.0               # 0 takes the most probable token
+remasking = ''                  # which proposals survive a step: 'random' or 'low_confidence'; '': see below
+temperature = math.nan          # 0 takes the most probable token; nan: see below
 cfg_scale = 0.0                 # classifier-free guidance away from the canvas without the prompt
 logits_eos_inf = False          # EOS is never written
 confidence_eos_eot_inf = False  # EOS and EoT are written last
@@ -64,16 +70,6 @@ mask_id = -1                    # id of [MASK] where neither the weights nor the
 
 GAP = '___'
 HIDDEN = '\N{LIGHT SHADE}'      # how a mask looks
-
-
-def clean(text):
-    """Text that cannot move the cursor or change colours or direction: control characters are dropped."""
-    kept = ''
-    for c in text:
-        turns = 0x202A <= ord(c) < 0x202F or 0x2066 <= ord(c) < 0x206A      # the direction of writing
-        if c in '\n\t' or unicodedata.category(c) not in ('Cc', 'Cs') and not turns:
-            kept += c
-    return kept
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -117,7 +113,7 @@ def to_ids(entry, where, tok, cfg, vocab_size):
         entry = [{'role': 'user', 'content': entry}]
 
     if isinstance(entry, str):
-        *parts, last = entry.split(GAP)
+        *parts, last = re.split(f'{GAP}_*', entry)          # any run of three or more is one gap
         ids = list(tok.start)
         for part in parts:                                  # the blank before a gap belongs to what fills it
             ids += [*tok.encode(part.removesuffix(' ')), *[tok.mask_id] * cfg.gap_length]
@@ -130,7 +126,7 @@ def to_ids(entry, where, tok, cfg, vocab_size):
             messages = [{'role': m['role'].strip(), 'content': m['content'].strip()} for m in entry or [None]]
         except (TypeError, KeyError, AttributeError):
             raise Refused(f'{where}: want "prompt" (text), "messages" (role and content) or "ids"') from None
-        ids = tok.encode_chat(messages)
+        ids = tok.encode_begun(messages)
 
     if not all(0 <= i < vocab_size for i in ids):
         raise Refused(f'{where}: ids must lie between 0 and {vocab_size - 1}, got {min(ids)} .. {max(ids)}')
@@ -138,7 +134,7 @@ def to_ids(entry, where, tok, cfg, vocab_size):
 
 
 def plan(cfg, prompts, tok, config):
-    """How many tokens are to be written behind a prompt, or in its gaps; what cannot be written is refused."""
+    """How many tokens are to be written behind a prompt, or in its gaps; Refused if that cannot be."""
     n_gaps, longest = [ids.count(tok.mask_id) for ids in prompts], max(map(len, prompts))
     if any(n_gaps) and not all(n_gaps):
         raise Refused(f'either all prompts have a {GAP} or none')
@@ -165,6 +161,12 @@ def plan(cfg, prompts, tok, config):
 # Pictures
 
 
+def pieces_of(ids, tok):
+    """What each id adds to the text shown: a character of several tokens comes with its last."""
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    return [HIDDEN if i == tok.mask_id else clean(decoder.decode(tok.decode_bytes([i]))) for i in ids]
+
+
 class Screen:
     """Draws the longest row of the canvas after each step: in place on a terminal, else as a few plain lines."""
 
@@ -174,20 +176,17 @@ class Screen:
 
     def __call__(self, x, committed):
         self.step += 1
-        ids, pieces, shown = x[-1].tolist(), [], 0              # the last row of a batch has no padding
+        ids, shown = x[-1].tolist(), []                         # the last row of a batch has no padding
         if not self.live and self.tok.mask_id in ids and (self.step - 1) % max(1, self.total // 8):
             return
-        for token, new in zip(ids, committed[-1].tolist()):
-            piece = HIDDEN
-            if token != self.tok.mask_id:
-                piece = clean(self.tok.decode([token])).replace('\n', '\N{RETURN SYMBOL}')
-            shown += len(piece)
-            pieces.append(f'\x1b[1;32m{piece}\x1b[0m' if new and self.live else piece)
+        pieces = [piece.replace('\n', '\N{RETURN SYMBOL}') for piece in pieces_of(ids, self.tok)]
+        for piece, new in zip(pieces, committed[-1].tolist()):
+            shown.append(f'\x1b[1;32m{piece}\x1b[0m' if new and self.live else piece)
 
         if self.live and self.drawn:
             sys.stdout.write(f'\x1b[{self.drawn}F\x1b[J')       # back to where the last frame began
-        print(f'{self.step:4d} | ' + ''.join(pieces), flush=True)
-        self.drawn = -(-(shown + 7) // shutil.get_terminal_size().columns)
+        print(f'{self.step:4d} | ' + ''.join(shown), flush=True)
+        self.drawn = -(-(len(''.join(pieces)) + 7) // shutil.get_terminal_size().columns)
         if self.live:
             time.sleep(0.05)
 
@@ -209,7 +208,7 @@ class Trace:
 
     def page(self, title):
         """The page: one file without anything from elsewhere; the text is data, and cannot become markup."""
-        tokens = [[clean(self.tok.decode([i])), b, w] for i, b, w in zip(self.ids, self.born, self.written)]
+        tokens = list(zip(pieces_of(self.ids, self.tok), self.born, self.written))
         told = {'TITLE': title, 'STEPS': self.step, 'TOKENS': tokens}
         return re.sub('|'.join(told), lambda m: json.dumps(told[m[0]]).replace('<', '\\u003c'), PAGE)
 
@@ -223,24 +222,52 @@ def both(*watchers):
     return on_step
 
 
-PAGE = """<!doctype html><meta charset="utf-8"><title>nanoLLaDA</title>
-<style>body{font:16px/1.7 sans-serif;max-width:50em;margin:2em auto} input{width:100%} #text{white-space:pre-wrap}
-.now{background:#bfb} .given{color:#777} .mask{background:#ddd;color:#ddd}</style>
-<h3 id="title"></h3><input id="bar" type="range" min="0" value="0"><p id="step"></p><div id="text"></div>
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>nanoLLaDA</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root { color-scheme: light dark }
+body { font: 16px/1.8 system-ui, sans-serif; max-width: 50em; margin: 1.5em auto; padding: 0 1em }
+h3 { overflow-wrap: anywhere } button { font: inherit; min-width: 5em } #bar { width: 100% }
+#text { white-space: pre-wrap; overflow-wrap: anywhere }
+.given { opacity: .6 } .now { outline: 2px solid #2a8; border-radius: 2px }
+.mask { color: transparent; background: #8886; border-radius: 2px }
+</style>
+<h3 id="title"></h3>
+<p><button id="play">play</button> <label><input id="hue" type="checkbox"> colour by step</label></p>
+<div id="step"></div>
+<input id="bar" type="range" min="0" value="0" aria-label="step"><p id="text"></p>
 <script>
 const title = TITLE, steps = STEPS, tokens = TOKENS, at = id => document.getElementById(id);
+let timer = 0;
 function draw() {
   const k = Number(at("bar").value);
   at("step").textContent = "step " + k + " of " + steps;
+  at("play").textContent = timer ? "pause" : "play";
   at("text").replaceChildren(...tokens.filter(t => t[1] <= k).map(([piece, born, written]) => {
     const span = document.createElement("span");
-    span.textContent = written <= k ? piece : "\\u2591\\u2591";
+    span.textContent = piece;                     // a mask is as wide as what will stand there: nothing jumps
     span.className = written > k ? "mask" : written === 0 ? "given" : written === k ? "now" : "";
-    span.title = written > steps ? "never written" : "written in step " + written;
+    if (at("hue").checked && written > 0 && written <= k)
+      span.style.background = "hsl(" + 270 * written / steps + " 70% 50% / .35)";
+    span.title = written > steps ? "never written" : written ? "written in step " + written : "given";
     return span;
   }));
 }
-at("title").textContent = title; at("bar").max = steps; at("bar").oninput = draw; draw();
+function move(n) { at("bar").value = Number(at("bar").value) + n; draw(); }
+function play() {
+  if (Number(at("bar").value) === steps) at("bar").value = 0;
+  timer = timer ? clearInterval(timer) || 0 : setInterval(() => {
+    if (Number(at("bar").value) === steps) timer = clearInterval(timer) || 0;
+    move(1);
+  }, Math.max(60, 6000 / steps));
+  draw();
+}
+document.onkeydown = event => {
+  const act = { " ": play, ArrowRight: () => move(1), ArrowLeft: () => move(-1) }[event.key];
+  if (act && event.target === document.body) { event.preventDefault(); act(); }
+};
+at("title").textContent = title; at("bar").max = steps;
+at("bar").oninput = draw; at("hue").onchange = draw; at("play").onclick = play; draw();
 </script>
 """
 
@@ -249,7 +276,7 @@ at("title").textContent = title; at("bar").max = steps; at("bar").oninput = draw
 
 
 def texts_of(ids, prompt, tok, stop):
-    """(the prompt's text and what was written, what was written alone), up to its end token or stop string."""
+    """(the text of prompt and answer, that of the answer alone), up to an end token or stop string."""
     start = len(tok.start) if prompt[:1] == tok.start else 0        # BOS is no text
     if tok.mask_id not in prompt:
         answer = tok.answer(ids[len(prompt):], stop)                # nothing counts after the end
@@ -326,7 +353,7 @@ def new_file(name):
 
 
 def check(cfg):
-    """Refuses settings that cannot be -> those of the sampler, for diffusion.complete."""
+    """Refuses settings that cannot be."""
     wrong = out_of_range(cfg, (
         ('gap_length batch_size num_samples', 'in 1 .. 999999', lambda v: 1 <= v < 10 ** 6),
         ('gen_length', '0 or more', lambda v: v >= 0)))
@@ -335,15 +362,26 @@ def check(cfg):
         raise Refused('chat takes its prompts from the keyboard: leave out prompt, prompt_file, out and html')
     if cfg.instruct and not (cfg.prompt or cfg.prompt_file or cfg.chat):
         raise Refused('instruct needs a prompt')
+    sampler(cfg, answers=True)
+
+
+def sampler(cfg, answers):
+    """Settings for diffusion.complete; where they are not set, answers look for the mode, samples are drawn."""
+    remasking, temperature = ('low_confidence', 0.0) if answers else ('random', 1.0)
+    if not math.isnan(cfg.temperature):
+        temperature = cfg.temperature
+    told = {**vars(cfg), 'remasking': cfg.remasking or remasking, 'temperature': temperature}
     with refusing():
-        return dict(diffusion.sampler_of(cfg), seed=cfg.seed, batch_size=cfg.batch_size)
+        return dict(diffusion.sampler_of(SimpleNamespace(**told)), seed=cfg.seed, batch_size=cfg.batch_size)
 
 
 def main(config):
     cfg = SimpleNamespace(**config)
-    how = check(cfg)
+    check(cfg)
     model, meta, where, autocast = open_model(cfg.checkpoint, cfg.device, cfg.dtype)
     tok = data.tokenizer_for(meta, cfg.mask_id if cfg.mask_id >= 0 else None)
+    trained = meta['config'] or {'masking': 'response'}         # released weights do not say how
+    how = sampler(cfg, cfg.chat or cfg.instruct or trained['masking'] == 'response')
     if cfg.chat:
         talk(model, cfg, tok, autocast, how)
         return
@@ -377,7 +415,7 @@ def main(config):
                 text = answer
             print('-' * 80 + '\n' + clean(text), flush=True)
             if out:
-                line = {'prompt': entry, 'text': answer, 'ids': row, 'settings': config}
+                line = {'prompt': entry, 'text': answer, 'ids': row, 'settings': {**config, **how}}
                 with out.open('a', encoding='utf-8', errors='backslashreplace') as file:
                     print(json.dumps(line, ensure_ascii=False), file=file)
 

@@ -1,6 +1,6 @@
 """Trains a mask predictor (or, with --causal=true, the autoregressive baseline), on a laptop or on many GPUs.
 
-    python train.py                                     # the default: config/docs.py, minutes on two CPU cores
+    python train.py                                    # the default: config/docs.py, minutes on two CPU cores
     python train.py --resume                            # goes on from the newest checkpoint in out_dir
     torchrun --nproc-per-node=8 train.py config/llada_8b.py --dataset=data/my
 
@@ -9,10 +9,13 @@ Data and noise of a row are functions of (seed, iteration, row): a resumed run e
 any number of processes and split of the batch see the same rows and masks.
 """
 
+import os
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')        # before torch: else waiting threads block busy cores
+
 import bisect
 import json
 import math
-import os
 import platform
 import shutil
 import signal
@@ -57,6 +60,7 @@ random_length = 0.0             # share of windows of which only a random length
 random_split = 0.0              # share of windows split in two that do not see each other (iLLaDA: 0.3)
 isolate = False                 # attention stays within a document or example of a window (iLLaDA's packing)
 masking = 'unified'             # 'unified': windows, all may be hidden; 'response': examples, prompts are not
+pad_group = 0                   # examples padded to one length; 0: batch_size (fix it to split a batch anew)
 # --- model (the fields of model.ModelConfig)
 seq_len = 128                   # tokens in a training window
 n_layer = 4                     # blocks
@@ -70,12 +74,12 @@ norm_eps = 1e-5                 # of RMSNorm
 rope_fp32 = True                # rotate queries and keys in float32 (LLaDA); False: in their dtype (iLLaDA)
 tied = False                    # the head shares the embedding matrix
 causal = False                  # True: the autoregressive baseline
-locality = 2.0                  # initial look at neighbours (model.look_nearby); 0 is the papers' init
 emb_std = 1.0                   # std of the initial embedding; 0 takes 1/sqrt(d_model), as in LLaDA's config
 # --- objective
-count_form = True               # hide exactly l of L, weight L/l; False: each with chance t, weight 1/t (Eq. 3)
+count_form = True             # hide exactly l of L, weight L/l; False: each with chance t, weight 1/t (Eq. 3)
 stratified = True               # one t in each of B equal slices; False: i.i.d., as in LLaDA's guideline
 mask_eps = 1e-3                 # smallest t when count_form is off
+logit_normal = -1.0             # width of t = sigmoid(width * normal); 0: uniform (papers); -1: as the rows say
 # --- optimizer
 optimizer = 'muon'              # 'muon': on the matrices of the blocks, with AdamW elsewhere; or 'adamw'
 learning_rate = 2e-2            # AdamW's peak
@@ -92,7 +96,7 @@ schedule = 'cosine'             # 'wsd': warm up, stay, decay linearly over deca
 warmup_iters = 50               # linear from 0
 decay_iters = 300               # wsd only
 min_lr_ratio = 0.0              # the last learning rate as a part of the peak
-lr_points = []                  # [[tokens, rate], ...] joined by lines; [.., 'cosine'] bends the way to a point
+lr_points = []                # [[tokens, rate], ...] joined by lines; [.., 'cosine'] bends the way to a point
 # --- reports
 eval_interval = 250             # iterations between checkpoints, each with its validation bound and a sample
 eval_windows = 256              # validation windows in that bound (all, if there are fewer)
@@ -103,7 +107,7 @@ sample_tokens = 64              # length of the sample shown at each evaluation;
 then = ''                       # what to type next, shown at the end
 # --- machine
 device = 'auto'                 # 'cuda', 'mps' or 'cpu'; auto takes the first there is
-dtype = 'auto'                  # 'bfloat16' or 'float32' for activations; auto: bfloat16 where hardware has it
+dtype = 'auto'                 # 'bfloat16' or 'float32' for activations; auto: bfloat16 where hardware has it
 compile = False                 # torch.compile each block (on CPU needs a C++ compiler and half a minute)
 fsdp = 0                        # 0: DDP; -1: sharded over all processes; k: over groups of k, copies between
 act_memory = 1.0                # share of a block's activations kept for backward; 0 keeps its input only
@@ -118,8 +122,10 @@ SHAPE = [field.name for field in fields(models.ModelConfig) if field.name != 'vo
 RANGES = (          # see configurator.out_of_range
     ('seq_len max_iters batch_size eval_interval eval_windows eval_draws log_interval keep_last '
      'learning_rate muon_lr', 'above 0', lambda v: v > 0),
-    ('seed warmup_iters decay_iters grad_clip weight_decay sample_tokens emb_std locality global_batch '
-     'vocab_size', '0 or more', lambda v: v >= 0),
+    ('batch_size global_batch eval_windows eval_draws sample_tokens pad_group', 'below 10^5',
+     lambda v: v < 10 ** 5),
+    ('seed pad_group warmup_iters decay_iters grad_clip weight_decay sample_tokens emb_std '
+     'global_batch vocab_size', '0 or more', lambda v: v >= 0),
     ('fsdp', '-1, 0 or the size of a group', lambda v: v >= -1),
     ('mask_eps min_lr_ratio beta1 beta2', 'in [0, 1)', lambda v: 0 <= v < 1),
     ('random_length random_split act_memory', 'in [0, 1]', lambda v: 0 <= v <= 1),
@@ -134,6 +140,7 @@ def check(cfg, world):
     """Refuses settings that cannot be, all of them at once, one a line."""
     wrong = out_of_range(cfg, RANGES)
     cuts = cfg.random_length or cfg.random_split or cfg.isolate
+
     rules = (
         (not cfg.out_dir, 'out_dir must not be empty'),
         (cfg.tied and cfg.emb_std, f'a tied head is as large as the embedding: emb_std=0, got {cfg.emb_std}'),
@@ -141,7 +148,11 @@ def check(cfg, world):
         (cfg.causal and cuts, 'random_length, random_split and isolate are for diffusion, causal is not'),
         (cfg.masking == 'response' and cuts,
          "random_length, random_split and isolate cut windows; masking = 'response' has one example a row"),
-        (cfg.random_length + cfg.random_split > 1, 'random_length and random_split are shares of the same windows'),
+
+        (cfg.random_length + cfg.random_split > 1,
+         'random_length and random_split are shares of the same windows: together at most 1'),
+        (cfg.pad_group % max(cfg.batch_size, 1),
+         f'pad_group must be a multiple of batch_size, got {cfg.pad_group}'),
 
         ((cfg.schedule == 'points') != bool(cfg.lr_points), "lr_points goes with schedule = 'points'"),
         (not in_order(cfg.lr_points),
@@ -173,7 +184,7 @@ def update_size(cfg):
 
 
 def lr_at(tokens, points):
-    """The learning rate after `tokens` tokens: lines, or half a cosine, between points, level before and behind.
+    """The learning rate after `tokens` tokens: lines, or half a cosine, between points; level beyond them.
 
     Two points at the same number of tokens are a jump.
     """
@@ -288,10 +299,30 @@ def join_processes(cfg, rank, world):
     return Processes(rank, world, device, bf16, sharded=world > 1 and cfg.fsdp != 0)
 
 
+def refuse_giants(config, cfg, procs):
+    """Refused, before anything is made, if a run cannot be in memory even by a low estimate."""
+    if procs.device == 'cuda':
+        have = torch.cuda.mem_get_info()[1]
+    elif hasattr(os, 'sysconf'):
+        have = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    else:
+        return
+
+    c, shards = config, procs.world if cfg.fsdp < 0 else max(cfg.fsdp, 1)
+    block = 2 * (c.n_head + c.n_kv_head) * c.head_dim * c.d_model + 3 * c.d_model * c.d_ff
+    weights = 16 * (c.n_layer * block + c.vocab_size * c.d_model) / shards      # with gradient and two moments
+    kept = 16 * cfg.batch_size * cfg.seq_len * c.d_model * max(c.n_layer * cfg.act_memory, 1)
+    if weights + kept > have:
+        raise Refused(f'{weights / 1e9:,.0f} GB for n_layer, d_model, d_ff and vocab_size, {kept / 1e9:,.0f} GB for '
+                      f'batch_size x seq_len; {procs.device} has {have / 1e9:,.0f} GB')
+
+
 def build(cfg, procs, vocab_size):
     """The model, its weights spread as cfg.fsdp says and still empty: -> (model, what to call in training)."""
     shape = {name: getattr(cfg, name) for name in SHAPE}
-    model = models.empty_model(models.ModelConfig(vocab_size=vocab_size, **shape))
+    config = models.ModelConfig(vocab_size=vocab_size, **shape)
+    refuse_giants(config, cfg, procs)
+    model = models.empty_model(config)
     if cfg.compile:
         from torch._functorch import config as functorch
         functorch.activation_memory_budget = cfg.act_memory or 1.0
@@ -331,9 +362,11 @@ def questions(source, it, cfg, tok, procs):
     share the batch, and however many forward passes it takes, the same tokens are hidden.
     """
     size, asked = update_size(cfg), []
-    form = dict(per=source.per, total=source.total(it, size))
+    form = dict(per='sequence', total=size)            # each row by its own length, also what is cut (Alg. 1)
     eps = 0.0 if cfg.count_form else cfg.mask_eps
-    t = diffusion.sample_t(size, eps, cfg.stratified, diffusion.keyed_generator(cfg.seed, it))
+    width = cfg.logit_normal if cfg.logit_normal >= 0 else source.logit_normal
+    t = diffusion.sample_t(size, eps, cfg.stratified, diffusion.keyed_generator(cfg.seed, it),
+                           logit_normal=width)
 
     for start in range(procs.rank * cfg.batch_size, size, procs.world * cfg.batch_size):
         rows = range(start, start + cfg.batch_size)
@@ -358,6 +391,17 @@ def prefetched(make, it):
             now, it = coming.result(), it + 1
             coming = pool.submit(make, it)
             yield now
+
+
+def settle(net, asked, procs):
+    """One backward pass for nothing: after its first, DDP puts its gradients in another order.
+
+    A run that goes on would else add up its first gradients as no run does in the middle, to other bits.
+    """
+    question = asked[0]._make(z if z is None else z.to(procs.device) for z in asked[0])
+    with procs.autocast():
+        diffusion.weighted_loss(net, question).backward()
+    net.zero_grad(set_to_none=True)
 
 
 def train_step(net, optimizers, asked, lr_factor, cfg, procs):
@@ -395,17 +439,21 @@ def train_step(net, optimizers, asked, lr_factor, cfg, procs):
 @torch.no_grad()
 def validate(model, held_out, cfg, tok, procs):
     """Nats per maskable token and bits per byte of the held-out rows, and standard errors, by all processes."""
-    x0, maskable, n_bytes = held_out
-    each = -(-len(x0) // procs.world)                       # equal parts: all call the model equally often
-    mine = (torch.arange(each) + procs.rank * each).clamp(max=len(x0) - 1)
-    x, m = x0[mine].to(procs.device), maskable[mine].to(procs.device)
-    with procs.autocast():
-        logp = diffusion.log_prob_rows(model, x, m, tok, draws=cfg.eval_draws, first=int(mine[0]),
-                                       batch_size=cfg.batch_size)
+    groups, n_bytes = held_out
+    logp, n_tokens, before = [], [], 0
+    for x0, maskable in groups:
+        each = -(-len(x0) // procs.world)                   # equal parts: all call the model equally often
+        mine = (torch.arange(each) + procs.rank * each).clamp(max=len(x0) - 1)
+        x, m = x0[mine].to(procs.device), maskable[mine].to(procs.device)
+        with procs.autocast():
+            part = diffusion.log_prob_rows(model, x, m, tok, draws=cfg.eval_draws, first=before + int(mine[0]),
+                                           batch_size=cfg.batch_size)
 
-    logp = procs.gather(logp.cpu())[:len(x0)]
+        logp.append(procs.gather(part.cpu())[:len(x0)])
+        n_tokens.append(maskable.sum(1))
+        before += len(x0)
     names = ('val_nats', 'val_nats_stderr', 'val_bits_per_byte', 'val_bits_per_byte_stderr')
-    return dict(zip(names, diffusion.nats_and_bits(logp, maskable, n_bytes)))
+    return dict(zip(names, diffusion.nats_and_bits(torch.cat(logp), torch.cat(n_tokens), n_bytes)))
 
 
 def sample_text(model, cfg, tok, procs, it):
@@ -443,11 +491,12 @@ def read_log(path):
     """The entries of a log.jsonl, list of dict."""
     lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if path.is_file() else []
     entries = []
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         try:
             entries.append(dict(json.loads(line)))
         except (ValueError, TypeError, RecursionError):
-            pass                                                # cut by a kill
+            if number < len(lines):                             # the last line may have been cut by a kill
+                say(f'{path}:{number}: not a line of a log, passed over')
     return entries
 
 
@@ -577,7 +626,7 @@ def load_checkpoint(run, model, optimizers, cfg, procs):
         if procs.rank == 0 and key != 'resume' and before.get(key) != value:
             say(f'resuming with another {key}: {value!r}, it was {before.get(key)!r}')
 
-    for group in all_groups(optimizers):                # optimizers make their tensors in an update: one by nothing
+    for group in all_groups(optimizers):        # an optimizer makes its tensors in an update: one by nothing
         group['lr'] = 0.0
         for p in group['params']:
             p.grad = torch.zeros_like(p)
@@ -672,7 +721,8 @@ def open_data(cfg, procs):
         raise Refused(f'vocab_size must hold the {tok.vocab_size} tokens of {cfg.dataset}, '
                       f'got {cfg.vocab_size}')
     cuts = dict(random_length=cfg.random_length, random_split=cfg.random_split, isolate=cfg.isolate)
-    source = data.open_source(dataset, 'train', cfg.masking, tok, cfg.seq_len, cfg.seed, **cuts)
+    source = data.open_source(dataset, 'train', cfg.masking, tok, cfg.seq_len, cfg.seed,
+                              cfg.pad_group or cfg.batch_size, **cuts)
     held_out = data.open_source(dataset, 'val', cfg.masking, tok, cfg.seq_len)
     return source, held_out.held_out(cfg.eval_windows), tok
 
@@ -689,7 +739,7 @@ def start(run, model, optimizers, cfg, tok, procs):
         take_weights(model, cfg, tok)
     else:
         where = 'cpu' if model.num_params() < 3e9 else None     # the same on every device, while it is quick
-        models.init_weights(model, cfg.seed, cfg.emb_std or None, cfg.locality, device=where)
+        models.init_weights(model, cfg.seed, cfg.emb_std or None, device=where)
     return 0
 
 
@@ -743,6 +793,8 @@ def main(config):
             log, meter, smooth = Log(run / 'log.jsonl', it, procs), Meter(cfg, model, procs), None
             greet(run, it, cfg, model, procs, log)
             batches = prefetched(lambda i: questions(source, i, cfg, tok, procs), it)
+            if net is not model:                                            # DDP
+                settle(net, questions(source, it, cfg, tok, procs), procs)
 
             while True:
                 if it and (it % cfg.eval_interval == 0 or it >= cfg.max_iters):

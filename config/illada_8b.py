@@ -15,20 +15,21 @@ d_model = 4096
 d_ff = 14336
 tied = True
 rope_theta = 500000.0           # unconfirmed: read it from the release's config.json
-norm_eps = 1e-5                 # unconfirmed: likewise
+norm_eps = 1e-6                 # unconfirmed: that of Stable-DiffCoder-8B, of the same widths and vocabulary
 rope_fp32 = False               # its code rotates in the dtype of queries and keys
-locality = 0.0                  # not in the papers
+logit_normal = 0.0              # t is uniform in the papers
 emb_std = 0.0                   # the scheme of LLaDA; iLLaDA's code has another, whose std is unconfirmed
 
 count_form = False              # Eq. 3, as in LLaDA
 stratified = True
 mask_eps = 1e-3
 random_split = 0.3              # replaces LLaDA's random length
+isolate = True                  # attention does not cross documents
 
 optimizer = 'adamw'
 beta1 = 0.9                     # unconfirmed: the paper names no betas; these are SMDM's (arXiv 2410.18514)
 beta2 = 0.95                    # unconfirmed, SMDM's
-weight_decay = 0.1              # as LLaDA
+weight_decay = 0.1              # as LLaDA; that norms are not decayed is unconfirmed
 grad_clip = 1.0                 # unconfirmed, SMDM's
 
 batch_size = 2                  # for each GPU

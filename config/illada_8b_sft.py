@@ -22,9 +22,9 @@ d_model = 4096
 d_ff = 14336
 tied = True
 rope_theta = 500000.0           # unconfirmed: read it from the release's config.json
-norm_eps = 1e-5                 # unconfirmed: likewise
+norm_eps = 1e-6                 # unconfirmed: likewise, see illada_8b.py
 rope_fp32 = False
-locality = 0.0                  # not in the papers
+logit_normal = 0.0              # t is uniform in the papers
 emb_std = 0.0
 
 count_form = False

@@ -20,7 +20,7 @@ d_model = 4096
 d_ff = 12288
 rope_theta = 500000.0
 norm_eps = 1e-5
-locality = 0.0                  # not in the papers
+logit_normal = 0.0              # t is uniform in the papers
 emb_std = 0.0
 
 count_form = False              # Bernoulli masks and weight 1/t

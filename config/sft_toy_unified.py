@@ -14,6 +14,7 @@ seq_len = 128
 d_model = 128
 d_ff = 384
 batch_size = 24
+logit_normal = 0.0              # answers begin at t = 1: uniform t, as in the paper
 max_iters = 3200
 learning_rate = 1e-2
 muon_lr = 4e-3

@@ -11,6 +11,7 @@ seq_len = 37
 d_model = 128
 d_ff = 384
 batch_size = 32
+logit_normal = 0.5              # stories are judged by their likelihood: see tests/lab/RESULTS.md
 max_iters = 2600
 eval_interval = 650
 sample_tokens = 37

@@ -76,11 +76,11 @@ def test_fsdp_equals_one_process(one, sharded):
 
 
 def test_fine_tuning_on_two_processes_equals_one(tmp_path):
-    """Rows of unequal length (Eq. 5): padded to the longest of the update, on whatever process."""
+    """Rows of unequal length (Eq. 5): padded to the longest of their group, on whatever process."""
     talks = [{'messages': [{'role': r, 'content': f'{r} {i} {k} ' * (i % 3 + 1)} for k in range(2)
                            for r in ('user', 'assistant')]} for i in range(60)]
     data.prepare([list(enumerate(talks))], tmp_path / 'talks', 'bytes', val_every=5)
-    asked = {**SMALL, 'masking': 'response', 'seq_len': 256}
+    asked = {**SMALL, 'masking': 'response', 'seq_len': 256, 'pad_group': 8}
     train.main(settings(tmp_path / 'talks', tmp_path / 'one', **asked))
     torchrun(2, settings(tmp_path / 'talks', tmp_path / 'two', **asked, fsdp=-1))
     same_losses(tmp_path / 'two', tmp_path / 'one')
@@ -140,6 +140,18 @@ def test_one_process_takes_over_from_fsdp_and_back(corpus_folder, one, sharded, 
 def test_resuming_on_the_same_processes_gives_the_same_bits(corpus_folder, sharded, tmp_path):
     torchrun(2, settings(corpus_folder, half(sharded, tmp_path / 'run'), **SMALL, fsdp=-1, resume=True))
     a, b = tensors(sharded / 'iter_0000020'), tensors(tmp_path / 'run' / 'iter_0000020')
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize('fsdp', [pytest.param(0, id='ddp'), pytest.param(-1, id='fsdp', marks=pytest.mark.slow)])
+def test_four_processes_resume_to_the_same_bits(corpus_folder, tmp_path, fsdp):
+    """Of four summands the order counts: DDP must add up after a restart as it does in the middle of a run."""
+    settled = settings(corpus_folder, tmp_path / 'a', **{**SMALL, 'max_iters': 8, 'eval_interval': 4}, fsdp=fsdp)
+    torchrun(4, settled)
+    shutil.copytree(tmp_path / 'a', tmp_path / 'b')
+    shutil.rmtree(tmp_path / 'b' / 'iter_0000008')
+    torchrun(4, {**settled, 'out_dir': str(tmp_path / 'b'), 'resume': True})
+    a, b = tensors(tmp_path / 'a' / 'iter_0000008'), tensors(tmp_path / 'b' / 'iter_0000008')
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 

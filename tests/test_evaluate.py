@@ -11,7 +11,7 @@ from helpers import ROOT, script, small_corpus, tiny_model, write_worlds
 
 import data
 import evaluate
-from configurator import configure, settings_of
+from configurator import Refused, configure, settings_of
 
 TINY = ('--n_layer=1 --n_head=2 --n_kv_head=2 --d_model=32 --d_ff=48 --batch_size=2 --max_iters=2 --eval_windows=2 '
         '--eval_draws=1 --sample_tokens=0 --warmup_iters=1 --device=cpu').split()
@@ -114,6 +114,106 @@ def test_what_counts_as_right():
             evaluate.as_question(item)
     error = 100 * torch.tensor([1., 0, 1, 1]).std().item() / 2
     assert evaluate.percent([True, False, True, True]) == ['75.0', f'{error:.1f}']
+
+
+@pytest.mark.parametrize('said, want, hit', [
+    ('#### 72.', '72', True), ('#### 1080', '1,080', True), ('#### 18.00', '18', True), ('#### $18', '18', True),
+    ('#### 18 dollars', '18', True), ('#### -5', '5', False), ('#### .', '72', False), ('#### 3/4', '3', False),
+    ('#### 70 #### 72', '72', True),
+    ('#### 72\nQuestion: 1 + 1?\n#### 2', '72', True), ('#### A1', 'B1', False),
+    ('#### yes', 'yes', True), ('#### .5', '0.50', True)])
+def test_numbers_are_compared_as_numbers(said, want, hit):
+    item = evaluate.as_question({'question': 'How many?', 'answer': f'#### {want}'})
+    assert evaluate.right(said, item, r'#### ([^#]+)') == hit
+
+
+def test_choices_of_a_question_share_their_masks(monkeypatch):
+    """What differs between them is then the choice, not the luck of the draw; an empty continuation costs nothing."""
+    run, drawn = run_of(tiny_model(vocab_size=262, seq_len=64).eval()), []
+    real = evaluate.diffusion.log_likelihood
+    monkeypatch.setattr(evaluate.diffusion, 'log_likelihood', lambda *args, generator, **options: drawn.append(
+        generator.initial_seed()) or real(*args, generator=generator, **options))
+    pairs = [evaluate.encode_pair('which?', text, run.tok) for text in (' this', ' that', '')]
+    scores = evaluate.score_pairs(run, pairs, settings(mc_num=2))
+    assert scores[2] == 0.0 and len(drawn) == 2 and drawn[0] == drawn[1]
+    evaluate.score_pairs(run, pairs, settings(mc_num=2, same_masks=False))
+    assert drawn[2] != drawn[3]
+
+
+def request(context, wish, number=0):
+    return SimpleNamespace(args=(context, wish), task_name='t', doc_id=number)
+
+
+def test_what_a_task_asks_of_generation(monkeypatch):
+    """Lengths by all their names, a temperature only with do_sample, no empty stop string; the rest is refused."""
+    run, seen = run_of(tiny_model(vocab_size=262, seq_len=64).eval()), []
+
+    def noted(run, prompts, new, cfg):
+        seen.append((new, cfg.stop, cfg.temperature))
+        return [[*p, 65, 66] for p in prompts], 0
+
+    monkeypatch.setattr(evaluate, 'answers', noted)
+    lm = evaluate.Harness(run, settings())
+    for wish in ({'until': ['']}, {'until': 'B', 'max_new_tokens': 8}, {'max_tokens': 4, 'temperature': 0.8},
+                 {'max_gen_toks': 4, 'temperature': 0.8, 'do_sample': True}):
+        lm.generate_until([request('a', wish)])
+    assert seen == [(32, [], 0.0), (8, ['B'], 0.0), (4, [], 0.0), (4, [], 0.8)]
+    for wish in ({'num_beams': 4}, {'do_sample': True, 'top_p': 0.9}):
+        with pytest.raises(Refused, match='no sampler here has'):
+            lm.generate_until([request('a', wish)])
+
+
+def test_what_is_cut_keeps_its_beginning(monkeypatch):
+    """BOS, and in a conversation the first header, stay when a prompt is too long for the context."""
+    run, seen = run_of(tiny_model(vocab_size=266, seq_len=48).eval()), []
+    tok = run.tok
+    monkeypatch.setattr(evaluate, 'answers', lambda run, prompts, new, cfg: (seen.extend(prompts), ([[]], 0))[1])
+    tok.start = [tok.bos_id]
+    evaluate.Harness(run, settings(gen_length=8)).generate_until([request('x' * 99, {})])
+    assert len(seen[-1]) == 40 and seen[-1][0] == tok.bos_id
+    lm = evaluate.Harness(run, settings(gen_length=8, instruct=True))
+    lm.generate_until([request(json.dumps([{'role': 'user', 'content': 'x' * 99}]), {})])
+    whole = tok.encode_chat([{'role': 'user', 'content': 'x' * 99}])
+    header = whole.index(tok.specials['end_header']) + 1
+    assert len(seen[-1]) == 40 and seen[-1][:header] == whole[:header] and seen[-1][-9:] == whole[-9:]
+    for block in (48, 60):
+        with pytest.raises(Refused, match='leaves no room'):
+            evaluate.Harness(run, settings(block_length=block)).generate_until([request('x' * 99, {})])
+    ids, n = evaluate.encode_pair('x' * 99, 'yes', tok)
+    assert tok.cut(ids[:n], 10)[0] == tok.bos_id and len(tok.cut(ids[:n], 10)) == 10
+
+
+@pytest.mark.parametrize('causal', [False, True])
+def test_is_greedy_is_asked_of_the_model(causal):
+    """Its own continuation is, another is not; of several continuations of a document nobody asks."""
+    run = run_of(tiny_model(vocab_size=262, seq_len=64, causal=causal).eval())
+    prompt = run.tok.encode('some text')
+    (row,), _ = evaluate.diffusion.complete(run.model, [prompt], 3, run.tok)
+    lm = evaluate.Harness(run, settings(mc_num=2))
+    other = [(i + 1) % 256 for i in row[-3:]]
+    assert lm.greedy(row, len(prompt)) and not lm.greedy([*prompt, *other], len(prompt))
+    one, = lm.loglikelihood([request('some text', 'abc')])
+    two = lm.loglikelihood([request('some text', 'abc'), request('some text', 'abd')])
+    assert one[1] in (True, False) and [greedy for _, greedy in two] == [False, False]
+
+
+def test_contexts_that_are_no_conversation(desk):
+    lm = evaluate.Harness(run_of(tiny_model(vocab_size=266, seq_len=64).eval()), settings(instruct=True))
+    tok = lm.run.tok
+    assert lm.conversation('') == tok.encode_chat([])
+    assert lm.conversation('plain') == tok.encode_chat([{'role': 'user', 'content': 'plain'}])
+    begun = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'well'}]
+    assert lm.conversation(json.dumps(begun)) == [*tok.encode_chat(begun[:1]), *tok.encode('well')]
+
+
+def test_the_difference_of_two_runs_on_the_same_windows(desk, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    script('evaluate', 'bound', 'out/text', 'out/text_ar', '--draws=1', '--out=t/two.csv')
+    head, first, second = ((desk / 't' / 'two.csv').read_text().splitlines())
+    rows = [dict(zip(['name', 'it', 'sign', 'nats', 'e1', 'bits', 'e2', 'above', 'e3'], line.split(',')))
+            for line in (first, second)]
+    assert 'above the first' in head and rows[0]['above'] in ('0.0000', '-0.0000')
+    assert float(rows[1]['above']) == pytest.approx(float(rows[1]['bits']) - float(rows[0]['bits']), abs=2e-4)
 
 
 def test_the_configs_of_benchmarks_are_what_the_papers_say():
@@ -231,6 +331,21 @@ def test_a_model_runs_local_tasks_end_to_end(local_tasks, capsys):
         script('evaluate', 'lm_eval', 'out/text', f'--tasks={local_tasks / task}.yaml', '--mc_num=2', '--device=cpu')
         row = next(r for r in capsys.readouterr().out.splitlines() if metric in r)
         assert 0 <= float(row.split()[3]) <= 1
+
+
+def test_unknown_tasks_are_named_before_anything_is_loaded(local_tasks, capsys):
+    for tasks in (['no_such_task'], [f'{local_tasks}/local_math.yaml,other']):
+        with pytest.raises(SystemExit) as stop:
+            script('evaluate', 'lm_eval', 'out/none', *(f'--tasks={task}' for task in tasks))
+        assert stop.value.code == 2 and 'lm_eval knows no' in capsys.readouterr().err
+
+
+def test_rolling_leaves_room_for_the_eos_in_sight(desk):
+    pytest.importorskip('lm_eval')
+    run = run_of(tiny_model(vocab_size=262, seq_len=16).eval())
+    lm = evaluate.harness(run, settings(pad_eos=True, mc_num=2))
+    got, = lm.loglikelihood_rolling([SimpleNamespace(args=('a text of more than two windows of it',))])
+    assert math.isfinite(got) and got < 0
 
 
 def test_rolling_likelihood_is_the_sum_over_windows(desk):

@@ -40,8 +40,8 @@ def prepared(records, folder, **options):
     return data.Corpus(folder)
 
 
-def examples_of(corpus, seq_len, split='train', seed=1337):
-    return data.Examples(data.Dataset([corpus], [1.0]), split, corpus.tokenizer(), seq_len, seed)
+def examples_of(corpus, seq_len, split='train', seed=1337, pad_group=1):
+    return data.Examples(data.Dataset([corpus], [1.0]), split, corpus.tokenizer(), seq_len, seed, pad_group)
 
 
 def read(corpus, start, end):
@@ -68,25 +68,55 @@ def test_an_example_is_template_answer_and_one_eos(corpora):
 
 def test_padding_is_hidden_and_counted_and_the_prompt_never(corpora):
     """Eq. 5 with L' = response, EOS and padding (LLaDA, App. B.1)."""
-    examples = examples_of(corpora['pairs'], 200)
+    examples = examples_of(corpora['pairs'], 200, pad_group=6)
     x0, maskable, cu_seqlens = examples.batch(0, range(6), 6)
-    rows = examples.drawn(0, 6)
+    rows = examples.drawn(range(6))
     assert cu_seqlens is None and x0.shape[1] == (rows[:, 2] - rows[:, 0]).max()
     for x, m, (start, response, end, _) in zip(x0, maskable, rows.tolist()):
         assert not m[:response - start].any() and m[response - start:].all()
         assert (x[end - start:] == examples.tok.eos_id).all()
 
 
+def test_rows_are_padded_to_their_group_however_the_batch_is_split(corpora):
+    """The paper pads each mini-batch; the group, not the process, says which rows those are."""
+    examples = examples_of(corpora['pairs'], 200, pad_group=4)
+    for start in (0, 4):
+        rows = examples.drawn(range(8 + start, 12 + start))
+        both = [examples.batch(1, range(start + k, start + k + 2), 8).x0 for k in (0, 2)]
+        assert both[0].shape[1] == both[1].shape[1] == (rows[:, 2] - rows[:, 0]).max()
+        assert torch.equal(torch.cat(both), examples.batch(1, range(start, start + 4), 8).x0)
+
+
+def test_what_a_held_out_example_costs_does_not_depend_on_the_others(tmp_path):
+    """One long conversation among many does not make all canvases long."""
+    short = [{'prompt': f'question {i}', 'response': 'yes ' * (i % 3 + 1)} for i in range(40)]
+    bounds = {}
+    for name, more in (('without', []), ('with', [{'prompt': 'a long one', 'response': 'word ' * 50}])):
+        train_rows, val_rows = (list(enumerate(map(data.as_record, rows))) for rows in (short, [*short, *more]))
+        data.prepare([train_rows], tmp_path / name, 'bytes', val=[val_rows])
+        source = examples_of(data.Corpus(tmp_path / name), 400, split='val')
+        model = tiny_model(vocab_size=262, seq_len=400)
+        for x0, maskable in source.held_out()[0]:
+            got = diffusion.bound_per_row(model, x0, maskable, source.tok.mask_id, draws=64)
+            ids = [tuple(x[x != source.tok.eos_id].tolist()) for x in x0]
+            bounds.setdefault(name, {}).update(zip(ids, (got / maskable.sum(1)).tolist()))
+        assert {len(x0[0]) % 32 for x0, _ in source.held_out()[0]} == {0}
+    assert len(bounds['with']) == len(bounds['without']) + 1
+    for ids, value in bounds['without'].items():
+        assert bounds['with'][ids] == pytest.approx(value, rel=0.05)            # other masks, the same canvas
+
+
 def test_one_update_is_eq_5_however_it_is_split(corpora):
     model = tiny_model(vocab_size=262, seq_len=96)
-    tok, source = corpora['pairs'].tokenizer(), examples_of(corpora['pairs'], 96)
+    tok, source = corpora['pairs'].tokenizer(), examples_of(corpora['pairs'], 96, pad_group=8)
     one = train.Processes(0, 1, 'cpu', False, False)
     for form in (True, False):
         cfg = settings(batch_size=8, global_batch=8, count_form=form)
         whole, = train.questions(source, 3, cfg, tok, one)
         x0, maskable, _ = source.batch(3, range(8), 8)
         masked = torch.zeros(x0.numel(), dtype=torch.bool).index_fill_(0, whole.rows, True).view(x0.shape)
-        t = diffusion.sample_t(8, 0 if form else cfg.mask_eps, True, diffusion.keyed_generator(cfg.seed, 3))
+        t = diffusion.sample_t(8, 0 if form else cfg.mask_eps, True, diffusion.keyed_generator(cfg.seed, 3),
+                               logit_normal=source.logit_normal)
         want = diffusion.diffusion_loss(model, x0, maskable, tok.mask_id, t=t, masked=masked, per='sequence',
                                         exact=form).detach()
         each = []
@@ -108,7 +138,7 @@ def test_a_dialogue_gives_one_turn_a_visit(corpora):
     examples = examples_of(corpus, 500, seed=5)
     n = len(examples.borders) - 1
     assert len(examples.rows) == 3 * n
-    drawn = [examples.drawn(e, n) for e in range(30)]
+    drawn = [examples.drawn(range(e * n, e * n + n)) for e in range(30)]
     for epoch in drawn:
         group = np.searchsorted(examples.rows[:, 0], epoch[:, 0]) // 3
         assert sorted(group) == list(range(n))                                          # every dialogue, once

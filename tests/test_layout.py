@@ -37,8 +37,8 @@ def test_the_ground_floor_is_no_drawer():
     public = {node.name for node in TREES['configurator'].body
               if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_')}
     assert public == {'Refused', 'Damaged', 'settings_of', 'configure', 'refuse', 'out_of_range', 'command', 'refusing',
-                      'fail', 'say', 'read_json', 'write_manifest', 'read_manifest', 'file_sha256', 'facts_sha256',
-                      'special_tokens', 'copy_tokenizer'}
+                      'fail', 'say', 'clean', 'read_json', 'write_manifest', 'read_manifest', 'file_sha256',
+                      'facts_sha256', 'special_tokens', 'copy_tokenizer'}
 
 
 # ------------------------------------------------------------------------------------------------- size and density
@@ -66,8 +66,8 @@ def tokens_by_line(name):
 def test_size():
     tokens = {name: sum(tokens_by_line(name).values()) for name in FILES}
     lines = {name: len(text.splitlines()) for name, text in TEXTS.items()}
-    assert sum(tokens.values()) <= 37_100
-    assert sum(lines.values()) <= 5_000, lines
+    assert sum(tokens.values()) <= 39_000
+    assert sum(lines.values()) <= 5_250, lines
 
 
 @pytest.mark.parametrize('name', FILES)

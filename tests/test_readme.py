@@ -17,7 +17,7 @@ import model as M
 TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
 COMMANDS = re.findall(r'`(python [^`]+)`', TEXT)
 COMMANDS += re.findall(r'^python (?!tests/)[^#\n]+', TEXT, re.M)
-COMMANDS = [c for c in COMMANDS if 'FOLDER' not in c]
+COMMANDS = [c for c in COMMANDS if 'FOLDER' not in c and 'pytest' not in c]
 MADE_UP = ('world', 'sft_toy', 'reversal', 'talks')                                     # these bring their own data
 RELEASED = ('LLaDA-8B-Instruct', 'iLLaDA-8B-Instruct')
 TINY = ('--n_layer=1 --n_head=2 --n_kv_head=2 --d_model=32 --d_ff=48 --seq_len=96 --batch_size=2 --max_iters=4 '

@@ -172,3 +172,53 @@ def test_the_tokenizer_travels(tmp_path):
     shutil.rmtree(tmp_path / 't.json', ignore_errors=True)
     _, meta = M.load_model(tmp_path / 'r')
     assert data.get_tokenizer(meta['tokenizer']).encode('some words') == tok.encode('some words')
+
+
+def released(tmp_path, **shape):
+    """A folder in iLLaDA's layout, and the model in it."""
+    model = tiny_model(rope_fp32=False, **shape)
+    M.save_release(model, {'mask_id': 39}, tmp_path / 'r')
+    return model, tmp_path / 'r'
+
+
+@pytest.mark.parametrize('changes, says', [
+    (dict(rope_theta='gone', rope_parameters={'rope_type': 'default', 'rope_theta': 7.0}), 7.0),
+    (dict(rope_theta='gone', rope_scaling={'type': 'default', 'rope_theta': 7.0}), 7.0),
+    (dict(rope_scaling={'rope_type': 'default'}), None), (dict(rope_parameters={}), None),
+    (dict(rope_parameters={'rope_type': 'linear', 'factor': 4.0}), 'scaled rotary angles'),
+    (dict(rope_scaling=5), 'scaled rotary angles'),
+    (dict(rope_parameters={'rope_theta': 7.0}), 'which one'),
+    (dict(partial_rotary_factor=0.5), 'partial_rotary_factor = 0.5 is not known'),
+    (dict(use_sliding_window=True), 'take it out'), (dict(clip_qkv=8.0), 'clip_qkv'),
+    (dict(use_sliding_window=False, qk_norm=None, output_attentions=False), None)], ids=str)
+def test_what_a_configuration_says_is_read_or_refused(tmp_path, changes, says):
+    """transformers 5 moves the base of the rotary angles; a key that nobody knows may change the logits."""
+    model, folder = released(tmp_path)
+    edit(folder, **changes)
+    if isinstance(says, str):
+        with pytest.raises(ValueError, match=says):
+            M.load_model(folder)
+    else:
+        again, _ = M.load_model(folder)
+        assert again.config.rope_theta == (says or model.config.rope_theta)
+
+
+def test_two_sets_of_weights_in_one_folder_are_refused(tmp_path):
+    """An index that does not know the single file beside it: one of the two is stale."""
+    _, folder = released(tmp_path)
+    index = folder / 'model.safetensors.index.json'
+    index.write_text(json.dumps({'weight_map': {'a': 'model-00001-of-00001.safetensors'}}))
+    with pytest.raises(ValueError, match='which weights'):
+        M.load_model(folder)
+    index.write_text(json.dumps({'weight_map': {'a': 'model.safetensors'}}))
+    M.load_model(folder)
+
+
+def test_a_tied_matrix_stored_as_the_head_and_buffers_that_say_nothing(tmp_path):
+    model, folder = released(tmp_path, tied=True)
+    tensors = safetensors.load_file(folder / 'model.safetensors')
+    tensors['lm_head.weight'] = tensors.pop('model.embed_tokens.weight')
+    tensors['model.layers.0.self_attn.rotary_emb.inv_freq'] = torch.ones(4)
+    safetensors.save_file(tensors, folder / 'model.safetensors')
+    again, _ = M.load_model(folder)
+    assert torch.equal(again.embed.weight, model.embed.weight)

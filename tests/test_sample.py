@@ -2,6 +2,9 @@
 
 import io
 import json
+import re
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from test_train import settings
 import data
 import diffusion
 import model as M
+import sample
 import train
 
 
@@ -26,7 +30,7 @@ def test_sampling_from_a_run(run, capsys):
     script('sample', run, '--gen_length=16', '--num_samples=2', '--show')
     captured = capsys.readouterr()
     assert captured.out.count('-' * 80) == 3 and '32 tokens' in captured.err and '   1 | ' in captured.out
-    script('sample', run, '--prompt=the model ___ text', '--prompt=a ___ b', '--gap_length=4')
+    script('sample', run, '--prompt=the model ______ text', '--prompt=a ___ b', '--gap_length=4')
     out = capsys.readouterr().out
     assert 'the model' in out and ' text' in out
     script('sample', run, '--prompt=the', '--gen_length=8', '--block_length=4', '--steps=4',
@@ -80,8 +84,42 @@ def test_a_page_of_the_steps(run, tmp_path, capsys, more):
     assert 'one prompt' in capsys.readouterr().err
 
 
+def test_the_page_in_a_browser(run, tmp_path):
+    """Drawn by a real one, where there is one: the last step has no mask left, and the text is the sample's."""
+    browser = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if not browser:
+        pytest.skip('no Chromium here')
+    page, out = tmp_path / 'a.html', tmp_path / 'a.jsonl'
+    script('sample', run, '--prompt=a </script> b', '--gen_length=8', f'--html={page}', f'--out={out}')
+    steps = re.search(r'steps = (\d+)', page.read_text(encoding='utf-8'))[1]
+    for k, masks in (('0', 8), (steps, 0)):
+        page.with_name('b.html').write_text(page.read_text(encoding='utf-8').replace(
+            'draw();\n</script>', f'at("bar").value = {k}; draw();\n</script>'), encoding='utf-8')
+        drawn = subprocess.run([browser, '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom',
+                                f'--user-data-dir={tmp_path / "profile"}', page.with_name('b.html').as_uri()],
+                               capture_output=True, text=True, timeout=60).stdout
+        assert f'step {k} of {steps}' in drawn and drawn.count('class="mask"') == masks
+
+
+def test_characters_of_several_tokens_are_shown_whole():
+    """They come with their last token; a mask between them breaks them, and nothing else."""
+    tok = data.get_tokenizer('bytes')
+    ids = tok.encode('é👍a')
+    assert sample.pieces_of(ids, tok) == ['', 'é', '', '', '', '👍', 'a']
+    assert ''.join(sample.pieces_of([*ids, tok.mask_id, *tok.encode('b')], tok)) == f'é👍a{sample.HIDDEN}b'
+
+
+def test_answers_look_for_the_mode_and_samples_are_drawn(run, tmp_path, capsys, monkeypatch):
+    """What is not set goes by what is asked: by the weights, chat and instruct; what is set counts."""
+    seen = []
+    monkeypatch.setattr(diffusion, 'complete', lambda model, ids, *args, **how: seen.append(
+        (how['remasking'], how['temperature'])) or ([[*i, 65] for i in ids], 1))
+    for flags in ([], ['--instruct'], ['--temperature=0.5'], ['--instruct', '--remasking=random', '--temperature=1']):
+        script('sample', run, '--prompt=a', '--gen_length=4', *flags)
+    assert seen == [('random', 1.0), ('low_confidence', 0.0), ('random', 0.5), ('random', 1.0)]
+
+
 def test_control_characters_are_not_printed():
-    import sample
     assert sample.clean('a\x1b[31mb\x07\n\tc') == 'a[31mb\n\tc'
 
 
@@ -155,7 +193,6 @@ def test_a_run_that_fails_leaves_no_empty_file(run, tmp_path, monkeypatch):
     def broken(*args, **options):
         raise KeyboardInterrupt
 
-    import diffusion
     monkeypatch.setattr(diffusion, 'complete', broken)
     with pytest.raises(SystemExit):
         script('sample', run, '--num_samples=1', f'--out={tmp_path / "a.jsonl"}', f'--html={tmp_path / "a.html"}')

@@ -184,6 +184,45 @@ def test_ar_generation_with_and_without_a_cache():
     assert (ended.x[0, 3:] == first).all()
 
 
+@pytest.mark.parametrize('settings', [{}, {'block_length': 4}, {'threshold': 0.9}], ids=str)
+def test_a_hand_on_the_canvas(model, settings):
+    """on_step may force a token, forbid one and take one back: what it writes is seen, what it opens is filled."""
+    x, seen = torch.tensor([[1] + [MASK] * 8]), []
+
+    def on_step(x, committed):
+        seen.append(x.clone())
+        x[:, 2] = 7                                             # forced from the first step on
+        if len(seen) == 3:
+            x[:, 1] = MASK                                      # taken back, once
+
+    out = diffusion.generate(model, x, MASK, steps=8, on_step=on_step, **settings).x
+    assert (out != MASK).all() and out[0, 2] == 7 and out[0, 0] == 1
+    assert all(canvas[0, 2] == 7 for canvas in seen[1:])
+    plain = diffusion.generate(model, x, MASK, steps=8, **settings).x
+    watched = diffusion.generate(model, x, MASK, steps=8, on_step=lambda x, committed: None, **settings).x
+    assert torch.equal(plain, watched)
+
+
+def test_leaving_at_the_end_changes_no_text(model):
+    """Up to the first end token of each row the same, in fewer passes; a row that does not end keeps all going."""
+    x, visible, prompt = diffusion.canvas(prompts(4), 16, MASK, PAD)
+    options = dict(visible=visible, prompt=prompt, block_length=4, steps=16, gen_start=x.shape[1] - 16, eot_id=9)
+    whole = diffusion.generate(model, x, MASK, eos_id=8, **options)
+    rows = whole.x[:, -16:].tolist()
+    common = max(set(rows[0][:8]), key=rows[0].count)
+    for eos in {common, 8}:
+        plain = diffusion.generate(model, x, MASK, eos_id=eos, **options)
+        short = diffusion.generate(model, x, MASK, eos_id=eos, until_end=True, **options)
+        assert short.n_forward <= plain.n_forward and not (short.x == MASK).any()
+        for a, b in zip(plain.x[:, -16:].tolist(), short.x[:, -16:].tolist()):
+            end = next((i for i, token in enumerate(a) if token in (eos, 9)), 16)
+            assert a[:end + 1] == b[:end + 1]
+    row = x[:1]                                                     # one row: it does leave
+    ended = diffusion.generate(model, row, MASK, eos_id=common, until_end=True, **{
+        **options, 'visible': visible[:1], 'prompt': prompt[:1]})
+    assert ended.n_forward < whole.n_forward
+
+
 def test_zero_and_nothing_are_as_good_as_none(model):
     """A script's settings have no None: threshold 0 and cache '' are off."""
     x = torch.tensor([[1] + [MASK] * 8])

@@ -1,5 +1,6 @@
 """A run that was stopped, killed or split differently ends with the same bits; what is broken is refused."""
 
+import copy
 import io
 import json
 import os
@@ -236,13 +237,27 @@ def test_members_of_an_enumeration_by_name_and_nothing_else_by_name():
             read(ByName(owner, name))
 
 
-def test_a_table_that_lacks_a_part_of_a_tensor_is_refused(straight, tmp_path):
+def in_two(chunk, at, then):
+    """A chunk cut at a row, the second part moved to another one."""
+    first, second = copy.deepcopy(chunk), copy.deepcopy(chunk)
+    first.sizes = torch.Size([at, *chunk.sizes[1:]])
+    second.sizes = torch.Size([chunk.sizes[0] - at, *chunk.sizes[1:]])
+    second.offsets = torch.Size([then, *chunk.offsets[1:]])
+    return [first, second]
+
+
+@pytest.mark.parametrize('damage', [
+    lambda chunk: [], lambda chunk: in_two(chunk, 5, 5)[:1], lambda chunk: in_two(chunk, 5, 4),
+    lambda chunk: in_two(chunk, 5, 6), lambda chunk: [chunk, chunk]], ids=['none', 'half', 'twice', 'gap', 'double'])
+def test_a_table_that_lacks_a_part_of_a_tensor_is_refused(straight, tmp_path, damage):
     """Else uninitialised memory would become weights."""
     folder = tmp_path / 'iter_0000040'
     shutil.copytree(straight / 'iter_0000040', folder)
     with (folder / '.metadata').open('rb') as file:
         table = pickle.load(file)
-    table.state_dict_metadata['model.embed.weight'].chunks.clear()
+    entry = table.state_dict_metadata['model.embed.weight']
+    assert M.covers(entry.chunks, entry.size) and M.covers(in_two(entry.chunks[0], 5, 5), entry.size)
+    entry.chunks = damage(entry.chunks[0])
     (folder / '.metadata').write_bytes(pickle.dumps(table))
     sealed(folder)
     with pytest.raises(ValueError, match='only parts of model.embed.weight'):
@@ -322,7 +337,8 @@ def test_one_update_is_the_papers_loss(corpus_folder):
     source, _, tok = train.open_data(cfg, ONE)
     model = small_model(tok)
     x0, maskable, _ = source.batch(3, range(8), 8)
-    t = diffusion.sample_t(8, cfg.mask_eps, True, diffusion.keyed_generator(cfg.seed, 3))
+    t = diffusion.sample_t(8, cfg.mask_eps, True, diffusion.keyed_generator(cfg.seed, 3),
+                           logit_normal=source.logit_normal)
     _, masked = diffusion.forward_process(x0, t, tok.mask_id, u=diffusion.row_noise(cfg.seed, 3, range(8), 32))
     want = diffusion.diffusion_loss(model, x0, maskable, tok.mask_id, t=t, masked=masked)
     plain = reference.plain_loss(model, x0, tok.mask_id, p_mask=t[:, None].expand(8, 32), masked=masked)
@@ -332,6 +348,16 @@ def test_one_update_is_the_papers_loss(corpus_folder):
                                   train.questions(source, 3, cfg, tok, ONE), 0.5, cfg, ONE)
     assert loss.item() == pytest.approx(want.item(), rel=1e-5) and norm > 0
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+def test_a_cut_window_counts_as_much_as_a_whole_one(corpus_folder):
+    """Alg. 1 divides each row by its own length: with weights of the count form every row's add up to 1/B."""
+    cfg = SimpleNamespace(**settings(corpus_folder, '', random_length=0.5, batch_size=8))
+    source, _, tok = train.open_data(cfg, ONE)
+    question, = train.questions(source, 0, cfg, tok, ONE)
+    assert source.batch(0, range(8), 8).maskable.sum(1).unique().numel() > 2
+    sums = diffusion.sum_by_row(question.weights, question.rows // 32, 8)
+    torch.testing.assert_close(sums, torch.full((8,), 1 / 8))
 
 
 def test_evaluation_does_not_touch_training(corpus_folder, straight, tmp_path):
@@ -438,7 +464,7 @@ def test_configs_have_the_parameter_counts_of_the_papers(name):
     with torch.device('meta'):
         model = M.Transformer(M.ModelConfig(cfg.vocab_size, **{f: getattr(cfg, f) for f in train.SHAPE}))
     assert (model.num_params(), model.num_params(non_embedding=True)) == PAPER[name]
-    assert cfg.causal == name.startswith('arm') and cfg.locality == 0 and not cfg.count_form or cfg.causal
+    assert cfg.causal == name.startswith('arm') and cfg.logit_normal == 0 and not cfg.count_form or cfg.causal
 
 
 def test_the_papers_learning_rates_at_every_corner():
@@ -513,13 +539,20 @@ def test_packed_training_equals_separate_training(corpus_folder):
     assert loss.item() == pytest.approx(total, rel=1e-5)
     for p, want in zip(model.parameters(), packed):
         torch.testing.assert_close(p.grad, want, atol=1e-6, rtol=1e-4)
-    assert weights.min() >= 1 / source.total(3, 8) - 1e-9           # normalised by the tokens that are left
+    assert weights.min() >= 1 / 8 / 32 - 1e-9
 
 
 def test_a_resumed_run_measures_anew_what_lies_ahead(straight):
     """An older log may know later iterations, of other settings perhaps: it counts up to the checkpoint only."""
     log = train.Log(straight / 'log.jsonl', 20, train.Processes(1, 2, 'cpu', False, False))
     assert {entry['iter'] for entry in log.lines if 'iter' in entry} == set(range(1, 21))
+
+
+def test_a_damaged_line_of_the_log_is_said(tmp_path, capsys):
+    log = tmp_path / 'log.jsonl'
+    log.write_text('{"iter": 1}\n{"iter": 2, "lo\n{"iter": 3}\n{"it')
+    assert train.read_log(log) == [{'iter': 1}, {'iter': 3}]
+    assert capsys.readouterr().err == f'{log}:2: not a line of a log, passed over\n'
 
 
 def test_reports_do_not_swallow_losses(corpus_folder, tmp_path):
@@ -538,6 +571,9 @@ def test_reports_do_not_swallow_losses(corpus_folder, tmp_path):
     (dict(random_split=0.6, random_length=0.5), 'shares of the same windows'),
     (dict(causal=True, random_length=0.1), 'are for diffusion'),
     (dict(vocab_size=5), 'vocab_size must hold'),
+    (dict(n_layer=9000, d_model=10 ** 4), 'GB for n_layer'), (dict(vocab_size=10 ** 9), 'GB for n_layer'),
+    (dict(batch_size=90000, global_batch=90000, seq_len=20, d_model=4096), 'batch_size x seq_len'),
+    (dict(global_batch=10 ** 9), 'global_batch must be below'), (dict(eval_draws=10 ** 46), 'eval_draws must be'),
     (dict(fsdp=2), 'do not divide 1 processes'), (dict(global_batch=7), '7 windows do not divide'),
     (dict(batch_size=0), 'batch_size must be above 0'), (dict(optimizer='sgd'), "optimizer must be one of"),
     (dict(beta2=1.0), 'beta2'), (dict(n_head=3), 'd_model / n_head'), (dict(seq_len=10 ** 6), 'too short'),

@@ -18,7 +18,7 @@ from configurator import Refused, command, settings_of  # noqa: E402
 NAMESPACE = {**settings_of(vars(train)), '__doc__': __doc__, '__file__': __file__,
              'gpus': 1,                 # how many
              'gpu_gb': 80,              # memory of one of them
-             'assumed_mfu': 0.4}        # share of the peak FLOPs
+             'assumed_mfu': 0.25}       # share of the peak FLOPs: LLaDA's 130,000 H800 hours are 24.8 % of it
 
 
 def needs(cfg, model, gpus):

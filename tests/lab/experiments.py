@@ -76,10 +76,11 @@ def world(cfg):
         run = evaluate.load(name, cfg)
         dataset = evaluate.dataset_of([run], cfg)
         source = data.open_source(dataset, 'val', 'response', run.tok, run.model.config.seq_len)
-        x0, maskable, _ = source.held_out(cfg.windows)
-        ways = [worlds.readings(run.tok.answer(x[m].tolist())) for x, m in zip(x0, maskable)]
+        groups, _ = source.held_out(cfg.windows)
+        rows_of = [pair for x0, maskable in groups for pair in zip(x0, maskable)]
+        ways = [worlds.readings(run.tok.answer(x[m].tolist())) for x, m in rows_of]
         best = torch.tensor([log_p for log_p, in ways]).mean()
-        logp = evaluate.log_probs(run, x0, maskable, cfg).mean()
+        logp = evaluate.log_probs(run, groups, cfg).mean()
 
         loose, strict, seconds = graded(run, cfg)
         sign = '= ' if run.causal else '<= '
@@ -241,7 +242,8 @@ def likelihood_spread(run, cfg, dataset, repeats=16):
     """Standard deviation in nats of the estimates of log p of one held-out row, by the forms of Eq. 5 and Eq. 6."""
     masking = evaluate.trained_with(run, 'masking', 'unified')
     source = data.open_source(dataset, 'val', masking, run.tok, run.model.config.seq_len)
-    x0, maskable = (z[0].to(run.device) for z in source.held_out(1)[:2])
+    groups, _ = source.held_out(1)
+    x0, maskable = (z[0].to(run.device) for z in groups[0])
     rows = []
     for label, estimate in (('Eq. 5', diffusion.log_likelihood_eq5), ('Eq. 6', diffusion.log_likelihood)):
         for n in (4, 16, 64, 256):
