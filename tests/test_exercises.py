@@ -93,6 +93,11 @@ def schedule(cost, T, k):
     return best[T, k][1]
 
 
+def price(cost, sizes):
+    ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    return sum(cost[a][b] for a, b in zip(ends, ends[1:]))
+
+
 def may_see(lengths):
     number = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     return number[:, None] == number
@@ -122,7 +127,8 @@ def test_hiding_fits_on_one_line():
 # ---------------------------------------------------------------------- wrong answers, and what must be said about each
 
 
-def eq3(weight=lambda t: 1 / t, divide=lambda m, x: m.numel(), hidden=True, see=None, shift=False, raw=False, sign=-1):
+def eq3(weight=lambda t: 1 / t, divide=lambda m, x: m.numel(), hidden=True, see=None,
+        shift=False, raw=False, rows=False, sign=-1):
     def wrong(model, x0, xt, masked, t):
         xt = x0 if see == 'x0' else xt
         logp = log_p(model, x0, xt)
@@ -131,6 +137,8 @@ def eq3(weight=lambda t: 1 / t, divide=lambda m, x: m.numel(), hidden=True, see=
         if shift:
             logp = torch.cat((torch.zeros(len(x0), 1), log_p(lambda ids: model(ids)[:, :-1], x0[:, 1:], xt)), 1)
         logp = torch.where(masked, logp, 0.0) if hidden else logp
+        if rows:
+            return -(logp.sum(1) / masked.sum(1).clamp(min=1) / t).mean()
         return sign * (logp * weight(t)[:, None]).sum() / divide(masked, x0)
     return wrong
 
@@ -156,6 +164,13 @@ def wrong_step(pick='random', draw='sample', keep=False, inplace=False, at_most=
     return wrong
 
 
+def over(model, x, mask_id, n, generator):
+    """Right while n masks are left."""
+    draw = torch.multinomial(model(x).softmax(-1).flatten(0, 1), 1, generator=generator).view(x.shape)
+    noise = torch.rand(x.shape, generator=generator).masked_fill(x != mask_id, 2)
+    return torch.where(noise.argsort(1).argsort(1) < n, draw, x)
+
+
 def uneven(n, steps):
     return [n - n // steps * (steps - 1)] + [n // steps] * (steps - 1)
 
@@ -168,10 +183,14 @@ WRONG = {
         (eq3(weight=lambda t: 1 / (1 - t)), r'not 1/\(1 - t\)'), (eq3(weight=lambda t: t), 'not t'),
         (eq3(divide=lambda m, x: len(x)), 'divided by the rows only'), (eq3(divide=lambda m, x: 1), 'a sum'),
         (eq3(hidden=False), 'counts tokens in sight'), (eq3(shift=True), 'predicts the next token'),
-        (eq3(raw=True), 'log_softmax'), (eq3(sign=1), 'the sign'), (eq3(see='x0'), 'x0 holds the answers'))],
+        (eq3(raw=True), 'log_softmax'),
+        (eq3(rows=True), 'by its number of masked tokens'),
+        (eq3(sign=1), 'the sign'), (eq3(see='x0'), 'x0 holds the answers'))],
     'ex2': [(dict(ex2_hide=f), says) for f, says in (
         (lambda m, n, u: u.argsort(1).argsort(1) < n[:, None], 'hides what is not maskable'),
         (lambda m, n, u: m & (u < (n / m.sum(1))[:, None]), 'only on average'),
+        (lambda m, n, u: u.masked_fill(~m, 2).argsort(1) < n[:, None], 'argsort once more'),
+        (lambda m, n, u: m & (u.argsort(1).argsort(1) < n[:, None]), 'ranked together'),
         (lambda m, n, u: m & (m.cumsum(1) <= n[:, None]), 'always the same positions'),
         (lambda m, n, u: hide(m, n + 1, u), 'not exactly n'),
         (lambda m, n, u: hide(m, n, u ** torch.arange(1, 6)), 'equally likely'))],
@@ -187,9 +206,9 @@ WRONG = {
         (wrong_step(pick='first'), 'always position'), (wrong_step(inplace=True), 'work on a copy'),
         (wrong_step(at_most=True), 'masks are left|must write all'),
         (wrong_step(draw='shared'), 'one draw for all rows'),
-        (wrong_step(draw='sharp'), 'from the true distribution'))],
+        (wrong_step(draw='sharp'), 'from the true distribution'), (over, 'writes over tokens in sight'))],
     'ex5': [(dict(ex5_law=f), says) for f, says in (
-        (lambda *a: checks.P, 'true distribution'), (lambda *a: law(*a, drawn=False), 'this is the mode'),
+        (lambda *a: checks.P, 'chosen after the draw'), (lambda *a: law(*a, drawn=False), 'this is the mode'),
         (lambda *a: law(*a, choose=lambda p: p.index(min(p))), 'from this law'),
         (lambda *a: torch.full((3, 3, 3), 1 / 27), 'from this law'), (lambda *a: law(*a) * 2, 'add up to 1'),
         (lambda *a: law(*a).flatten(), 'of shape'))],
@@ -215,7 +234,10 @@ WRONG = {
     'ex9': [(dict(ex9_schedule=f), says) for f, says in (
         (lambda c, T, k: [T // k + (i < T % k) for i in range(k)], 'equal steps'),
         (lambda c, T, k: [1] * (k - 1) + [T - k + 1], 'greedy'), (lambda c, T, k: [T // k] * k, 'whole steps'),
-        (lambda c, T, k: [T], 'want'), (lambda c, T, k: [T - k + 1] + [1] * (k - 1), 'the best'))],
+        (lambda c, T, k: [T], 'want'), (lambda c, T, k: [T - k + 1] + [1] * (k - 1), 'the best|wrong order'),
+        (lambda c, T, k: min((schedule(c, T, j) for j in range(1, k + 1)), key=lambda s: price(c, s)),
+         'want 3 numbers'),
+        (lambda c, T, k: schedule(c, T, k)[::-1], 'wrong order'))],
     'ex10': [(dict(ex10_may_see=f), says) for f, says in (
         (lambda n: ~may_see(n), 'other way round'), (lambda n: may_see(n).tril(), 'causal'),
         (lambda n: torch.ones(8, 8, dtype=torch.bool), 'everybody'), (lambda n: may_see(n).float(), 'bool'),

@@ -165,6 +165,14 @@ def test_nothing_is_executed_or_unpickled():
                     assert any(k.arg == 'weights_only' and k.value.value is True for k in node.keywords)
 
 
+@pytest.mark.parametrize('name', TOP)
+def test_waiting_threads_sleep(name):
+    """OpenMP reads its policy when torch is loaded: else its threads spin, and beside a busy process stand still."""
+    text = TEXTS[name]
+    assert 0 < text.index("os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')") < text.index('import data')
+    assert text.find('import torch') in (-1, *range(text.index('OMP_WAIT_POLICY'), len(text)))
+
+
 def test_public_functions_are_documented():
     for name, tree in TREES.items():
         for node in tree.body:

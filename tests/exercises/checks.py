@@ -57,6 +57,8 @@ def ex1(my):
         'this is the mean over the masked tokens, without 1/t: not the bound of Eq. 3')
     say(near(got, (rows / t).sum() / masked.sum()),
         'this is the mean over masked tokens: Eq. 3 divides by all of them')
+    mean = (rows / masked.sum(1).clamp(min=1) / t).mean()
+    say(near(got, mean), 'each row is divided by its number of masked tokens: Eq. 3 divides by T')
     say(near(got, (rows / t.mean()).sum() / masked.numel()), 'one t for the whole batch: each row has its own')
     say(near(got, (rows / (1 - t)).sum() / masked.numel()),
         'the weight is 1/t, not 1/(1 - t): t is the chance to be hidden')
@@ -90,9 +92,14 @@ def ex2(my):
     g = torch.Generator().manual_seed(0)
     maskable = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1], [0, 1, 0, 0, 1]], dtype=torch.bool).repeat(2000, 1)
     n = torch.tensor([2, 3, 1]).repeat(2000)
-    got = my.ex2_hide(maskable, n, torch.rand(maskable.shape, generator=g))
+    u = torch.rand(maskable.shape, generator=g)
+    got = my.ex2_hide(maskable, n, u)
     say(got.shape != maskable.shape or got.dtype != torch.bool,
         f'want (B, T) bool, got {tuple(got.shape)} {got.dtype}')
+    once = u.masked_fill(~maskable, 2).argsort(1) < n[:, None]
+    say(torch.equal(got, once), 'argsort says which position comes next, not which rank one has: argsort once more')
+    early = (u.argsort(1).argsort(1) < n[:, None]) & maskable
+    say(torch.equal(got, early), 'ranked together with what is not maskable: give that noise that sorts last')
     say((got & ~maskable).any(), 'it hides what is not maskable: give those positions noise that sorts last')
     say(got.sum(1).unique().numel() > 3,
         'the number varies: u < n / T hides n only on average (that is Eq. 3, not Eq. 14)')
@@ -150,9 +157,14 @@ def ex4(my):
     x, g = torch.full((4, T), MASK), torch.Generator().manual_seed(0)
     say((my.ex4_step(MODEL, x, MASK, 5, g) == MASK).any(),
         'asked for more than are left, it must write all that are left')
+    some = torch.tensor([[0, MASK, 1], [MASK, 2, MASK]]).repeat(200, 1)
+    anything = torch.zeros(V + 1).index_fill(0, torch.tensor(MASK), -math.inf)
+    new = my.ex4_step(lambda ids: anything.expand(*ids.shape, -1), some, MASK, 2, g)
+    kept = new[some != MASK] == some[some != MASK]
+    say(not kept.all(), 'where fewer than n masks are left it writes over tokens in sight')
     places = (my.ex4_step(MODEL, torch.full((600, T), MASK), MASK, 1, g) != MASK).float().mean(0)
     say(places.max() > 0.99,
-        f'always position {int(places.argmax())}: which mask is filled must be random in each row')
+        f'always position {int(places.argmax())}: which mask is filled must be random, in each row anew')
     frequency, distance = sampled(lambda x, g: my.ex4_step(MODEL, x, MASK, 1, g))
     say((frequency > 0).sum() < 20, 'hardly any variety: is it the most probable token, or one draw for all rows?')
     say((places - 1 / 3).abs().max() > 0.1,
@@ -165,7 +177,7 @@ def ex5(my):
     say(tuple(got.shape) != (V,) * T, f'want probabilities of shape {(V,) * T}, got {tuple(got.shape)}')
     say(not near(got.sum(), 1), f'probabilities add up to 1, these to {float(got.sum()):.6f}')
     distance = float((got - P).abs().sum() / 2)
-    say(distance < 0.05, 'this is the true distribution: low confidence does not sample it')
+    say(distance < 0.05, 'this is the true distribution: the position must be chosen after the draw, by what was drawn')
     say((got > 0).sum() == 1, 'this is the mode: at temperature 1 the proposals are drawn, only the choice is greedy')
     import diffusion
     x = torch.full((20000, T), MASK)
@@ -255,7 +267,7 @@ def ex9(my):
         cost = [[0.0] * (T_ + 1) for _ in range(T_ + 1)]
         for a in range(T_):
             for b in range(a + 1, T_ + 1):
-                cost[a][b] = (b - a - 1) ** 2 * float(torch.rand(1, generator=g)) / (1 + a)
+                cost[a][b] = 0.5 + (b - a - 1) ** 2 * float(torch.rand(1, generator=g)) / (1 + a)
         want, price = best(cost, T_, k)
         sizes = [int(n) for n in my.ex9_schedule(cost, T_, k)]
         say(len(sizes) != k, f'{T_} tokens in {k} steps: want {k} numbers, got {sizes}')
@@ -263,6 +275,8 @@ def ex9(my):
         got = price(list(itertools.accumulate(sizes))[:-1])
         say(not near(got, want) and sizes == [T_ // k + (i < T_ % k) for i in range(k)],
             f'equal steps cost {got:.4f}, the best ones {want:.4f}: let the costs decide')
+        back = price(list(itertools.accumulate(sizes[::-1]))[:-1])
+        say(not near(got, want) and near(back, want), f'the best sizes in the wrong order: {sizes}')
         say(not near(got, want), f'{sizes} costs {got:.4f}, the best schedule {want:.4f}: is a greedy choice in it?')
 
 

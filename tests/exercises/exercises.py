@@ -20,14 +20,14 @@ def ex1_loss(model, x0, xt, masked, t):
 def ex2_hide(maskable, n, u):
     """Exactly n[b] of the maskable positions of row b, at random -> masked (B, T) bool.
 
-    maskable (B, T) bool, n (B,) int64, u (B, T) uniform noise. It fits on one line of 80 columns: what does argsort
-    of argsort say about a row?
+    maskable (B, T) bool, n (B,) int64, n[b] at most what is maskable in row b, u (B, T) uniform noise. It fits on
+    one line of 80 columns: what does argsort of argsort say about a row?
     """
     raise NotImplementedError
 
 
 def ex3_bound(model, x0, masks, mask_id):
-    """Eq. 6: a lower bound on log p(x0) from some masks, a float.
+    """Eq. 6: a lower bound on log p(x0) from some masks, a number.
 
     x0 (T,), masks (K, T) bool, of which each hides l >= 1 of the T tokens:
 
@@ -39,8 +39,8 @@ def ex3_bound(model, x0, masks, mask_id):
 def ex4_step(model, x, mask_id, n, generator):
     """One step of random remasking (Alg. 4 with a fixed count): x (B, T) with masks -> x with n fewer in each row.
 
-    Draw a token for every mask from softmax of the logits, then write n of them, chosen at random in each row
-    (all that are left, if they are fewer), on a copy of x.
+    n: an int. Draw a token for every mask from softmax of the logits, then write n of them, chosen at random in each
+    row (all that are left, if they are fewer), on a copy of x. generator: for both draws.
     """
     raise NotImplementedError
 
@@ -79,7 +79,7 @@ def ex8_bits_per_byte(nats_per_token, n_tokens, text):
 
 
 def ex9_schedule(cost, T, k):
-    """The best k steps: a list of k numbers of tokens, each at least 1, that add up to T.
+    """The best schedule of exactly k steps: a list of k numbers of tokens, each at least 1, that add up to T.
 
     cost[a][b]: what it costs (in nats lost) to write the tokens a, ..., b-1 in one step. Dynamic programming: the best
     way to have written b tokens in j steps is the best way to have written a in j - 1, plus cost[a][b].
