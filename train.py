@@ -1,6 +1,6 @@
 """Trains a mask predictor (or, with --causal=true, the autoregressive baseline), on a laptop or on many GPUs.
 
-    python train.py                                    # the default: config/docs.py, minutes on two CPU cores
+    python train.py                                     # the default: config/docs.py, minutes on two CPU cores
     python train.py --resume                            # goes on from the newest checkpoint in out_dir
     torchrun --nproc-per-node=8 train.py config/llada_8b.py --dataset=data/my
 
@@ -79,7 +79,7 @@ emb_std = 1.0                   # std of the initial embedding; 0 takes 1/sqrt(d
 count_form = True             # hide exactly l of L, weight L/l; False: each with chance t, weight 1/t (Eq. 3)
 stratified = True               # one t in each of B equal slices; False: i.i.d., as in LLaDA's guideline
 mask_eps = 1e-3                 # smallest t when count_form is off
-logit_normal = -1.0             # width of t = sigmoid(width * normal); 0: uniform (papers); -1: as the rows say
+logit_normal = -1.0             # t = sigmoid(width * normal); 0: uniform (papers); -1: windows 0.5, examples 0
 # --- optimizer
 optimizer = 'muon'              # 'muon': on the matrices of the blocks, with AdamW elsewhere; or 'adamw'
 learning_rate = 2e-2            # AdamW's peak
