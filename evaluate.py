@@ -12,7 +12,8 @@ not read the two as the same kind of number. The experiments of the papers: test
 
 import os
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')        # before torch, see train.py
+if 'OMP_WAIT_POLICY' not in os.environ:         # before torch, see train.py
+    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import csv
 import json

@@ -16,7 +16,8 @@ given the mode of a small model is one phrase again and again. So give it a prom
 
 import os
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')        # before torch, see train.py
+if 'OMP_WAIT_POLICY' not in os.environ:         # before torch, see train.py
+    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import codecs
 import json

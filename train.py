@@ -11,7 +11,8 @@ any number of processes and split of the batch see the same rows and masks.
 
 import os
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')        # before torch: else waiting threads block busy cores
+if 'OMP_WAIT_POLICY' not in os.environ:         # before torch: threads that wait for long sleep, on busy cores
+    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import bisect
 import json
