@@ -16,13 +16,12 @@ import math
 import operator
 import os
 import shutil
+import signal
 import sys
 import time
 import unicodedata
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import numpy as np
 
 KINDS = (bool, int, float, str, list)
 TRUTH = {'true': True, '1': True, 'false': False, '0': False}
@@ -47,11 +46,12 @@ def settings_of(namespace):
             if name.islower() and not name.startswith('_') and type(value) in KINDS}
 
 
-def configure(namespace, argv=None, positional=()):
+def configure(namespace, argv=None, positional=(), beneath=None):
     """Applies config files and flags to the settings in a script's globals() and returns them: name -> value.
 
     Arguments ending in .py are config files; other bare words go to the names in `positional`, in turn (a
-    list takes the rest). Exits with code 2 and one line per problem; with code 0 after --help.
+    list takes the rest). beneath(settings) -> settings to stand in for the defaults, beneath what is typed.
+    Exits with code 2 and one line per problem; with code 0 after --help.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     defaults = settings_of(namespace)
@@ -59,8 +59,17 @@ def configure(namespace, argv=None, positional=()):
         print(_help(namespace, defaults, positional))
         sys.exit(0)
 
-    values = {name: list(value) if isinstance(value, list) else value for name, value in defaults.items()}
-    problems, bare, begun = [], list(positional), set()
+    values = _typed(words, defaults, defaults, positional)
+    if beneath is not None:
+        values = _typed(words, {**defaults, **beneath(values)}, defaults, positional)
+    namespace.update(values)
+    return values
+
+
+def _typed(words, ground, defaults, positional):
+    """The settings `ground` as the words of a command line change them, in the types of the defaults."""
+    values = {name: list(value) if isinstance(value, list) else value for name, value in ground.items()}
+    words, problems, bare, begun = list(words), [], list(positional), set()
     while words:
         word = words.pop(0)
 
@@ -82,7 +91,6 @@ def configure(namespace, argv=None, positional=()):
 
     if problems:
         fail('\n'.join(problems))
-    namespace.update(values)
     return values
 
 
@@ -235,16 +243,30 @@ def _help(namespace, defaults, positional):
 # The outermost place of a script
 
 
-def command(main, namespace, positional=()):
+def before_torch():
+    """What a script does before it imports torch, which takes seconds, and reads the environment."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)                # Ctrl-C ends it without a traceback
+    if 'OMP_WAIT_POLICY' not in os.environ:             # threads that wait for long sleep, on busy cores
+        os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+
+
+def command(main, namespace, positional=(), beneath=None):
     """Runs main(settings), and shows what the user gave wrong as one line on stderr, exit code 2.
 
     That is: Refused, and an OSError that names a file. Ctrl-C (130) and a closed pipe (141) end quietly.
+    positional, beneath: see configure.
     """
-    sys.stdout = sys.stdout or open(os.devnull, 'w')                # somebody closed it
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:           # see before_torch
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdin = sys.stdin or open(os.devnull)                       # somebody closed it
+    sys.stdout = sys.stdout or open(os.devnull, 'w')
+    sys.stderr = sys.stderr or open(os.devnull, 'w')
+
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='replace')                    # any text on any terminal
     try:
-        main(configure(namespace, positional=positional))
+        main(configure(namespace, positional=positional, beneath=beneath))
         sys.stdout.flush()
     except Refused as error:
         fail(str(error))
@@ -301,6 +323,26 @@ class Damaged(Refused):
     """A file is not what was once written."""
 
 
+@contextmanager
+def alone(lock):
+    """Holds a lock file (where the system has such locks): a second process is refused."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open('w') as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refused(f'{lock}: another process is at work here') from None
+        except (ImportError, OSError):
+            pass                                                # Windows; a file system without locks
+
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()
+
+
 def read_json(path):
     """The JSON object in a file, or {} if there is no file."""
     path = Path(path)
@@ -341,9 +383,12 @@ def read_manifest(folder, share=(0, 1)):
 
 
 def file_sha256(path):
-    """Checksum of a file of any size, without reading it into memory."""
-    content = np.memmap(path, np.uint8, 'r') if Path(path).stat().st_size else b''
-    return hashlib.sha256(content).hexdigest()
+    """Checksum of a file of any size."""
+    total = hashlib.sha256()
+    with Path(path).open('rb') as file:
+        while part := file.read(1 << 20):
+            total.update(part)
+    return total.hexdigest()
 
 
 def facts_sha256(facts):
@@ -385,16 +430,24 @@ def special_tokens(path):
     return ids, roles
 
 
-def copy_tokenizer(spec, folder):
-    """Copies a tokenizer.json, with the configuration beside it, into a folder -> what the folder's own spec is.
+TOKENIZER_FILES = ('.json', '.tiktoken')                # endings of a spec of data.get_tokenizer
 
-    (The name of a well-known tokenizer has no file, and stays.)
+
+def copy_tokenizer(spec, folder):
+    """Copies the file of a tokenizer, and the configuration beside it, into a folder -> the folder's spec.
+
+    (The name of a well-known tokenizer, or 'bytes', has no file, and stays.)
     """
     source = Path(spec or '')
-    if source.suffix != '.json':
+    if source.suffix not in TOKENIZER_FILES:
         return spec
-    shutil.copyfile(source, folder / 'tokenizer.json')
+    copied = shutil.copyfile(source, folder / f'tokenizer{source.suffix}')
     beside = source.with_name('tokenizer_config.json')
     if beside.is_file():
         shutil.copyfile(beside, folder / beside.name)
-    return 'tokenizer.json'
+    return copied.name
+
+
+def own_tokenizer(spec, folder):
+    """A spec that copy_tokenizer has given, as one that can be opened from anywhere."""
+    return str(folder / spec) if spec.endswith(TOKENIZER_FILES) else spec

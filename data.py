@@ -11,6 +11,11 @@ is a function of (seed, i), so a run resumes from a number, on any number of mac
 Letters: B batch, T window length, N tokens in a split.
 """
 
+from configurator import before_torch
+
+if __name__ == '__main__':
+    before_torch()
+
 import ast
 import glob
 import gzip
@@ -38,10 +43,13 @@ from tqdm import tqdm
 from configurator import (
     NAMES,
     ROLES,
+    TOKENIZER_FILES,
     Refused,
+    alone,
     command,
     copy_tokenizer,
     file_sha256,
+    own_tokenizer,
     read_json,
     read_manifest,
     say,
@@ -53,7 +61,7 @@ name = ''                       # a data set from the list below
 input = ''                      # .txt, .jsonl(.gz), .json or .parquet files or patterns, separated by commas
 val_input = ''                  # likewise, to be held out; default: a part of the input, see val_every
 out = ''                        # folder to write; default data/NAME
-tokenizer = ''            # 'bytes', bpe-N (learned here), a tiktoken name, a tokenizer.json; default bpe-1024
+tokenizer = ''            # 'bytes', bpe-N (learned here), a tiktoken name or a tokenizer.json; default bpe-1024
 workers = 0                     # processes, for several files; 0: one a core
 val_every = 10                  # hold out every N-th piece of text, or question
 
@@ -68,6 +76,7 @@ WHOLE = Cuts()
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"    # GPT-2's, digits alone
 GPT2_PATTERN = PATTERN.replace(r'\p{N}|', r'\p{N}+|')
 LONGEST_PIECE = 400_000                                 # tiktoken gives up on about a million spaces in a row
+LONGEST_WORD = 200                              # merges are learned from words; longer ones are cut up
 TWO_MEANINGS = r'\}\+|[$^]'                      # possessive or repeated, of a text or a line: engines differ
 # The two chat formats known here, as the texts that a template may put around a message: LLaDA's as released,
 # and the one drawn in its guideline. What stands between header and message is the difference.
@@ -180,32 +189,50 @@ class Tokenizer:
 def get_tokenizer(spec, complete=True):
     """'bytes', a tiktoken name ('gpt2', ...), or the path of a byte-level BPE tokenizer.json -> Tokenizer.
 
-    complete: see Tokenizer. Raises Refused for what cannot be read without loss.
+    Or the path of what a data set keeps of a tiktoken vocabulary. complete: see Tokenizer. Raises Refused for
+    what cannot be read without loss.
     """
     spec = str(spec)
     if spec.endswith('.json'):
         return read_bpe(Path(spec), complete)
-    if spec == 'bytes':
-        ranks = {bytes([b]): b for b in range(256)}
-        encoding = tiktoken.Encoding(spec, pat_str=r'[\s\S]', special_tokens={}, mergeable_ranks=ranks)
-        return Tokenizer(encoding, range(256), {}, spec)
+    if spec.endswith('.tiktoken'):
+        return read_tiktoken(read_json(spec), spec)
+    if spec != 'bytes':
+        return read_tiktoken(tiktoken_facts(spec), spec)
 
-    known = tiktoken.list_encoding_names()
-    if spec not in known:
-        raise Refused(f"tokenizer must be 'bytes', bpe-N, a tokenizer.json or {', '.join(known)}; got {spec!r}")
+    ranks = {bytes([b]): b for b in range(256)}
+    encoding = tiktoken.Encoding(spec, pat_str=r'[\s\S]', special_tokens={}, mergeable_ranks=ranks)
+    return Tokenizer(encoding, range(256), {}, spec)
+
+
+def tiktoken_facts(name):
+    """A well-known vocabulary as JSON can say it, so that a data set can keep it; tiktoken downloads it."""
+    known = ', '.join(tiktoken.list_encoding_names())
+    if name not in known.split(', '):
+        raise Refused(f"tokenizer must be 'bytes', bpe-N, a tokenizer.json or {known}; got {name!r}")
     try:
-        full = tiktoken.get_encoding(spec)
+        full = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
-        raise Refused(f'tokenizer {spec}: could not be downloaded ({type(error).__name__}); where there is no '
+        raise Refused(f'tokenizer {name}: could not be downloaded ({type(error).__name__}); where there is no '
                       'network, TIKTOKEN_CACHE_DIR names a folder that has it, or give a tokenizer.json') from None
-    tokens = sorted(full._mergeable_ranks, key=full._mergeable_ranks.get)       # ids are ranks, with gaps
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    plain = tiktoken.Encoding(spec, pat_str=full._pat_str, special_tokens={}, mergeable_ranks=ranks)
+    ids = {token.hex(): i for token, i in full._mergeable_ranks.items()}
+    return {'pattern': full._pat_str, 'ids': ids, 'special': full._special_tokens}
 
-    special = full._special_tokens
-    roles = {role: special[n] for role, names in NAMES.items() for n in names if n in special}
-    others = {i: n.encode() for n, i in special.items()}
-    return Tokenizer(plain, [full._mergeable_ranks[token] for token in tokens], roles, spec, others)
+
+def read_tiktoken(facts, spec):
+    """What tiktoken_facts has said -> Tokenizer."""
+    try:
+        id_of = {bytes.fromhex(token): i for token, i in facts['ids'].items()}
+        tokens = sorted(id_of, key=id_of.get)                                   # ids are ranks, with gaps
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        plain = tiktoken.Encoding(spec, pat_str=facts['pattern'], special_tokens={}, mergeable_ranks=ranks)
+
+        special = facts['special']
+        roles = {role: special[n] for role, names in NAMES.items() for n in names if n in special}
+        others = {i: n.encode() for n, i in special.items()}
+        return Tokenizer(plain, [id_of[token] for token in tokens], roles, spec, others)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise Refused(f'{spec}: not a vocabulary ({type(error).__name__}: {error})') from None
 
 
 def tokenizer_for(meta, mask_id=None):
@@ -366,7 +393,10 @@ def train_bpe(text, n_merges):
     """Byte-pair encoding on word counts: -> list of (bytes, bytes) merges, most frequent pair first."""
     import regex  # comes with tiktoken
 
-    words = Counter(regex.findall(PATTERN, text))
+    words = Counter()
+    for word, n in Counter(regex.findall(PATTERN, text)).items():
+        for start in range(0, len(word), LONGEST_WORD):     # or one word of a megabyte takes for ever
+            words[word[start:start + LONGEST_WORD]] += n
     counts = list(words.values())
     spelled = [list(map(bytes, zip(word.encode()))) for word in words]      # a list of single bytes each
     pairs, where = Counter(), defaultdict(set)              # how often, in which words
@@ -576,27 +606,63 @@ READERS = {'.txt': _text_pieces, '.jsonl': _lines, '.jsonl.gz': _lines, '.json':
            '.parquet': _parquet_rows}
 
 
+# What others call the two sides of an example (TRL, Alpaca), the list of messages (ShareGPT), and who speaks
+PAIRS = ('prompt', 'response'), ('question', 'answer'), ('prompt', 'completion'), ('instruction', 'output')
+LISTS = 'conversations', 'conversation'
+SPEAKERS = {'human': 'user', 'gpt': 'assistant'}
+
+
+def as_message(said):
+    """A message of a conversation as {"role", "content"}, both texts that are not empty; or ValueError."""
+    if not isinstance(said, dict):
+        raise ValueError(f'a message has a "role" and a "content", got {json.dumps(said)[:60]}')
+    for key in ('tool_calls', 'function_call'):
+        if said.get(key):
+            raise ValueError(f'a message with "{key}": calls of tools are not supported')
+
+    role, content = said.get('role', said.get('from')), said.get('content', said.get('value'))
+    if isinstance(content, list):                           # in parts
+        texts = [part.get('text') if isinstance(part, dict) else None for part in content]
+        content = ''.join(map(str, texts)) if texts and None not in texts else None
+    for key, text in (('role', role), ('content', content)):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f'the "{key}" of a message must be a text, got {json.dumps(said)[:80]}')
+    return {'role': SPEAKERS.get(role, role), 'content': content}
+
+
+def as_messages(row):
+    """The messages of a row that has some, or a prompt and a response, by whatever names; else None."""
+    for key in ('messages', *LISTS):
+        if key in row:
+            if not isinstance(row[key], list):
+                raise ValueError(f'"{key}" must be a list of messages, got {json.dumps(row[key])[:60]}')
+            return list(map(as_message, row[key]))
+
+    for prompt, response in PAIRS:
+        if prompt in row and response in row:
+            asked, answer = row[prompt], row[response]
+            if prompt == 'instruction' and row.get('input'):
+                asked = f'{asked}\n\n{row["input"]}'
+            before = asked if isinstance(asked, list) else [{'role': 'user', 'content': asked}]
+            after = answer if isinstance(answer, list) else [{'role': 'assistant', 'content': answer}]
+            return list(map(as_message, before + after))
+    return None
+
+
 def as_record(row):
     """A row as {"text"}, {"messages": [{"role", "content"}]} or {"response"}, other keys kept; or ValueError.
 
-    "prompt" and "response" (or "question" and "answer") become messages; "prompt_ids" and "response_ids" are
-    for templates that Tokenizer does not know. A row that is several of these is the first of them: messages,
-    ids, text. An example may be of 2^20 characters.
+    "prompt" and "response", by this or another of the names in PAIRS, become messages; "prompt_ids" and
+    "response_ids" are for templates that Tokenizer does not know. A row that is several of these is the first
+    of them: messages, ids, text. An example may be of 2^20 characters.
     """
-    row = dict(row)
-    for prompt, response in (('prompt', 'response'), ('question', 'answer')):
-        if prompt in row and response in row and 'messages' not in row:
-            row['messages'] = [{'role': 'user', 'content': row.pop(prompt)},
-                               {'role': 'assistant', 'content': row.pop(response)}]
-
-    if 'messages' in row:
-        said = row['messages']
-        if not isinstance(said, list) or not all(isinstance(m, dict) for m in said):
-            raise ValueError(f'"messages" must be a list of messages, got {json.dumps(said)[:60]}')
-        texts = [m.get(key) for m in said for key in ('role', 'content')]
-        roles = texts[::2]
+    row, said = dict(row), as_messages(row)
+    if said is not None:
+        row['messages'] = said
+        roles = [message['role'] for message in said]
         if roles[-1:] != ['assistant'] or 'user' not in roles:
             raise ValueError(f'"messages" must end with an answer by "assistant" to a "user", got {roles[:9]}')
+        texts = [message['content'] for message in said]
         kind = {'messages'}
 
     elif 'prompt_ids' in row and 'response_ids' in row:
@@ -617,7 +683,7 @@ def as_record(row):
     length = sum(map(len, texts))
     if length > 1 << 20 and kind != {'text'}:
         raise ValueError(f'an example of {length:,} characters; the limit is {1 << 20:,}')
-    others = {'messages', 'prompt_ids', 'response_ids', 'text', 'response'} - kind
+    others = {'prompt_ids', 'response_ids', 'text', *LISTS}.union(*PAIRS) - kind
     return {key: value for key, value in row.items() if key not in others}
 
 
@@ -639,6 +705,13 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
     empty = not out.exists() or out.is_dir() and not any(out.iterdir())
     if not empty and not (out / 'manifest.json').is_file():
         raise Refused(f'{out}: something else is here; choose another --out')
+    with alone(out.with_name(f'.{out.name}.lock')):
+        prepare_aside(sources, out, tokenizer, val, val_every, workers)
+    return read_manifest(out, None)
+
+
+def prepare_aside(sources, out, tokenizer, val, val_every, workers):
+    """The work of prepare, in a folder beside `out` that takes its place when it is whole."""
     kinds = set()
     for source in (*sources, *val):                         # what is broken at once is said at once
         _, record = next(iter(records_of(source)))
@@ -663,7 +736,6 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
 
     shutil.rmtree(out, ignore_errors=True)
     os.replace(aside, out)
-    return read_manifest(out, None)
 
 
 def run_jobs(jobs, workers):
@@ -696,8 +768,8 @@ def collect(parts, folder, spec):
 
 
 def stored_tokenizer(folder, spec):
-    """The tokenizer that a manifest names: a file of the data set, or a well-known one."""
-    return get_tokenizer(folder / spec if spec.endswith('.json') else spec)
+    """The tokenizer that the manifest of a data set names."""
+    return get_tokenizer(own_tokenizer(spec, folder))
 
 
 def records_of(source):
@@ -709,6 +781,10 @@ def place_tokenizer(tokenizer, sources, split, out, val_every):
     """Learns or copies the tokenizer into the data set, unless it is well known -> what the manifest says."""
     for old in out.glob('tokenizer*'):                      # of an interrupted call with another one
         old.unlink()
+    if tokenizer in tiktoken.list_encoding_names():         # kept, so that nobody needs the network again
+        kept = out / 'tokenizer.tiktoken'
+        kept.write_text(json.dumps(tiktoken_facts(tokenizer)))
+        return kept.name
     if not tokenizer.startswith('bpe-'):
         get_tokenizer(tokenizer)                            # refuse before anything is written
         return copy_tokenizer(tokenizer, out)
@@ -788,7 +864,7 @@ def tokenize_source(job):
     tok = stored_tokenizer(folder, spec)
     done, made_from = folder / f'part_{number:05d}.json', None
     if isinstance(source, (str, Path)):
-        vocabulary = file_sha256(folder / spec) if spec.endswith('.json') else spec
+        vocabulary = file_sha256(folder / spec) if spec.endswith(TOKENIZER_FILES) else spec
         state = Path(source).stat()
         made_from = [str(source), state.st_size, state.st_mtime_ns, split, val_every, vocabulary]
         before = read_json(done)
@@ -911,7 +987,7 @@ class Corpus:
         return stored_tokenizer(self.folder, self.manifest['tokenizer'])
 
     def count(self, split, what):
-        """How many 'tokens' or 'bytes' of text a split has."""
+        """How many 'tokens', 'bytes' of text or 'examples' a split has."""
         return sum(entry[what] for entry in self.manifest['splits'][split])
 
     def read(self, split, start, length):
@@ -1025,8 +1101,9 @@ class Windows:
     logit_normal = 0.5                                      # not the papers': a better bound in as many updates
 
     def __init__(self, dataset, split, tok, seq_len, seed=0, cuts=WHOLE):
-        self.parts, self.split, self.eos_id = dataset.parts, split, tok.eos_id
+        self.parts, self.split, self.tok = dataset.parts, split, tok
         self.T, self.seed, self.asked = seq_len, seed, cuts
+        self.examples = sum(corpus.count(split, 'examples') for corpus in self.parts)
         self.tokens = [corpus.count(split, 'tokens') for corpus in self.parts]
         for corpus, n in zip(self.parts, self.tokens):
             if n < seq_len:
@@ -1077,7 +1154,7 @@ class Windows:
         borders = {*starts, *(start + int(cut) for start, cut in zip(starts, border))}
         n = 2 * len(x0) + 1                                 # few different sizes: few graphs to compile
         if self.asked.isolate:
-            ends = (x0.flatten() == self.eos_id).nonzero()[:, 0] + 1
+            ends = (x0.flatten() == self.tok.eos_id).nonzero()[:, 0] + 1
             borders.update(ends.tolist())
             n = -(-len(borders) // 64) * 64
         filled = sorted(borders) + [x0.numel()] * (n - len(borders))
@@ -1125,7 +1202,7 @@ class Examples:
         if not short.all() and os.environ.get('RANK', '0') == '0':
             say(f'{self.corpus.folder}: {what} and left out')
 
-        self.rows = table[short]
+        self.rows, self.examples = table[short], len(table)
         begins = np.diff(self.rows[:, 3], prepend=-1)       # not 0: the first turn of a dialogue
         self.borders = np.append(np.flatnonzero(begins), len(self.rows))
 

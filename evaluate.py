@@ -10,10 +10,10 @@ bound: nats per token and bits per byte. For a diffusion model this is an upper 
 not read the two as the same kind of number. The experiments of the papers: tests/lab/experiments.py.
 """
 
-import os
+from configurator import before_torch
 
-if 'OMP_WAIT_POLICY' not in os.environ:         # before torch, see train.py
-    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+if __name__ == '__main__':
+    before_torch()
 
 import csv
 import json
@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 import diffusion
 from configurator import Refused, clean, command, out_of_range, refuse, refusing, say
-from model import open_model
+from model import open_model, weights_in
 
 task = 'bound'                  # bound, exact, choice or lm_eval
 checkpoints = []                # runs or steps of train.py, or folders of released weights
@@ -588,6 +588,8 @@ TASKS = {f.__name__: f for f in (bound, exact, choice, lm_eval)}
 def main(config):
     cfg = SimpleNamespace(**config)
     check(cfg)
+    for name in cfg.checkpoints:
+        weights_in(name)                            # is it there? said before the first is measured
     TASKS[cfg.task](cfg)
 
 

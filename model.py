@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import pickle
+import shutil
 import sys
 import warnings
 import zlib
@@ -36,6 +37,7 @@ from configurator import (
     copy_tokenizer,
     facts_sha256,
     out_of_range,
+    own_tokenizer,
     read_json,
     read_manifest,
     refuse,
@@ -460,29 +462,36 @@ def load_model(path, device='cpu', dtype=None):
     path: a step folder or a run folder of train.py (its newest step), or a Hugging Face style folder
     (config.json and *.safetensors) of LLaDA or iLLaDA. dtype None keeps the stored one.
     meta: mask_id, eos_id, pad_id, bos_id, eot_id (None where the folder does not tell), tokenizer (a spec for
-    data.get_tokenizer, or None), config (None for released weights), iteration, folder.
+    data.get_tokenizer, or None), folder; config, iteration, examples (how many its data held): of train.py,
+    None for released weights.
     Nothing is unpickled but tensors, no code is run, every shape is checked. Raises Refused or OSError.
     """
-    path = Path(path)
-    if (path / 'config.json').is_file():
-        model, meta = read_release(path, device, dtype)
+    folder = weights_in(path)
+    if (folder / 'config.json').is_file():
+        model, meta = read_release(folder, device, dtype)
         return model.eval(), meta
 
-    steps = [path] if (path / 'manifest.json').is_file() else find_checkpoints(path)
-    if not steps:
-        what = 'no checkpoint here (train.py writes the first after eval_interval updates; or released weights)'
-        raise FileNotFoundError(ENOENT, what, str(path))
-    folder = steps[-1]
     manifest = read_checkpoint(folder)
     model = empty_model(ModelConfig(**manifest['model']))
     model.to_empty(device='cpu')
     read_tensors(folder, {f'model.{name}': p.data for name, p in model.named_parameters()})
 
-    meta = {**manifest['ids'], 'folder': str(folder)}
-    meta.update((key, manifest[key]) for key in ('config', 'iteration', 'tokenizer'))
-    if meta['tokenizer'].endswith('.json'):
-        meta['tokenizer'] = str(folder / meta['tokenizer'])
+    tokenizer = own_tokenizer(manifest['tokenizer'], folder)
+    meta = {**manifest['ids'], 'folder': str(folder), 'tokenizer': tokenizer}
+    meta.update((key, manifest.get(key)) for key in ('config', 'iteration', 'examples'))
     return model.to(device=device, dtype=dtype).eval(), meta
+
+
+def weights_in(path):
+    """The folder that has the weights: `path`, or the newest step in it. FileNotFoundError without."""
+    path = Path(path)
+    if any((path / name).is_file() for name in ('config.json', 'manifest.json')):
+        return path
+    steps = find_checkpoints(path)
+    if not steps:
+        what = 'no checkpoint here (train.py writes the first after eval_interval updates; or released weights)'
+        raise FileNotFoundError(ENOENT, what, str(path))
+    return steps[-1]
 
 
 def empty_model(config):
@@ -590,7 +599,9 @@ def one_line(folder, what):
     except CheckpointException as error:
         cause = error.__cause__ or error
         last_line = (str(cause).splitlines() or [''])[-1]
-        raise OSError(EIO, f'{what} ({type(cause).__name__}: {last_line[:150]})', str(folder)) from None
+        free = shutil.disk_usage(folder.parent).free / 1e6      # a full disk has many names in there
+        why = f'{type(cause).__name__}: {last_line[:150]}; {free:,.1f} MB are free there'
+        raise OSError(EIO, f'{what} ({why})', str(folder)) from None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -704,7 +715,8 @@ def read_release(folder, device='cpu', dtype=None):
     for file in release_files(folder):
         stored.update(read_safetensors(file))
     model = release_model(folder, kind, config, stored, device, dtype)
-    meta = dict(release_ids(folder, raw), config=None, iteration=None, folder=str(folder), tokenizer=None)
+    meta = dict(release_ids(folder, raw), config=None, iteration=None, examples=None,
+                folder=str(folder), tokenizer=None)
     if (folder / 'tokenizer.json').is_file():
         meta['tokenizer'] = str(folder / 'tokenizer.json')
 

@@ -14,10 +14,10 @@ remasking commits the most probable tokens first: it looks for the mode, and ove
 given the mode of a small model is one phrase again and again. So give it a prompt and small blocks.
 """
 
-import os
+from configurator import before_torch
 
-if 'OMP_WAIT_POLICY' not in os.environ:         # before torch, see train.py
-    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+if __name__ == '__main__':
+    before_torch()
 
 import codecs
 import json
@@ -123,10 +123,12 @@ def to_ids(entry, where, tok, cfg, vocab_size):
     elif isinstance(entry, list) and entry and all(type(i) is int for i in entry):
         ids = entry
     else:
+        if not isinstance(entry, list) or not entry:
+            raise Refused(f'{where}: want "prompt" (text), "messages" (role and content) or "ids"')
         try:
-            messages = [{'role': m['role'].strip(), 'content': m['content'].strip()} for m in entry or [None]]
-        except (TypeError, KeyError, AttributeError):
-            raise Refused(f'{where}: want "prompt" (text), "messages" (role and content) or "ids"') from None
+            messages = list(map(data.as_message, entry))
+        except ValueError as error:
+            raise Refused(f'{where}: {error}') from None
         ids = tok.encode_begun(messages)
 
     if not all(0 <= i < vocab_size for i in ids):
@@ -384,6 +386,8 @@ def main(config):
     trained = meta['config'] or {'masking': 'response'}         # released weights do not say how
     how = sampler(cfg, cfg.chat or cfg.instruct or trained['masking'] == 'response')
     if cfg.chat:
+        if meta['examples'] == 0:
+            say('(this model has seen texts, never a conversation: do not expect answers)')
         talk(model, cfg, tok, autocast, how)
         return
 

@@ -9,21 +9,22 @@ Data and noise of a row are functions of (seed, iteration, row): a resumed run e
 any number of processes and split of the batch see the same rows and masks.
 """
 
-import os
+from configurator import before_torch
 
-if 'OMP_WAIT_POLICY' not in os.environ:         # before torch: threads that wait for long sleep, on busy cores
-    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+if __name__ == '__main__':
+    before_torch()
 
 import bisect
 import json
 import math
+import os
 import platform
 import shutil
 import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +41,7 @@ from configurator import (
     ROLES,
     Damaged,
     Refused,
+    alone,
     command,
     copy_tokenizer,
     fail,
@@ -51,7 +53,7 @@ from configurator import (
 
 # --- run
 out_dir = 'out/docs'            # checkpoints (iter_*/) and log.jsonl
-resume = False                  # continue from the newest checkpoint in out_dir
+resume = False                  # continue from the newest checkpoint in out_dir, with its settings
 init_from = ''                  # start from weights of this checkpoint or released folder (iteration 0)
 seed = 1337                     # of the weights, the order of the data, and the noise
 # --- data
@@ -112,6 +114,7 @@ dtype = 'auto'                 # 'bfloat16' or 'float32' for activations; auto: 
 compile = False                 # torch.compile each block (on CPU needs a C++ compiler and half a minute)
 fsdp = 0                        # 0: DDP; -1: sharded over all processes; k: over groups of k, copies between
 act_memory = 1.0                # share of a block's activations kept for backward; 0 keeps its input only
+force = False                   # start although it is reckoned not to fit into memory
 
 # dense bfloat16 FLOP/s by the data sheets (SXM unless named); other devices print no MFU
 PEAKS = {'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'H800': 989e12, 'A100': 312e12, 'A800': 312e12}
@@ -145,7 +148,7 @@ def check(cfg, world):
     rules = (
         (not cfg.out_dir, 'out_dir must not be empty'),
         (cfg.tied and cfg.emb_std, f'a tied head is as large as the embedding: emb_std=0, got {cfg.emb_std}'),
-        (cfg.init_from and cfg.resume, 'init_from starts a new run, resume continues one: give one of them'),
+
         (cfg.causal and cuts, 'random_length, random_split and isolate are for diffusion, causal is not'),
         (cfg.masking == 'response' and cuts,
          "random_length, random_split and isolate cut windows; masking = 'response' has one example a row"),
@@ -313,9 +316,9 @@ def refuse_giants(config, cfg, procs):
     block = 2 * (c.n_head + c.n_kv_head) * c.head_dim * c.d_model + 3 * c.d_model * c.d_ff
     weights = 16 * (c.n_layer * block + c.vocab_size * c.d_model) / shards      # with gradient and two moments
     kept = 16 * cfg.batch_size * cfg.seq_len * c.d_model * max(c.n_layer * cfg.act_memory, 1)
-    if weights + kept > have:
+    if weights + kept > have and not cfg.force:
         raise Refused(f'{weights / 1e9:,.0f} GB for n_layer, d_model, d_ff and vocab_size, {kept / 1e9:,.0f} GB for '
-                      f'batch_size x seq_len; {procs.device} has {have / 1e9:,.0f} GB')
+                      f'batch_size x seq_len; {procs.device} has {have / 1e9:,.0f} GB; --force tries it')
 
 
 def build(cfg, procs, vocab_size):
@@ -541,8 +544,15 @@ class Meter:
         return entry
 
 
-def show(bar, entry, smooth, source, cfg):
-    """The line of progress: in place on a terminal, else now and then a line of its own."""
+def progress_bar(it, cfg, rank):
+    """For a terminal; one that does not know its width gets lines, as a file does."""
+    blind = sys.stderr.isatty() and not os.get_terminal_size(sys.stderr.fileno()).columns
+    return tqdm(total=cfg.max_iters, initial=it, disable=True if rank or blind else None, dynamic_ncols=True,
+                bar_format='{desc} | eta {remaining}')
+
+
+def show(bar, entry, smooth, source, cfg, first):
+    """The line of progress: in place on a terminal, else a line of its own, the first and every tenth."""
     bits = mfu = ''
     if source.bytes_per_token:
         bits = f' | {smooth / source.bytes_per_token / math.log(2):.3f} bits/byte'
@@ -551,7 +561,7 @@ def show(bar, entry, smooth, source, cfg):
     line = (f"iter {entry['iter']}/{cfg.max_iters} | loss {smooth:.3f}{bits} | lr {entry['lr']:.2e} | "
             f"{entry['tokens_per_second'] / 1e3:.1f}k tok/s{mfu}")
     bar.set_description_str(line)
-    if bar.disable is True and entry['iter'] % (10 * cfg.log_interval) == 0:
+    if bar.disable is True and (first or entry['iter'] % (10 * cfg.log_interval) == 0):
         print(line, flush=True)
 
 
@@ -570,7 +580,7 @@ def run_state(model, optimizers):
     return state
 
 
-def save_checkpoint(run, it, model, optimizers, cfg, tok, procs):
+def save_checkpoint(run, it, model, optimizers, cfg, source, procs):
     """Writes run/iter_N unless it is there, aside until it is complete; then the oldest go."""
     import torch.distributed.checkpoint as dcp
     final, aside = run / f'iter_{it:07d}', run / 'unfinished'
@@ -578,16 +588,17 @@ def save_checkpoint(run, it, model, optimizers, cfg, tok, procs):
         return
     if procs.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        aside.mkdir()
     procs.wait_for_first()                                      # it makes the folder
     with models.one_line(final, 'could not be written'):
         dcp.save(run_state(model, optimizers), checkpoint_id=str(aside), no_dist=procs.world == 1)
 
     if procs.rank == 0:
-        spec = copy_tokenizer(tok.spec, aside)
-        ids = {f'{role}_id': getattr(tok, f'{role}_id') for role in ROLES}
-        write_manifest(aside, dict(format='nanollada 3', iteration=it, model=vars(model.config),
-                                   config=vars(cfg), tokenizer=spec, ids=ids))
+        spec = copy_tokenizer(source.tok.spec, aside)
+        ids = {f'{role}_id': getattr(source.tok, f'{role}_id') for role in ROLES}
+        write_manifest(aside, dict(
+            format='nanollada 3', iteration=it, model=vars(model.config), config=vars(cfg), tokenizer=spec, ids=ids,
+            examples=source.examples))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
         for old in models.find_checkpoints(run)[:-cfg.keep_last]:
@@ -624,7 +635,7 @@ def load_checkpoint(run, model, optimizers, cfg, procs):
         raise Refused(f'resume: an update had {sizes[0]} tokens, now {sizes[1]}; data and schedule count updates')
 
     for key, value in vars(cfg).items():
-        if procs.rank == 0 and key != 'resume' and before.get(key) != value:
+        if procs.rank == 0 and key not in ('resume', 'force', 'out_dir') and before.get(key) != value:
             say(f'resuming with another {key}: {value!r}, it was {before.get(key)!r}')
 
     for group in all_groups(optimizers):        # an optimizer makes its tensors in an update: one by nothing
@@ -675,28 +686,17 @@ class Stop:
 
 
 @contextmanager
-def alone(run, procs):
-    """Holds a lock on the run folder (where the system has such locks): a second run in it is refused."""
+def alone_in(run, procs):
+    """Keeps other runs out of the folder, and removes it if nothing came of this one."""
     if procs.rank > 0:
         yield
         return
-
-    run.mkdir(parents=True, exist_ok=True)
-    lock = run / '.lock'
-    with lock.open('w') as file:
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refused(f'{run}: another process is training here') from None
-        except (ImportError, OSError):
-            pass                                                # Windows; a file system without locks
-
-        try:
+    try:
+        with alone(run / '.lock'):
             yield
-        finally:
-            if list(run.iterdir()) == [lock]:                   # nothing came of it
-                shutil.rmtree(run)
+    finally:
+        with suppress(OSError):
+            run.rmdir()                                         # if it is empty
 
 
 @contextmanager
@@ -704,10 +704,26 @@ def last_words(run):
     """What ends a run before its time is said in one line, with the checkpoint to go on from; exit code 1."""
     try:
         yield
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, RuntimeError) as error:
+        lost = isinstance(error, dist.DistError) or 'gloo' in str(error)        # another process is gone
+        if isinstance(error, RuntimeError) and not lost:
+            raise
+        shutil.rmtree(run / 'unfinished', ignore_errors=True)
         kept = models.find_checkpoints(run)
         rest = f'the last good checkpoint: {kept[-1]}' if kept else 'no checkpoint yet'
-        fail(f'stopped: {error}; {rest}', 1)
+        what = 'another process is gone' if lost else error
+        fail(f'stopped: {what}; {rest}', 1)
+
+
+def settings_of_run(cfg):
+    """With --resume the settings of the newest checkpoint in out_dir -> dict; what is typed stands above."""
+    steps = models.find_checkpoints(cfg['out_dir']) if cfg['resume'] else []
+    for folder in reversed(steps):
+        with suppress(Damaged):                                 # load_checkpoint says it
+            there = models.read_checkpoint(folder, None)['config']
+            known = cfg.keys() - {'out_dir', 'force'}
+            return {key: there[key] for key in known & there.keys()}
+    return {}
 
 
 def open_data(cfg, procs):
@@ -773,7 +789,7 @@ def greet(run, it, cfg, model, procs, log):
               machine=platform.platform(), model=vars(model.config), parameters=everything)
     if procs.rank == 0:
         spread = f', {procs.world} processes' if procs.world > 1 else ''
-        print(f'{everything:,} parameters ({inner:,} outside embedding and head), {kind}, {numbers}, '
+        tqdm.write(f'{everything:,} parameters ({inner:,} outside embedding and head), {kind}, {numbers}, '
               f'{torch.get_num_threads()} threads{spread}; writing to {run}/')
 
 
@@ -786,11 +802,9 @@ def main(config):
     model, net = build(cfg, procs, cfg.vocab_size or tok.vocab_size)
     optimizers = make_optimizers(model, cfg, procs.device)
 
-    with alone(run, procs):
+    with alone_in(run, procs):
         it = start(run, model, optimizers, cfg, tok, procs)
-        with Stop() as stop, last_words(run), tqdm(
-                total=cfg.max_iters, initial=it, disable=True if rank else None, dynamic_ncols=True,
-                bar_format='{desc} | eta {remaining}') as bar:
+        with Stop() as stop, last_words(run), progress_bar(it, cfg, rank) as bar:
             log, meter, smooth = Log(run / 'log.jsonl', it, procs), Meter(cfg, model, procs), None
             greet(run, it, cfg, model, procs, log)
             batches = prefetched(lambda i: questions(source, i, cfg, tok, procs), it)
@@ -800,7 +814,7 @@ def main(config):
             while True:
                 if it and (it % cfg.eval_interval == 0 or it >= cfg.max_iters):
                     began = time.perf_counter()
-                    save_checkpoint(run, it, model, optimizers, cfg, tok, procs)
+                    save_checkpoint(run, it, model, optimizers, cfg, source, procs)
                     entry = report(it, model, held_out, cfg, tok, procs, log)
                     meter.started += time.perf_counter() - began            # no part of the training speed
                 stopping = procs.any(stop.signal)
@@ -815,12 +829,13 @@ def main(config):
                 if it % cfg.log_interval == 0 or it >= cfg.max_iters:
                     line = meter.read(it, norm, all_groups(optimizers)[-1]['lr'])
                     log.write(**line)
-                    smooth = line['loss'] if smooth is None else 0.7 * smooth + 0.3 * line['loss']
+                    first = smooth is None
+                    smooth = line['loss'] if first else 0.7 * smooth + 0.3 * line['loss']
                     if rank == 0:
-                        show(bar, line, smooth, source, cfg)
+                        show(bar, line, smooth, source, cfg, first)
 
             if stopping and it:
-                save_checkpoint(run, it, model, optimizers, cfg, tok, procs)
+                save_checkpoint(run, it, model, optimizers, cfg, source, procs)
     if world > 1:
         dist.destroy_process_group()
     farewell(run, it, None if it < cfg.max_iters else entry, cfg, rank)
@@ -841,4 +856,4 @@ def farewell(run, it, entry, cfg, rank):
 
 
 if __name__ == '__main__':
-    command(main, globals())
+    command(main, globals(), beneath=settings_of_run)

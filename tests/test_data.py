@@ -12,7 +12,7 @@ import torch
 from helpers import small_corpus
 
 import data
-from configurator import Refused, command, settings_of, write_manifest
+from configurator import Refused, alone, command, copy_tokenizer, settings_of, write_manifest
 
 TEXTS = ['', ' ', 'Hello, world!', "it's  two\n\n\n    def f(x):\treturn 1234567", 'naïve — 漢字 🙂 e\u0301',
          '\x00\x1b[0m\r\n', 'a' * 3000, '<|endoftext|> <|mdm_mask|> typed by a user']
@@ -621,3 +621,76 @@ def test_cut_windows(corpus_folder, monkeypatch):
     assert torch.equal(plain.x0, cut.x0) and plain.cu_seqlens is None and plain.maskable.all()
     assert cut.cu_seqlens.tolist() == [0, 16, 21, 32, 35, 48, 64, 64, 64] and cut.cu_seqlens.dtype == torch.int32
     assert cut.maskable.sum(1).tolist() == [16, 16, 3, 16]
+
+
+SAID = [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}]
+
+
+@pytest.mark.parametrize('row', [
+    {'prompt': 'q', 'response': 'a'}, {'question': 'q', 'answer': 'a'}, {'prompt': 'q', 'completion': 'a'},
+    {'instruction': 'q', 'output': 'a'}, {'instruction': 'q', 'input': '', 'output': 'a'},              # Alpaca
+    {'prompt': SAID[:1], 'completion': SAID[1:]}, {'messages': SAID},                                   # TRL
+    {'conversations': [{'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': 'a'}]},                # ShareGPT
+    {'conversation': SAID}, {'messages': [{**said, 'tool_calls': None, 'name': 'x'} for said in SAID]},
+    {'messages': [{'role': said['role'], 'content': [{'type': 'text', 'text': said['content']}]} for said in SAID]},
+], ids=str)
+def test_conversations_by_other_names(row):
+    assert data.as_record({**row, 'id': 7})['messages'] == SAID
+    assert data.as_record({**row, 'id': 7}).keys() <= {'messages', 'id', 'input'}
+
+
+def test_alpacas_input_is_part_of_the_question():
+    row = data.as_record({'instruction': 'Add.', 'input': '1 and 2', 'output': '3'})
+    assert row['messages'][0]['content'] == 'Add.\n\n1 and 2'
+
+
+@pytest.mark.parametrize('row, says', [
+    ({'messages': [*SAID[:1], {'role': 'assistant', 'content': None, 'tool_calls': [{'id': 1}]}]}, '"tool_calls"'),
+    ({'messages': [*SAID[:1], {'role': 'assistant', 'content': 'a', 'function_call': {'name': 'f'}}]}, 'tools'),
+    ({'messages': [{'role': 'user', 'content': [{'type': 'image'}]}, SAID[1]]}, '"content" of a message'),
+    ({'conversations': [{'from': 'human', 'value': 'q'}]}, 'must end with an answer'),
+    ({'conversations': 'q'}, '"conversations" must be a list'), ({'messages': ['q']}, '"role" and a "content"'),
+    ({'instruction': 'q', 'output': ['a']}, '"role" and a "content"'),
+])
+def test_conversations_that_are_refused(row, says):
+    with pytest.raises(ValueError, match=says):
+        data.as_record(row)
+
+
+def test_a_tiktoken_vocabulary_is_kept_in_the_data_set(tmp_path, monkeypatch):
+    """Who has prepared data with gpt2's once needs no network again, nor does the checkpoint."""
+    ranks = {bytes([b]): b for b in range(256)} | {b'th': 256, b'the': 258}          # a gap, as o200k has them
+    full = data.tiktoken.Encoding('gpt2', pat_str=data.PATTERN, mergeable_ranks=ranks,
+                                  special_tokens={'<|endoftext|>': 300})
+    monkeypatch.setattr(data.tiktoken, 'get_encoding', lambda name: full)
+    tok = data.get_tokenizer('gpt2')
+    assert tok.encode('the') == [258] and tok.eos_id == 300 and tok.mask_id > 300
+    small_corpus(tmp_path / 'a', tokenizer='gpt2')
+
+    def no_network(name):
+        raise OSError('no route to host')
+
+    monkeypatch.setattr(data.tiktoken, 'get_encoding', no_network)
+    kept = data.Corpus(tmp_path / 'a').tokenizer()
+    data.check_same(kept, tok, 'a', 'b')
+    (tmp_path / 'step').mkdir()
+    assert copy_tokenizer(kept.spec, tmp_path / 'step') == 'tokenizer.tiktoken'
+    assert data.get_tokenizer(tmp_path / 'step' / 'tokenizer.tiktoken').encode('the \u00e9') == tok.encode('the \u00e9')
+    with pytest.raises(Refused, match='TIKTOKEN_CACHE_DIR'):
+        data.get_tokenizer('gpt2')
+    (tmp_path / 'bad.tiktoken').write_text('{"ids": {"zz": 1}}')
+    with pytest.raises(Refused, match='not a vocabulary'):
+        data.get_tokenizer(tmp_path / 'bad.tiktoken')
+
+
+def test_a_word_of_any_length_teaches_merges():
+    """Its cost would grow with the length of the word times the number of merges."""
+    assert data.train_bpe('ab' * 100_000, 2) == [(b'a', b'b'), (b'ab', b'ab')]
+
+
+def test_two_preparations_do_not_meet(tmp_path):
+    pytest.importorskip('fcntl')
+    with alone(tmp_path / '.a.lock'), pytest.raises(Refused, match='another process is at work here'):
+        small_corpus(tmp_path / 'a')
+    small_corpus(tmp_path / 'a')
+    assert [path.name for path in tmp_path.iterdir()] == ['a']

@@ -336,7 +336,7 @@ def test_a_model_runs_local_tasks_end_to_end(local_tasks, capsys):
 def test_unknown_tasks_are_named_before_anything_is_loaded(local_tasks, capsys):
     for tasks in (['no_such_task'], [f'{local_tasks}/local_math.yaml,other']):
         with pytest.raises(SystemExit) as stop:
-            script('evaluate', 'lm_eval', 'out/none', *(f'--tasks={task}' for task in tasks))
+            script('evaluate', 'lm_eval', 'out/text', *(f'--tasks={task}' for task in tasks))
         assert stop.value.code == 2 and 'lm_eval knows no' in capsys.readouterr().err
 
 

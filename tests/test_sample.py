@@ -164,7 +164,8 @@ def test_prompts_from_files_and_stdin(run, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize('content, says', [
     (b'', 'no prompt in it'), (b'{"prompt": "a"}\n{"prompt": 5}\n', ':2: want "prompt"'), (b'{"a": 1}', ':1: want'),
     (b'{', ':1: not JSON'), (b'{"prompt": "a"}\n\xff\n', ':2: not UTF-8'), (b'[]', ':1: want'),
-    (b'{"messages": [{"role": "user"}]}', ':1: want'), (b'{"ids": [1, 99999]}', 'between 0 and'), (b'null', ':1: want'),
+    (b'{"messages": [{"role": "user"}]}', ':1: the "content"'), (b'{"ids": [1, 99999]}', 'between 0 and'),
+    (b'null', ':1: want'), (b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', 'must be a text'),
 ])
 def test_bad_prompt_files(run, tmp_path, capsys, content, says):
     (tmp_path / 'p.jsonl').write_bytes(content)

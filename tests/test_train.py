@@ -291,14 +291,34 @@ def test_a_full_disk_keeps_what_there_was(corpus_folder, tmp_path, monkeypatch, 
         train.main(settings(corpus_folder, tmp_path / 'run'))
     err = capsys.readouterr().err
     assert e.value.code == 1 and 'No space left' in err and 'iter_0000010' in err
+    assert not (tmp_path / 'run' / 'unfinished').exists()
     assert load_model(tmp_path / 'run')[1]['iteration'] == 10
 
 
 def test_a_second_run_in_the_same_folder_is_refused(corpus_folder, tmp_path):
     pytest.importorskip('fcntl')
-    (tmp_path / 'run').mkdir()
-    with train.alone(tmp_path / 'run', ONE), pytest.raises(Refused, match='another process is training here'):
+    with train.alone_in(tmp_path / 'run', ONE), pytest.raises(Refused, match='another process is at work here'):
         train.main(settings(corpus_folder, tmp_path / 'run'))
+    assert not (tmp_path / 'run').exists()                      # nothing came of either
+
+
+def test_a_run_folder_that_is_taken_away_ends_the_run_in_one_line(corpus_folder, tmp_path, monkeypatch, capsys):
+    real = train.report
+    monkeypatch.setattr(train, 'report', lambda *args: shutil.rmtree(tmp_path / 'run') or real(*args))
+    with pytest.raises(SystemExit) as e:
+        train.main(settings(corpus_folder, tmp_path / 'run'))
+    err = capsys.readouterr().err
+    assert e.value.code == 1 and 'stopped: ' in err and 'unfinished' in err and err.count('\n') == 1
+
+
+def test_who_lost_another_process_says_so_in_one_line(tmp_path, capsys):
+    for error in (RuntimeError('[/gloo/transport/tcp/pair.cc:534] Connection closed by peer'),
+                  torch.distributed.DistNetworkError('timeout')):
+        with pytest.raises(SystemExit), train.last_words(tmp_path):
+            raise error
+        assert capsys.readouterr().err == 'stopped: another process is gone; no checkpoint yet\n'
+    with pytest.raises(RuntimeError, match='shapes'), train.last_words(tmp_path):
+        raise RuntimeError('shapes do not fit')                 # a mistake in code keeps its traceback
 
 
 @pytest.mark.parametrize('changes', [dict(count_form=False), dict(count_form=True), dict(causal=True),
@@ -412,6 +432,21 @@ def test_bfloat16_from_training_to_sampling(corpus_folder, tmp_path, capsys, cau
         with torch.autocast('cpu', torch.bfloat16):
             out = diffusion.generate(model, x, meta['mask_id'], steps=16, block_length=4, cache='dual')
         assert not (out.x == meta['mask_id']).any()
+
+
+def test_resume_takes_the_settings_of_the_run(corpus_folder, straight, tmp_path, capsys):
+    """Whoever types --resume and a folder need not type the rest again; what is typed counts."""
+    run = tmp_path / 'run'
+    shutil.copytree(straight, run)
+    script('train', '--resume', f'--out_dir={run}', '--max_iters=42')
+    assert capsys.readouterr().err == 'resuming with another max_iters: 42, it was 40\n'
+    script('train', f'--out_dir={run}', '--resume')             # whose settings now say 42
+    assert 'iter    42 | validation' in capsys.readouterr().out
+    script('train', '--resume', f'--out_dir={run}', '--max_iters=9')         # it is further already: nothing to do
+    assert 'done: ' in capsys.readouterr().out
+    (run / 'iter_0000042' / 'manifest.json').write_text('{}')   # passed over here as there
+    script('train', '--resume', f'--out_dir={run}')
+    assert (run / 'iter_0000042.damaged').is_dir() and '40 asked' not in capsys.readouterr().err
 
 
 def test_what_is_set_on_resume_counts(corpus_folder, straight, tmp_path, capsys):
@@ -588,6 +623,21 @@ def test_bad_settings(corpus_folder, tmp_path, monkeypatch, changes, says):
     with pytest.raises((Refused, OSError), match=re.escape(says)):
         train.main(settings(corpus_folder, tmp_path / 'run', **changes))
     assert not (tmp_path / 'run').exists()
+
+
+def test_force(corpus_folder):
+    giant = SimpleNamespace(**settings(corpus_folder, 'out', n_layer=9000, d_model=10 ** 4, n_head=1, n_kv_head=1))
+    config = M.ModelConfig(vocab_size=300, **{name: getattr(giant, name) for name in train.SHAPE})
+    with pytest.raises(Refused, match='--force'):
+        train.refuse_giants(config, giant, ONE)
+    giant.force = True
+    train.refuse_giants(config, giant, ONE)
+
+
+def test_without_a_terminal_the_first_line_comes_at_once(corpus_folder, tmp_path, capsys):
+    train.main(settings(corpus_folder, tmp_path / 'run', max_iters=25, log_interval=2, eval_interval=50))
+    lines = [line.split(' |')[0] for line in capsys.readouterr().out.splitlines() if line.startswith('iter ')]
+    assert lines[:2] == ['iter 2/25', 'iter 20/25']
 
 
 def test_a_refusal_is_one_line_and_a_mistake_keeps_its_traceback(corpus_folder, tmp_path):
