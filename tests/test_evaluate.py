@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -310,20 +311,51 @@ def local_tasks(desk, monkeypatch):
     (folder / 'local_choice.yaml').write_text(
         'task: local_choice\n' + head.format(folder / 'choice.jsonl') + 'output_type: multiple_choice\n'
         'doc_to_text: "{{q}}"\ndoc_to_choice: "{{options}}"\ndoc_to_target: "{{gold}}"\n'
-        'metric_list:\n- metric: acc\n  aggregation: mean\n  higher_is_better: true\n')
+        'metric_list:\n- metric: acc\n- metric: acc_norm\n')
+    (folder / 'local_cloze.yaml').write_text(
+        'task: local_cloze\n' + head.format(folder / 'choice.jsonl') + 'output_type: loglikelihood\n'
+        'doc_to_text: "{{q}}"\ndoc_to_target: " {{options[gold]}}"\n'
+        'metric_list:\n- metric: acc\n- metric: perplexity\n')
+    (folder / 'local_text.yaml').write_text(
+        'task: local_text\n' + head.format(folder / 'math.jsonl') + 'output_type: loglikelihood_rolling\n'
+        'doc_to_text: ""\ndoc_to_target: "{{answer}}"\nmetric_list:\n- metric: bits_per_byte\n')
     return folder
 
 
-def test_a_half_right_oracle_scores_one_half(local_tasks, monkeypatch, capsys):
-    """Every second answer is right: the whole way, from the requests to the table, loses and adds nothing."""
-    def oracle(run, prompts, new, cfg):
-        texts = [run.tok.decode(p) for p in prompts]
-        n = [int(t.split('Q: ')[1].split(' ')[0]) for t in texts]
-        return [[*run.tok.encode(f' #### {k + 1 + k % 2}\nQ: on and on'), run.tok.eos_id] for k in n], 0
+def metrics_of(folder, task, capsys):
+    """A local task by the command -> metric: value as printed."""
+    evaluate.lm_eval(settings(checkpoints=['out/text'], tasks=[str(folder / f'{task}.yaml')], mc_num=2))
+    rows = [row.split() for row in capsys.readouterr().out.splitlines() if row.startswith('out/text')]
+    return {row[2]: row[3] for row in rows}
 
-    monkeypatch.setattr(evaluate, 'answers', oracle)
-    evaluate.lm_eval(settings(checkpoints=['out/text'], tasks=[str(local_tasks / 'local_math.yaml')]))
-    assert [row for row in capsys.readouterr().out.splitlines() if 'exact_match' in row][0].split()[3] == '0.5000'
+
+@pytest.mark.parametrize('wrong, says', [(0, '1.0000'), (1, '0.5000')])
+def test_an_oracle_scores_one_and_half_an_oracle_one_half(local_tasks, monkeypatch, capsys, wrong, says):
+    """Right always, or every second time: from the requests to the table nothing is lost or added, whatever the task."""
+    def number(text):
+        return int(re.search(r'\d+', text)[0])
+
+    def answers(run, prompts, new, cfg):
+        n = [number(run.tok.decode(p)) for p in prompts]
+        return [[*run.tok.encode(f' #### {k + 1 + wrong * (k % 2)}\nQ: on and on'), run.tok.eos_id] for k in n], 0
+
+    def knows(run, ids, n):
+        k = number(run.tok.decode(ids[:n]))
+        return run.tok.decode(ids[n:]) == ' ' + ['yes', 'no', 'never'][(k + wrong * (k % 2)) % 3]
+
+    monkeypatch.setattr(evaluate, 'answers', answers)
+    monkeypatch.setattr(evaluate.Harness, 'greedy', lambda self, ids, n: knows(self.run, ids, n))
+    monkeypatch.setattr(evaluate, 'score_pairs',
+                        lambda run, pairs, cfg: [float(knows(run, *pair)) - 1 for pair in pairs])
+    assert metrics_of(local_tasks, 'local_math', capsys) == {'exact_match,number': says}
+    assert metrics_of(local_tasks, 'local_choice', capsys) == {'acc': says, 'acc_norm': says}
+    perplexity = f'{math.exp(wrong / 2):.4f}'
+    assert metrics_of(local_tasks, 'local_cloze', capsys) == {'acc': says, 'perplexity': perplexity}
+
+    bits = float(says)
+    monkeypatch.setattr(evaluate, 'score_pairs', lambda run, pairs, cfg: [
+        -bits * math.log(2) * len(run.tok.decode_bytes(ids[n:])) for ids, n in pairs])
+    assert metrics_of(local_tasks, 'local_text', capsys) == {'bits_per_byte': says}
 
 
 def test_a_model_runs_local_tasks_end_to_end(local_tasks, capsys):
