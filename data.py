@@ -731,7 +731,7 @@ def prepare_aside(sources, out, tokenizer, val, val_every, workers):
         write_manifest(aside, collect(parts, aside, spec))
     except BaseException:
         if not any(aside.glob('part_*')):                   # nothing to take up
-            shutil.rmtree(aside)
+            shutil.rmtree(aside, ignore_errors=True)
         raise
 
     shutil.rmtree(out, ignore_errors=True)
@@ -756,6 +756,7 @@ def collect(parts, folder, spec):
     for split, shards in splits.items():
         shards += [part[split] for part in parts if part[split]['tokens']]
         if not shards:
+            shutil.rmtree(folder)                           # the same call would end here again
             raise Refused(f'too little text: some of its pieces of 4 kB, or of the first questions of its examples, '
                           f'are held out, and none is left for {split}; --val_input=FILE says what to hold out')
 

@@ -284,8 +284,8 @@ def nats_and_bits(logp, n_tokens, n_bytes):
         numbers.append(values.mean().item())
         if len(values) >= 64:                            # neighbouring windows of a text are alike: by eights
             values = values[:len(values) // 8 * 8].view(-1, 8).mean(1)
-        error = values.std() / len(values) ** 0.5
-        numbers.append(error.item() if len(values) > 1 else math.nan)
+        spread = values.std().item() if len(values) > 1 else math.nan
+        numbers.append(spread / len(values) ** 0.5)
     return numbers
 
 

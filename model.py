@@ -505,6 +505,9 @@ def find_checkpoints(run):
     return sorted(f for f in Path(run).glob('iter_' + '[0-9]' * 7) if (f / 'manifest.json').is_file())
 
 
+ASKED_FOR = {'masking', 'optimizer', 'batch_size', 'global_batch', 'seq_len', 'dataset'}      # by those who load it
+
+
 def read_checkpoint(folder, share=(0, 1)):
     """The manifest of a step folder. share: which files are compared with their checksums, see read_manifest."""
     manifest, path = read_manifest(folder, share), folder / 'manifest.json'
@@ -514,6 +517,8 @@ def read_checkpoint(folder, share=(0, 1)):
         config = ModelConfig(**manifest['model'])
         if not all(0 <= i < config.vocab_size for i in manifest['ids'].values()):
             raise Refused('a special token lies outside the vocabulary')
+        if not ASKED_FOR <= manifest['config'].keys():
+            raise Refused('not all settings are there')
     except (KeyError, TypeError, AttributeError, Refused) as error:
         raise Refused(f'{path}: not a checkpoint ({type(error).__name__}: {error})') from None
     return manifest

@@ -42,6 +42,7 @@ from configurator import (
     Damaged,
     Refused,
     alone,
+    clean,
     command,
     copy_tokenizer,
     fail,
@@ -789,8 +790,8 @@ def greet(run, it, cfg, model, procs, log):
               machine=platform.platform(), model=vars(model.config), parameters=everything)
     if procs.rank == 0:
         spread = f', {procs.world} processes' if procs.world > 1 else ''
-        tqdm.write(f'{everything:,} parameters ({inner:,} outside embedding and head), {kind}, {numbers}, '
-              f'{torch.get_num_threads()} threads{spread}; writing to {run}/')
+        tqdm.write(clean(f'{everything:,} parameters ({inner:,} outside embedding and head), {kind}, {numbers}, '
+                         f'{torch.get_num_threads()} threads{spread}; writing to {run}/'))
 
 
 def main(config):
@@ -852,7 +853,7 @@ def farewell(run, it, entry, cfg, rank):
         after = cfg.then or f'python sample.py {run}'
         words = f"done: {entry['val_bits_per_byte']:.3f} bits/byte in {run}/iter_{it:07d}; next:  {after}"
     if rank == 0:
-        print(words)
+        print(clean(words))
 
 
 if __name__ == '__main__':

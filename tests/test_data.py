@@ -683,6 +683,13 @@ def test_a_tiktoken_vocabulary_is_kept_in_the_data_set(tmp_path, monkeypatch):
         data.get_tokenizer(tmp_path / 'bad.tiktoken')
 
 
+def test_what_is_too_short_leaves_nothing_behind(tmp_path):
+    (tmp_path / 'one.jsonl').write_text('{"question": "a", "answer": "b"}')
+    with pytest.raises(Refused, match='too little text'):
+        data.prepare([tmp_path / 'one.jsonl'], tmp_path / 'out', 'bytes')
+    assert [path.name for path in tmp_path.iterdir()] == ['one.jsonl']
+
+
 def test_a_word_of_any_length_teaches_merges():
     """Its cost would grow with the length of the word times the number of merges."""
     assert data.train_bpe('ab' * 100_000, 2) == [(b'a', b'b'), (b'ab', b'ab')]

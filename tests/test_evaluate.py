@@ -331,7 +331,7 @@ def metrics_of(folder, task, capsys):
 
 @pytest.mark.parametrize('wrong, says', [(0, '1.0000'), (1, '0.5000')])
 def test_an_oracle_scores_one_and_half_an_oracle_one_half(local_tasks, monkeypatch, capsys, wrong, says):
-    """Right always, or every second time: from the requests to the table nothing is lost or added, whatever the task."""
+    """Right always, or every second time: from the requests to the table nothing is lost or added."""
     def number(text):
         return int(re.search(r'\d+', text)[0])
 

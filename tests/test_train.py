@@ -170,7 +170,8 @@ HOSTILE = {
     'extra key': lambda m: m['model'].update(bias=True), 'theta': lambda m: m['model'].update(rope_theta='x'),
     'ids': lambda m: m['ids'].update(mask_id=99999), 'layers': lambda m: m['model'].update(n_layer=3),
     'width': lambda m: m['model'].update(d_model=64), 'vocab': lambda m: m['model'].update(vocab_size=10 ** 30),
-    'format': lambda m: m.update(format='nanollada 9'),
+    'format': lambda m: m.update(format='nanollada 9'), 'settings': lambda m: m.update(config={'x': 1}),
+    'no settings': lambda m: m.pop('config'),
 }
 
 
@@ -632,6 +633,12 @@ def test_force(corpus_folder):
         train.refuse_giants(config, giant, ONE)
     giant.force = True
     train.refuse_giants(config, giant, ONE)
+
+
+def test_what_a_config_file_says_cannot_steer_the_terminal(corpus_folder, tmp_path, capsys):
+    train.main(settings(corpus_folder, tmp_path / 'run', max_iters=2, then='\x1b]0;evil\x07 go'))
+    out = capsys.readouterr().out
+    assert ']0;evil go' in out and not {'\x1b', '\x07'} & set(out)
 
 
 def test_without_a_terminal_the_first_line_comes_at_once(corpus_folder, tmp_path, capsys):
