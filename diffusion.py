@@ -307,6 +307,20 @@ def chain_rule(model, x0, maskable, mask_id, choose, cfg_scale=0.):
     return total
 
 
+def fit(model, prompt, filled, mask_id, *, seed=0):
+    """How well the gaps of a prompt are filled, lists of ids: nats per token, a lower bound on log p -> float.
+
+    Two tokens on each side are scored too: given its length nearly any filling looks well by itself, and what
+    a wrong length spoils is its neighbours.
+    """
+    device = device_of(model)
+    gap = torch.tensor([prompt], device=device) == mask_id
+    near = F.max_pool1d(gap.float(), 5, 1, 2)[0] > 0
+    noise = keyed_generator(seed, device=device)
+    x0 = torch.tensor(filled, device=device)
+    return log_likelihood(model, x0, near, mask_id, mc_num=64, generator=noise) / int(near.sum())
+
+
 def log_likelihood_ordered(model, x0, maskable, mask_id, order=None,
                            *, cfg_scale=0.):
     """Chain rule along one order (Eq. 15 is the mean over all): exact for a model whose orders agree.

@@ -44,7 +44,7 @@ instruct = False                # put each prompt into the chat template as a us
 chat = False                    # talk: /reset forgets, /quit or Ctrl-D leaves, Ctrl-C breaks off an answer
 num_samples = 3                 # samples when there is no prompt
 gen_length = 0                  # tokens to generate; 0: as many as fit into the context, at most 64
-gap_length = 3                  # tokens in each ___
+gap_length = 3                  # tokens in each ___; 0: tries 1 to 8, and keeps what fits best
 stop = []                       # text is cut before this string (repeat for more)
 # --- sampler
 steps = 0                       # denoising steps, with variable_length of one block; 0: one token a step
@@ -106,8 +106,8 @@ def read_prompts(name):
     return found
 
 
-def to_ids(entry, where, tok, cfg, vocab_size):
-    """A prompt (text, messages or ids) as ids, with gap_length masks for each ___ of a text."""
+def to_ids(entry, where, tok, cfg, vocab_size, gap):
+    """A prompt (text, messages or ids) as ids, with `gap` masks for each ___ of a text."""
     if isinstance(entry, str) and not entry.strip():
         raise Refused(f'{where}: the prompt is empty (without any prompt, samples come out of nothing)')
     if isinstance(entry, str) and cfg.instruct:
@@ -117,7 +117,7 @@ def to_ids(entry, where, tok, cfg, vocab_size):
         *parts, last = re.split(f'{GAP}_*', entry)          # any run of three or more is one gap
         ids = list(tok.start)
         for part in parts:                                  # the blank before a gap belongs to what fills it
-            ids += [*tok.encode(part.removesuffix(' ')), *[tok.mask_id] * cfg.gap_length]
+            ids += [*tok.encode(part.removesuffix(' ')), *[tok.mask_id] * gap]
         ids += tok.encode(last)
 
     elif isinstance(entry, list) and entry and all(type(i) is int for i in entry):
@@ -134,6 +134,27 @@ def to_ids(entry, where, tok, cfg, vocab_size):
     if not all(0 <= i < vocab_size for i in ids):
         raise Refused(f'{where}: ids must lie between 0 and {vocab_size - 1}, got {min(ids)} .. {max(ids)}')
     return ids
+
+
+def lengths_of(entry, where, tok, cfg, config):
+    """The ids of a prompt, a list for each length that all of its gaps may have."""
+    lengths = [cfg.gap_length] if cfg.gap_length else range(1, 9)
+    first, *more = [to_ids(entry, where, tok, cfg, config.vocab_size, n) for n in lengths]
+    return [first, *(ids for ids in more if first != ids and len(ids) <= config.seq_len)]
+
+
+def best_fit(model, variants, rows, tok, cfg):
+    """What is kept of prompts tried with gaps of several lengths: [(prompt, what it became), ...].
+
+    variants: for each prompt a list of its ids, one a length. rows: all of them completed, in order.
+    """
+    rows, kept = iter(rows), []
+    for tried in variants:
+        pairs = [(ids, next(rows)) for ids in tried]
+        if len(pairs) > 1:
+            pairs.sort(key=lambda pair: diffusion.fit(model, *pair, tok.mask_id, seed=cfg.seed))
+        kept.append(pairs[-1])
+    return kept
 
 
 def plan(cfg, prompts, tok, config):
@@ -358,7 +379,8 @@ def new_file(name):
 def check(cfg):
     """Refuses settings that cannot be."""
     wrong = out_of_range(cfg, (
-        ('gap_length batch_size num_samples', 'in 1 .. 999999', lambda v: 1 <= v < 10 ** 6),
+        ('batch_size num_samples', 'in 1 .. 999999', lambda v: 1 <= v < 10 ** 6),
+        ('gap_length', 'in 0 .. 999999', lambda v: 0 <= v < 10 ** 6),
         ('gen_length', '0 or more', lambda v: v >= 0)))
     refuse(wrong)
     if cfg.chat and (cfg.prompt or cfg.prompt_file or cfg.out or cfg.html):
@@ -395,25 +417,30 @@ def main(config):
     if cfg.prompt_file:
         given += read_prompts(cfg.prompt_file)
     entries = [entry for _, entry in given] or [None] * cfg.num_samples
-    prompts = [to_ids(entry, at, tok, cfg, model.config.vocab_size) for at, entry in given]
-    prompts = prompts or [list(tok.start)] * cfg.num_samples
+    variants = [[list(tok.start)]] * cfg.num_samples
+    if given:
+        variants = [lengths_of(entry, at, tok, cfg, model.config) for at, entry in given]
+    prompts = [ids for tried in variants for ids in tried]
     new = plan(cfg, prompts, tok, model.config)
 
     if model.config.causal and (cfg.html or cfg.show) or cfg.html and len(prompts) != 1:
-        raise Refused('html and show are for a diffusion model, html for one prompt (or --num_samples=1)')
+        raise Refused('html and show are for a diffusion model, html for one prompt (or --num_samples=1), with '
+                      'gaps of known length')
     page, out = new_file(cfg.html), new_file(cfg.out)
     trace = Trace(tok) if page else None
 
     began, made, forwards = time.perf_counter(), 0, 0
-    starts = range(0, len(prompts), cfg.batch_size)
+    starts = range(0, len(variants), cfg.batch_size)
     for i in tqdm(starts, disable=None if len(starts) > 1 else True):
-        part = prompts[i:i + cfg.batch_size]
+        tried = variants[i:i + cfg.batch_size]
+        part = [ids for prompt in tried for ids in prompt]
         screen = Screen(tok, cfg.steps or new) if cfg.show else None
         with autocast:
             rows, n = diffusion.complete(model, part, new, tok, first=i, on_step=both(trace, screen), **how)
+            kept = best_fit(model, tried, rows, tok, cfg)
         forwards += n
 
-        for entry, ids, row in zip(entries[i:], part, rows):
+        for entry, (ids, row) in zip(entries[i:], kept):
             made += ids.count(tok.mask_id) or len(row) - len(ids)
             text, answer = texts_of(row, ids, tok, cfg.stop)
             if cfg.instruct or isinstance(entry, list):

@@ -41,6 +41,25 @@ def test_sampling_from_a_run(run, capsys):
     assert a == capsys.readouterr().out                             # the seed decides
 
 
+def test_a_gap_of_unknown_length(run, monkeypatch, capsys):
+    """Every length from 1 to 8 that fits into the context is filled; what fits best is kept, each prompt for itself."""
+    tried = []
+
+    def fit(model, prompt, filled, mask_id, seed):
+        n = prompt.count(mask_id)
+        tried.append(n)
+        assert len(filled) == len(prompt) and mask_id not in filled
+        return -abs(n - (5 if filled[0] == ord('o') else 2))
+
+    monkeypatch.setattr(diffusion, 'fit', fit)
+    script('sample', run, '--prompt=one ___ x', '--prompt=two___', '--gap_length=0', '--dtype=float32')
+    assert tried == [*range(1, 9)] * 2 and '7 tokens' in capsys.readouterr().err             # 5 and 2
+    script('sample', run, '--prompt=' + 'a' * 27 + '___', '--gap_length=0')
+    assert tried[16:] == [1, 2, 3, 4, 5]
+    script('sample', run, '--prompt=nothing to fill', '--gap_length=0', '--gen_length=2')
+    assert len(tried) == 21                                     # asked of gaps only
+
+
 @pytest.mark.parametrize('argv, says', [
     (['--prompt='], 'the prompt is empty'), (['--prompt=' + 'x' * 40], 'the context holds 32'),
     (['--gen_length=8', '--steps=9'], 'steps must lie between 1 (blocks) and 8'),
@@ -54,7 +73,8 @@ def test_sampling_from_a_run(run, capsys):
     (['--gen_length=8', '--block_length=4', '--steps=1'], 'between 2 (blocks) and 8'),
     (['--checkpoint=no/such'], 'no checkpoint here'), (['--gen_lenght=8'], 'did you mean gen_length'),
     (['--threshold=0.9'], 'needs low_confidence'),
-    (['--prompt=a ___ b', '--block_length=2'], 'not gaps'),
+    (['--prompt=a ___ b', '--block_length=2'], 'not gaps'), (['--gap_length=-1'], 'gap_length must be'),
+    (['--prompt=a ___ b', '--gap_length=0', '--html=x.html'], 'gaps of known length'),
 ])
 def test_bad_requests(run, capsys, argv, says):
     with pytest.raises(SystemExit) as e:

@@ -30,6 +30,21 @@ def test_eq6_over_all_masks_is_the_log_probability(table):
         assert abs(value - p[tuple(x0)].log().item()) < 1e-9
 
 
+def test_the_fit_of_a_gap_is_the_log_probability_of_it_and_its_neighbours(table):
+    p, model = table
+    for x0 in SEQUENCES:
+        fit = diffusion.fit(model, [int(x0[0]), MASK, int(x0[2])], x0.tolist(), MASK)           # they are all there is
+        assert abs(3 * fit - p[tuple(x0)].log().item()) < 1e-9
+    seen = []
+
+    def watched(ids):
+        seen.append((ids == 9).any(0))
+        return torch.zeros(*ids.shape, 10)
+
+    diffusion.fit(watched, [1, 2, 3, 4, 9, 9, 5, 6, 7, 8], list(range(10)), 9)
+    assert torch.cat(seen).view(-1, 10).any(0).nonzero()[:, 0].tolist() == [2, 3, 4, 5, 6, 7, 9]       # (9 is a 9)
+
+
 def test_eq3_by_its_integral_is_the_log_probability(table):
     """int_0^1 t^l (1-t)^(L-l) / t dt = B(l, L-l+1): the weight that Eq. 3 gives to each mask of l tokens."""
     p, model = table

@@ -2,6 +2,7 @@
 
     python tests/lab/experiments.py world out/world out/world_ar        # stories: bound against the source, grades
     python tests/lab/experiments.py flood out/sft_toy out/sft_toy_unified   # EOS on canvases longer than the answer
+    python tests/lab/experiments.py gaps out/world                      # words left out, length unknown
     python tests/lab/experiments.py reversal out/reversal_facts out/reversal_facts_ar
     python tests/lab/experiments.py curves out/world --out=out/curves.csv   # steps, blocks, temperature, Eq. 5 and 6
     python tests/lab/experiments.py scaling 'out/scaling_*' --out=out/scaling.csv
@@ -26,6 +27,7 @@ import worlds  # noqa: E402
 import data  # noqa: E402
 import diffusion  # noqa: E402
 import evaluate  # noqa: E402
+import sample  # noqa: E402
 import train  # noqa: E402
 from configurator import Refused, command, settings_of  # noqa: E402
 
@@ -88,6 +90,53 @@ def world(cfg):
                      *evaluate.percent(loose), *evaluate.percent(strict), round(seconds, 1)])
     evaluate.table(rows, ['checkpoint', 'source, nats', 'model, nats', 'x the source', 'samples', 'parse %', '+-',
                           'consistent %', '+-', 'seconds'], cfg.out)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Gaps of unknown length
+
+
+def last_words_left_out(texts, n, tok):
+    """(prompts, texts): of stories that end in 'has the red drum.', without the last n words, which the rest tells."""
+    found = []
+    for text in texts:
+        words = text.removesuffix('.').rsplit(' ', n)
+        if ' has the ' in text.split('. ')[-1] and len(tok.encode(' ' + ' '.join(words[1:]))) == n:
+            found.append((f'{words[0]} {sample.GAP}.', text))
+    return found
+
+
+def gaps(cfg):
+    """How often what fills a gap of one to three tokens is what was there, by how its length is chosen."""
+    rows = []
+    for name in cfg.checkpoints:
+        run = evaluate.load(name, cfg)
+        tok, config = run.tok, run.model.config
+        folder = evaluate.dataset_of([run], cfg).parts[0].folder
+        texts = [record['response'] for file in sorted(folder.glob('val_*.jsonl'))
+                 for _, record in data.read_records(file)]
+        settings = SimpleNamespace(gap_length=0, instruct=False, seed=cfg.seed)
+
+        for n in (1, 2, 3):
+            asked = last_words_left_out(texts, n, tok)[:cfg.limit or 100]
+            right = {'known': [], 'best fit': [], 'most probable filling': []}
+            for prompt, text in asked:
+                tried = sample.lengths_of(prompt, '', tok, settings, config)
+                done, _ = diffusion.complete(run.model, tried, 0, tok)
+                scores = [filling_alone(run, *pair) for pair in zip(tried, done)]
+                kept = {'known': done[n - 1], 'most probable filling': done[scores.index(max(scores))],
+                        'best fit': sample.best_fit(run.model, [tried], done, tok, settings)[0][1]}
+                for how, row in kept.items():
+                    right[how].append(tok.decode(row[len(tok.start):]) == text)
+            rows += [[name, n, how, len(hits), *evaluate.percent(hits)] for how, hits in right.items()]
+    evaluate.table(rows, ['checkpoint', 'tokens left out', 'length', 'gaps', 'exact %', '+-'], cfg.out)
+
+
+def filling_alone(run, prompt, filled):
+    """log p of each token that fills a gap, in the mean, without its neighbours."""
+    gap = torch.tensor(prompt) == run.tok.mask_id
+    logp = diffusion.log_likelihood(run.model, torch.tensor(filled), gap, run.tok.mask_id, mc_num=64)
+    return logp / int(gap.sum())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -327,7 +376,7 @@ def draw(cfg, points, label, logs=('draws',)):
     print(f'drawn in {path}', file=sys.stderr)
 
 
-TASKS = {f.__name__: f for f in (world, flood, reversal, curves, scaling)}
+TASKS = {f.__name__: f for f in (world, flood, gaps, reversal, curves, scaling)}
 
 
 def main(config):
