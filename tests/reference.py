@@ -35,3 +35,26 @@ def plain_attention(q, k, v, *, causal=False, hidden=None, cu_seqlens=None):
     mask = None if hidden is None else ~hidden
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+def plain_generate(model, x, mask_id, *, steps, block_length, gen_start):
+    """Low-confidence remasking at temperature 0, plain: the logits of every position, at every step.
+
+    x (1, T) with masks from gen_start on -> x without. What bench_sample.py measures diffusion.generate against.
+    """
+    blocks = range(gen_start, x.shape[1], block_length)
+    each = steps // len(blocks)
+    for start in blocks:
+        todo = (x[:, start:start + block_length] == mask_id).sum().item()
+        for step in range(each):
+            masked = x == mask_id
+            logits = model(x)
+            logits[..., mask_id] = -torch.inf
+            guess = logits.argmax(-1)
+            sure = logits.softmax(-1).gather(-1, guess[..., None])[..., 0]
+            sure[~masked] = -torch.inf
+            sure[:, start + block_length:] = -torch.inf
+            n = todo // each + (step < todo % each)
+            best = sure[0].topk(n).indices
+            x[0, best] = guess[0, best]
+    return x

@@ -91,6 +91,10 @@ def test_every_command(desk, monkeypatch, capsys):
         elif argv and argv[0] in RELEASED:
             if find_spec('safetensors'):
                 run(script, [*argv, '--gen_length=64', *(['--steps=64'] if 'sample_llada' in command else [])])
+        elif script == 'tests/bench_sample.py':
+            small = dict(rounds=1, gen_length=8, block_length=4, prompt_length=8, d_model=32, d_ff=48, n_layer=1,
+                         n_head=2, vocab_size=64)
+            run(script, [*argv, *(f'--{key}={value}' for key, value in small.items())])
         elif script in ('sample.py', 'train.py', 'data.py', 'tests/lab/estimate.py'):
             run(script, argv)
         else:

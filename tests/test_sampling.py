@@ -1,6 +1,7 @@
 """What every run of every sampler keeps, and fast or batched runs that must equal plain ones."""
 
 import pytest
+import reference
 import torch
 from helpers import tiny_model
 
@@ -252,3 +253,13 @@ def test_a_row_without_a_maskable_token_costs_nothing(model):
 def test_bad_settings(model, settings, says):
     with pytest.raises(ValueError, match=says):
         diffusion.generate(model, torch.tensor([[1] + [MASK] * 8]), MASK, **settings)
+
+
+@pytest.mark.parametrize('steps, block_length', [(8, 8), (8, 4), (6, 4), (3, 8)])
+def test_greedy_sampling_equals_the_plain_loop(model, steps, block_length):
+    """What bench_sample.py measures against writes the same."""
+    x, _, _ = diffusion.canvas([[1, 2, 3]], 8, MASK, PAD)
+    how = dict(steps=steps, block_length=block_length, gen_start=3)
+    with torch.no_grad():
+        plain = reference.plain_generate(model, x.clone(), MASK, **how)
+    assert torch.equal(plain, diffusion.generate(model, x, MASK, **how).x)

@@ -1,0 +1,131 @@
+"""Sampling speed, by hand: the plain loop, the exact sampler, and what is faster and not exact, taking turns.
+
+    python tests/bench_sample.py                                    # random weights, d 256, 4 blocks, V 32,768
+    python tests/bench_sample.py --prompt_length=900
+    python tests/bench_sample.py --checkpoint=out/sft_toy --questions=100       # trained: are the answers still right?
+    python tests/bench_sample.py --d_model=4096 --n_layer=32 --n_head=32 --d_ff=12288 --vocab_size=126464   # on a GPU
+
+On random weights: milliseconds a forward pass, tokens a second, tokens a pass, the share of tokens that agree with
+exact decoding, and the speed beside the plain loop (reference.py: every logit, every step), medians of the rounds. On a
+checkpoint: the same of answers to held-out questions, and how many of them are right. One thread, unless you say more.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+import reference  # noqa: E402
+
+import diffusion  # noqa: E402
+import evaluate  # noqa: E402
+import model as models  # noqa: E402
+from configurator import configure, settings_of  # noqa: E402
+
+checkpoint = ''         # a run that was trained on examples; default: random weights
+questions = 100         # how many of its held-out questions
+prompt_length = 100     # tokens before the answer (random weights)
+gen_length = 128        # tokens to write; for a checkpoint take the length of an answer, say 16
+block_length = 32       # for a checkpoint take 8
+n_layer = 4             # blocks
+n_head = 8              # heads
+d_model = 256           # width
+d_ff = 688              # width inside
+vocab_size = 32768      # rows of embedding and head
+threads = 1             # of torch
+rounds = 3              # rounds
+
+VARIANTS = {            # what generate is asked, beside steps and blocks; steps: tokens a step
+    'exact': {}, 'exact, 2 tokens a step': dict(each=2), 'exact, 4 tokens a step': dict(each=4),
+    'threshold 0.95': dict(threshold=0.95), 'threshold 0.9': dict(threshold=0.9),
+    'threshold 0.7': dict(threshold=0.7), 'threshold 0.5': dict(threshold=0.5),
+    'prefix': dict(cache='prefix'), 'dual': dict(cache='dual'), 'roll': dict(cache='roll'),
+    'dual, 4 tokens a step': dict(cache='dual', each=4), 'roll, 4 tokens a step': dict(cache='roll', each=4),
+    'dual, threshold 0.9': dict(cache='dual', threshold=0.9),
+    'roll, threshold 0.9': dict(cache='roll', threshold=0.9)}
+
+
+def rated(rows):
+    """Rows [name, passes, seconds, tokens, agreement] of all rounds -> table rows, the first one being 1.0 x."""
+    names, out = list(dict.fromkeys(row[0] for row in rows)), []
+    for name in names:
+        mine = [row for row in rows if row[0] == name]
+        seconds = statistics.median(row[2] for row in mine)
+        first = statistics.median(row[2] for row in rows if row[0] == names[0])
+        _, passes, _, tokens, *more = mine[0]
+        out.append([name, passes, f'{1e3 * seconds / passes:.1f}', f'{tokens / seconds:.1f}', f'{tokens / passes:.2f}',
+                    f'{first / seconds:.2f}', *more])
+    return out
+
+
+def on_random_weights(cfg):
+    shape = dict(seq_len=cfg.prompt_length + cfg.gen_length, n_layer=cfg.n_layer, n_head=cfg.n_head,
+                 n_kv_head=cfg.n_head, d_model=cfg.d_model, d_ff=cfg.d_ff, vocab_size=cfg.vocab_size)
+    device, bf16 = models.pick_device('auto', 'auto')
+    model = models.init_weights(models.Transformer(models.ModelConfig(**shape)), emb_std=1.0).eval().to(device)
+    if device == 'cuda':
+        model.bfloat16()
+    mask = cfg.vocab_size - 1
+    prompt = torch.randint(mask, (cfg.prompt_length,), generator=torch.Generator().manual_seed(0)).tolist()
+    x, _, _ = diffusion.canvas([prompt], cfg.gen_length, mask, 0, device)
+    how, rows = dict(block_length=cfg.block_length, gen_start=cfg.prompt_length), []
+
+    for _ in range(cfg.rounds):
+        for name in ('plain loop', *VARIANTS):
+            asked = dict(VARIANTS.get(name, {}))
+            steps = cfg.gen_length // asked.pop('each', 1)
+            began = time.perf_counter()
+            with torch.no_grad():
+                if name == 'plain loop':
+                    out, passes = reference.plain_generate(model, x.clone(), mask, steps=steps, **how), steps
+                else:
+                    out, passes = diffusion.generate(model, x, mask, steps=steps, **how, **asked)
+            if device == 'cuda':
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - began
+            exact = out if name == 'plain loop' else exact                              # noqa: F821
+            same = (out == exact)[:, cfg.prompt_length:].double().mean().item()
+            rows.append([name, passes, seconds, cfg.gen_length, f'{100 * same:.0f}'])
+    return rated(rows)
+
+
+def on_a_checkpoint(cfg):
+    asked = SimpleNamespace(**{**settings_of(vars(evaluate)), 'limit': cfg.questions})
+    run = evaluate.load(cfg.checkpoint, asked)
+    items, prompts = evaluate.questions_of(run, asked)
+    rows = []
+    for _ in range(cfg.rounds):
+        for name, change in VARIANTS.items():
+            how = dict(change)
+            steps = cfg.gen_length // how.pop('each', 1)
+            began = time.perf_counter()
+            with run.autocast, torch.no_grad():
+                done, passes = diffusion.complete(
+                    run.model, prompts, cfg.gen_length, run.tok, steps=steps, batch_size=1,
+                    block_length=cfg.block_length, remasking='low_confidence', **how)
+            seconds = time.perf_counter() - began
+            texts = [run.tok.answer(row[len(ids):]) for row, ids in zip(done, prompts)]
+            exact = texts if name == 'exact' else exact                                 # noqa: F821
+            tokens = sum(len(run.tok.encode(text)) + 1 for text in texts)               # and the end
+            right = [evaluate.right(text, item) for text, item in zip(texts, items)]
+            same = sum(a == b for a, b in zip(texts, exact)) / len(texts)
+            rows.append([name, passes, seconds, tokens, f'{100 * same:.0f}', *evaluate.percent(right)])
+    return rated(rows)
+
+
+def main():
+    cfg = SimpleNamespace(**configure(globals()))
+    torch.set_num_threads(cfg.threads)
+    columns = ['sampler', 'passes', 'ms a pass', 'tokens/s', 'tokens a pass', 'x the first', 'as exact %']
+    if cfg.checkpoint:
+        evaluate.table(on_a_checkpoint(cfg), [*columns, 'right %', '+-'])
+    else:
+        evaluate.table(on_random_weights(cfg), columns)
+
+
+if __name__ == '__main__':
+    main()
