@@ -61,7 +61,7 @@ name = ''                       # a data set from the list below
 input = ''                      # .txt, .jsonl(.gz), .json or .parquet files or patterns, separated by commas
 val_input = ''                  # likewise, to be held out; default: a part of the input, see val_every
 out = ''                        # folder to write; default data/NAME
-tokenizer = ''            # 'bytes', bpe-N (learned here), a tiktoken name or a tokenizer.json; default bpe-1024
+tokenizer = ''            # 'bytes', bpe-N (learned), a tiktoken name or a tokenizer.json; default bpe-1024
 workers = 0                     # processes, for several files; 0: one a core
 val_every = 10                  # hold out every N-th piece of text, or question
 
@@ -459,7 +459,7 @@ def save_bpe(path, merges):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Texts and records: {"text"} is a piece of a document, {"messages"} or {"response"} an example to fine-tune on
+# Texts and records: {"text"} is a piece of a document, {"messages"} or {"response"} an example
 
 
 def docs_text():
@@ -955,7 +955,7 @@ def write_example(shard, record, where, dialogue, tok):
 
 
 class Corpus:
-    """A prepared folder, its shards mapped into memory. share: which files are compared, see read_manifest."""
+    """A prepared folder, its shards mapped into memory. share: what is compared, see read_manifest."""
 
     def __init__(self, folder, share=(0, 1)):
         self.folder, name = Path(folder), Path(folder).name
@@ -1055,7 +1055,7 @@ def open_source(dataset, split, masking, tok, seq_len, seed=0, pad_group=1, **cu
 
 
 def shuffled(index, n, key):
-    """Where a pseudo-random permutation of range(n) sends index: a Feistel network over 4^k >= n, no memory."""
+    """Where a random permutation of range(n) sends index: a Feistel network over 4^k >= n, no memory."""
     half = max(1, (n - 1).bit_length() + 1 >> 1)
     low = (1 << half) - 1
     while True:

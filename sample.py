@@ -192,7 +192,7 @@ def pieces_of(ids, tok):
 
 
 class Screen:
-    """Draws the longest row of the canvas after each step: in place on a terminal, else as a few plain lines."""
+    """Draws the longest row of the canvas after each step: in place on a terminal, else a few plain lines."""
 
     def __init__(self, tok, total):
         self.tok, self.total, self.step, self.drawn = tok, total, 0, 0
@@ -216,10 +216,22 @@ class Screen:
 
 
 class Trace:
-    """Keeps when each position of the first row came into being and when it was written: what --html draws."""
+    """What --html draws: when each position of the first row came to be and was written, how sure, what else."""
 
     def __init__(self, tok):
-        self.tok, self.step, self.ids, self.born, self.written = tok, 0, [], [], []
+        self.tok, self.step, self.ids, self.born, self.written, self.sure = tok, 0, [], [], [], []
+        self.guesses, self.chances = [], {}                     # before each step; position -> p (V,)
+
+    def look(self, logits, x, masked):
+        """A hook for `adjust`: notes the three likeliest tokens for every mask of the first row."""
+        places = masked[0].nonzero()[:, 0].tolist()
+        chances = logits[:len(places)].float().softmax(-1)
+        self.chances, best = dict(zip(places, chances)), chances.topk(3)
+        self.guesses.append({})
+        for i, ids, shares in zip(places, best.indices.tolist(), best.values.tolist()):
+            texts = [clean(self.tok.decode([token])) for token in ids]
+            self.guesses[-1][i] = [[text, round(100 * share)] for text, share in zip(texts, shares)]
+        return logits
 
     def __call__(self, x, committed):
         self.step, self.ids = self.step + 1, x[0].tolist()
@@ -227,13 +239,16 @@ class Trace:
             if i == len(self.born):                             # a new block, or all of it at the first step
                 self.born.append(self.step - 1)
                 self.written.append(10 ** 9 if token == self.tok.mask_id or now else 0)
+                self.sure.append(100)
             if now:
                 self.written[i] = self.step
+            if now and i in self.chances:
+                self.sure[i] = round(100 * self.chances[i][token].item())
 
     def page(self, title):
         """The page: one file without anything from elsewhere; the text is data, and cannot become markup."""
-        tokens = list(zip(pieces_of(self.ids, self.tok), self.born, self.written))
-        told = {'TITLE': title, 'STEPS': self.step, 'TOKENS': tokens}
+        tokens = list(zip(pieces_of(self.ids, self.tok), self.born, self.written, self.sure))
+        told = {'TITLE': title, 'STEPS': self.step, 'TOKENS': tokens, 'GUESSES': self.guesses}
         return re.sub('|'.join(told), lambda m: json.dumps(told[m[0]]).replace('<', '\\u003c'), PAGE)
 
 
@@ -257,24 +272,33 @@ h3 { overflow-wrap: anywhere } button { font: inherit; min-width: 5em } #bar { w
 .mask { color: transparent; background: #8886; border-radius: 2px }
 </style>
 <h3 id="title"></h3>
-<p><button id="play">play</button> <label><input id="hue" type="checkbox"> colour by step</label></p>
+<p><button id="play">play</button> <label>colour <select id="hue"><option value="">none</option>
+<option value="step">by step</option><option value="sure">by confidence</option></select></label></p>
 <div id="step"></div>
-<input id="bar" type="range" min="0" value="0" aria-label="step"><p id="text"></p>
+<input id="bar" type="range" min="0" value="0" aria-label="step"><p id="text"></p><p id="about">&nbsp;</p>
 <script>
-const title = TITLE, steps = STEPS, tokens = TOKENS, at = id => document.getElementById(id);
+const title = TITLE, steps = STEPS, tokens = TOKENS, guesses = GUESSES, at = id => document.getElementById(id);
 let timer = 0;
+function about(i, k) {
+  const [piece, born, written, sure] = tokens[i], next = (guesses[k] || {})[i];
+  if (written === 0) return "given";
+  if (written <= k) return "written in step " + written + ", " + sure + " % sure";
+  if (!next) return "not looked at in this step";
+  return "next guesses: " + next.map(([text, share]) => JSON.stringify(text) + " " + share + " %").join(", ");
+}
 function draw() {
-  const k = Number(at("bar").value);
+  const k = Number(at("bar").value), hue = at("hue").value;
   at("step").textContent = "step " + k + " of " + steps;
   at("play").textContent = timer ? "pause" : "play";
-  at("text").replaceChildren(...tokens.filter(t => t[1] <= k).map(([piece, born, written]) => {
+  at("text").replaceChildren(...tokens.flatMap(([piece, born, written, sure], i) => {
+    if (born > k) return [];
     const span = document.createElement("span");
     span.textContent = piece;                     // a mask is as wide as what will stand there: nothing jumps
     span.className = written > k ? "mask" : written === 0 ? "given" : written === k ? "now" : "";
-    if (at("hue").checked && written > 0 && written <= k)
-      span.style.background = "hsl(" + 270 * written / steps + " 70% 50% / .35)";
-    span.title = written > steps ? "never written" : written ? "written in step " + written : "given";
-    return span;
+    const angle = hue === "step" ? 270 * written / steps : 1.2 * sure;
+    if (hue && written > 0 && written <= k) span.style.background = "hsl(" + angle + " 70% 50% / .35)";
+    span.onmouseenter = span.onclick = () => { at("about").textContent = about(i, k); };
+    return [span];
   }));
 }
 function move(n) { at("bar").value = Number(at("bar").value) + n; draw(); }
@@ -391,7 +415,7 @@ def check(cfg):
 
 
 def sampler(cfg, answers):
-    """Settings for diffusion.complete; where they are not set, answers look for the mode, samples are drawn."""
+    """Settings for diffusion.complete; unless they are set, answers look for the mode, samples are drawn."""
     remasking, temperature = ('low_confidence', 0.0) if answers else ('random', 1.0)
     if not math.isnan(cfg.temperature):
         temperature = cfg.temperature
@@ -436,7 +460,8 @@ def main(config):
         part = [ids for prompt in tried for ids in prompt]
         screen = Screen(tok, cfg.steps or new) if cfg.show else None
         with autocast:
-            rows, n = diffusion.complete(model, part, new, tok, first=i, on_step=both(trace, screen), **how)
+            rows, n = diffusion.complete(model, part, new, tok, first=i, on_step=both(trace, screen),
+                                         adjust=trace and trace.look, **how)
             kept = best_fit(model, tried, rows, tok, cfg)
         forwards += n
 

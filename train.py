@@ -1,6 +1,6 @@
 """Trains a mask predictor (or, with --causal=true, the autoregressive baseline), on a laptop or on many GPUs.
 
-    python train.py                                     # the default: config/docs.py, minutes on two CPU cores
+    python train.py                                     # the default: config/docs.py, minutes on two cores
     python train.py --resume                            # goes on from the newest checkpoint in out_dir
     torchrun --nproc-per-node=8 train.py config/llada_8b.py --dataset=data/my
 
@@ -219,7 +219,7 @@ def lr_factor(it, cfg):
 
 
 def make_optimizers(model, cfg, device):
-    """[AdamW], or [Muon for the blocks' matrices, AdamW for embedding, head and norms]; peaks in group['peak']."""
+    """[AdamW], or [Muon for the blocks' matrices, AdamW for what is left]; peaks in group['peak']."""
     muon, optimizers, decay = [], [], cfg.weight_decay
     if cfg.optimizer == 'muon':
         muon = [p for p in model.blocks.parameters() if p.dim() == 2]
@@ -323,7 +323,7 @@ def refuse_giants(config, cfg, procs):
 
 
 def build(cfg, procs, vocab_size):
-    """The model, its weights spread as cfg.fsdp says and still empty: -> (model, what to call in training)."""
+    """The model, its weights spread as cfg.fsdp says and empty: -> (model, what to call in training)."""
     shape = {name: getattr(cfg, name) for name in SHAPE}
     config = models.ModelConfig(vocab_size=vocab_size, **shape)
     refuse_giants(config, cfg, procs)
@@ -443,7 +443,7 @@ def train_step(net, optimizers, asked, lr_factor, cfg, procs):
 
 @torch.no_grad()
 def validate(model, held_out, cfg, tok, procs):
-    """Nats per maskable token and bits per byte of the held-out rows, and standard errors, by all processes."""
+    """Nats per maskable token and bits per byte of held-out rows, and standard errors, by all processes."""
     groups, n_bytes = held_out
     logp, n_tokens, before = [], [], 0
     for x0, maskable in groups:
@@ -462,7 +462,7 @@ def validate(model, held_out, cfg, tok, procs):
 
 
 def sample_text(model, cfg, tok, procs, it):
-    """A sample on one line: random remasking at temperature 1 draws from the model, low-confidence does not."""
+    """One line: random remasking at temperature 1 draws from the model, low confidence does not."""
     start = [tok.bos_id] if cfg.masking == 'response' else []
     length = max(1, min(cfg.sample_tokens, cfg.seq_len) - len(start))
     with procs.autocast(), torch.compiler.set_stance('force_eager'):    # other shapes: not worth compiling

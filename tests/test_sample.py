@@ -90,12 +90,17 @@ def test_a_page_of_the_steps(run, tmp_path, capsys, more):
     script('sample', run, '--prompt=a </script> b', '--gen_length=8', f'--html={page}', f'--out={out}', *more)
     text = page.read_text(encoding='utf-8')
     assert text.count('</script>') == 1 and 'http' not in text
-    tokens = json.loads(text.split('tokens = ')[1].split(', at = ')[0])
+    tokens, guesses = map(json.loads, re.search('tokens = (.*), guesses = (.*), at = ', text).groups())
     ids = json.loads(out.read_text())['ids']
-    assert len(tokens) == len(ids) and sorted(w for _, _, w in tokens)[-8:] == list(range(1, 9))
-    assert [w for _, _, w in tokens[:-8]] == [0] * (len(ids) - 8)
-    assert ''.join(t for t, _, _ in tokens[:-8]) == 'a </script> b'
-    assert {b for _, b, _ in tokens} == ({0, 4} if '--variable_length' in more else {0})
+    pieces, born, written, sure = zip(*tokens)
+    assert len(tokens) == len(ids) and sorted(written)[-8:] == list(range(1, 9))
+    assert set(written[:-8]) == {0} and ''.join(pieces[:-8]) == 'a </script> b'
+    assert set(born) == ({0, 4} if '--variable_length' in more else {0})
+    for step, seen in enumerate(guesses):                       # before a step: three for each mask of the block
+        asked = {i for i, w in enumerate(written) if w > step and (not max(born) or (w > 4) == (step > 3))}
+        assert set(map(int, seen)) == asked and all(len(best) == 3 for best in seen.values())
+        assert all(0 <= share <= 100 for best in seen.values() for _, share in best)
+    assert all(0 <= s <= 100 for s in sure) and set(sure[:-8]) == {100}
     with pytest.raises(SystemExit):
         script('sample', run, f'--html={page}', '--num_samples=1')
     assert 'is there already' in capsys.readouterr().err
@@ -112,13 +117,16 @@ def test_the_page_in_a_browser(run, tmp_path):
     page, out = tmp_path / 'a.html', tmp_path / 'a.jsonl'
     script('sample', run, '--prompt=a </script> b', '--gen_length=8', f'--html={page}', f'--out={out}')
     steps = re.search(r'steps = (\d+)', page.read_text(encoding='utf-8'))[1]
-    for k, masks in (('0', 8), (steps, 0)):
+    last_token = 'document.querySelector("#text").lastChild.click()'
+    for k, masks, about in (('0', 8, 'next guesses: '), (steps, 0, 'written in step ')):
         page.with_name('b.html').write_text(page.read_text(encoding='utf-8').replace(
-            'draw();\n</script>', f'at("bar").value = {k}; draw();\n</script>'), encoding='utf-8')
+            'draw();\n</script>', f'at("bar").value = {k}; at("hue").value = "sure"; draw(); {last_token};\n</script>'),
+            encoding='utf-8')
         drawn = subprocess.run([browser, '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom',
                                 f'--user-data-dir={tmp_path / "profile"}', page.with_name('b.html').as_uri()],
                                capture_output=True, text=True, timeout=60).stdout
         assert f'step {k} of {steps}' in drawn and drawn.count('class="mask"') == masks
+        assert about in drawn and drawn.count('style="background: rgba') == 8 - masks
 
 
 def test_characters_of_several_tokens_are_shown_whole():
