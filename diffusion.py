@@ -8,6 +8,11 @@ Nothing here imports the network. A mask predictor is any callable `model(ids) -
 table will do, which is how tests/ checks every formula to machine precision. (Only `complete` and
 `log_prob_rows`, which serve the scripts, want a model.Transformer.)
 
+    >>> def abc(ids):                           # is sure of token 0 in the first place, 1 in the second, ...
+    ...     return 9 * torch.eye(ids.shape[1], 8).expand(len(ids), -1, -1)
+    >>> generate(abc, torch.tensor([[7, 7, 7]]), mask_id=7, steps=3)
+    Generated(x=tensor([[0, 1, 2]]), n_forward=3)
+
 Letters: B batch, T canvas length, V vocabulary, M rows read out, L number of maskable tokens of a row.
 """
 
@@ -58,6 +63,11 @@ def forward_process(x0, t, mask_id, maskable=None, generator=None,
     data that happens to be mask_id is not in it. u (B, T): the noise, uniform on [0, 1); else it is drawn.
     exact: hide exactly ceil(t L) of the L maskable tokens; for a uniform t their number is uniform on 1..L,
     the count form of the same objective (Eq. 6, Eq. 14).
+
+    >>> x0, noise = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0.1, 0.9, 0.4, 0.6]])
+    >>> xt, masked = forward_process(x0, torch.tensor([0.5]), mask_id=0, u=noise)
+    >>> xt.tolist()
+    [[0, 6, 0, 8]]
     """
     if maskable is None:
         maskable = torch.ones_like(x0, dtype=torch.bool)
@@ -365,6 +375,10 @@ def canvas(prompts, gen_length, mask_id, pad_id, device='cpu'):
 
     prompts: lists of ids -> x (B, T) int64 ending in gen_length masks; visible (B, T) bool, False on padding;
     prompt (B, T) bool, the given tokens (a mask inside a prompt is a gap to fill, not a given token).
+
+    >>> x, visible, prompt = canvas([[5, 6], [7]], 2, mask_id=0, pad_id=1)
+    >>> x.tolist()
+    [[5, 6, 0, 0], [1, 7, 0, 0]]
     """
     if pad_id == mask_id:
         raise ValueError(f'padding must not look like a mask: pad_id and mask_id are both {mask_id}')
@@ -381,7 +395,11 @@ def canvas(prompts, gen_length, mask_id, pad_id, device='cpu'):
 
 
 def num_transfer_tokens(n_masked, steps):
-    """How many tokens each step commits: n_masked (B,) int64 -> (B, steps); the remainder comes first."""
+    """How many tokens each step commits: n_masked (B,) int64 -> (B, steps); the remainder comes first.
+
+    >>> num_transfer_tokens(torch.tensor([8, 5]), 3).tolist()
+    [[3, 3, 2], [2, 2, 1]]
+    """
     step = torch.arange(steps, device=n_masked.device)
     one_more = step < (n_masked % steps)[:, None]
     return (n_masked // steps)[:, None] + one_more
@@ -439,6 +457,10 @@ def select(confidence, masked, n, threshold=None):
     """Which proposals to write down: confidence (B, T), masked (B, T), n (list of B) -> committed (B, T).
 
     The n[b] most confident of the masked ones of row b; with a threshold, all at or above it too.
+
+    >>> sure, masked = torch.tensor([[0.9, 0.2, 0.8, 0.7]]), torch.tensor([[False, True, True, True]])
+    >>> select(sure, masked, [1]).tolist(), select(sure, masked, [1], threshold=0.6).tolist()
+    ([[False, False, True, False]], [[False, False, True, True]])
     """
     confidence = torch.where(masked, confidence, -math.inf)     # full length: ties break as in one long top-k
     committed = torch.zeros_like(masked)

@@ -47,7 +47,8 @@ def test_every_experiment_runs(desk, monkeypatch, capsys):
     monkeypatch.chdir(desk)
     (desk / 'poems.json').write_text(json.dumps([{'first': f'ab{i}', 'second': f'{i}cd'} for i in range(9)]))
     few = ['--mc_num=2', '--samples=4', '--draws=1', '--limit=6']
-    for argv, columns in ((['world', 'out/world'], 'x the source'), (['flood', 'out/sft', 'out/uni'], '128'),
+    for argv, columns in ((['log', 'out/text'], 'held out'), (['gaps', 'out/world'], 'best fit'),
+                          (['world', 'out/world'], 'x the source'), (['flood', 'out/sft', 'out/uni'], '128'),
                           (['reversal', 'out/facts', 'out/facts_ar'], 'unstated %'),
                           (['reversal', 'out/facts', '--poems=poems.json'], 'unstated %'),
                           (['scaling', 'out/text', 'out/text_ar'], 'autoregressive')):
@@ -56,7 +57,7 @@ def test_every_experiment_runs(desk, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('argv, says', [
-    (['nonsense', 'out/text'], 'want one of world'), (['world'], 'then checkpoints'),
+    (['nonsense', 'out/text'], 'want one of log'), (['world'], 'then checkpoints'),
     (['flood', 'out/facts_ar'], 'no canvas'), (['scaling', 'out/no*'], 'no checkpoint here'),
     (['curves', 'out/text_ar'], 'the model is autoregressive'), (['world', 'out/world', '--draws=0'], 'draws must be')])
 def test_bad_requests_get_one_line(desk, monkeypatch, capsys, argv, says):

@@ -1,6 +1,7 @@
 """The shape of the project, read off the syntax trees: who imports whom, how long and how dense things may get."""
 
 import ast
+import doctest
 import importlib
 import inspect
 import io
@@ -180,6 +181,12 @@ def test_what_the_user_has_set_counts(monkeypatch):
         monkeypatch.setattr('os.environ', dict(told))
         configurator.before_torch()
         assert configurator.os.environ.get('GOMP_SPINCOUNT') == spins
+
+
+@pytest.mark.parametrize('name', ROOMS)
+def test_examples_in_docstrings(name):
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert not failed and (tried or name != 'diffusion')
 
 
 def test_public_functions_are_documented():

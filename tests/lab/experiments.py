@@ -1,5 +1,6 @@
 """The experiments of the papers, in minutes; what came out stands in RESULTS.md. First: python tests/lab/worlds.py
 
+    python tests/lab/experiments.py log out/docs --out=out/docs.csv     # the curves of a run, from its log.jsonl
     python tests/lab/experiments.py world out/world out/world_ar        # stories: bound against the source, grades
     python tests/lab/experiments.py flood out/sft_toy out/sft_toy_unified   # EOS on canvases longer than the answer
     python tests/lab/experiments.py gaps out/world                      # words left out, length unknown
@@ -119,6 +120,8 @@ def gaps(cfg):
 
         for n in (1, 2, 3):
             asked = last_words_left_out(texts, n, tok)[:cfg.limit or 100]
+            if not asked:
+                raise Refused(f'{folder}: no held-out story ends in what has {n} tokens')
             right = {'known': [], 'best fit': [], 'most probable filling': []}
             for prompt, text in asked:
                 tried = sample.lengths_of(prompt, '', tok, settings, config)
@@ -376,7 +379,26 @@ def draw(cfg, points, label, logs=('draws',)):
     print(f'drawn in {path}', file=sys.stderr)
 
 
-TASKS = {f.__name__: f for f in (world, flood, gaps, reversal, curves, scaling)}
+def log(cfg):
+    """The loss of runs and their bound on held-out text, by tokens seen: what log.jsonl says."""
+    rows, points = [], []
+    for name in cfg.checkpoints:
+        entries = train.read_log(Path(name) / 'log.jsonl')
+        if not entries:
+            raise Refused(f'{name}: no log.jsonl of a run')
+        tokens = {entry['iter']: entry['tokens'] for entry in entries if 'loss' in entry}
+        for entry in entries:
+            seen = tokens.get(entry.get('iter'))
+            if 'val_nats' in entry and seen:
+                rows.append([name, entry['iter'], seen, entry['val_nats'], entry['val_nats_stderr']])
+                points.append(('tokens', f'{name}: held out', seen, entry['val_nats'], entry['val_nats_stderr']))
+            elif 'loss' in entry:
+                points.append(('tokens', f'{name}: training', seen, entry['loss'], 0.0))
+    evaluate.table(rows, ['run', 'iteration', 'tokens', 'held out, nats/token', '+-'], cfg.out)
+    draw(cfg, points, 'nats/token')
+
+
+TASKS = {f.__name__: f for f in (log, world, flood, gaps, reversal, curves, scaling)}
 
 
 def main(config):
