@@ -67,7 +67,7 @@ val_every = 10                  # hold out every N-th piece of text, or question
 
 Batch = namedtuple('Batch', 'x0 maskable cu_seqlens')       # (B, T) int64, (B, T) bool, (n+1,) int32 or None
 Dataset = namedtuple('Dataset', 'parts weights')            # lists of Corpus and of float
-Cuts = namedtuple('Cuts', 'random_length random_split isolate', defaults=(0., 0., False))       # see Windows
+Cuts = namedtuple('Cuts', 'random_length random_split isolate times', defaults=(0., 0., False, 1))  # see Windows
 WHOLE = Cuts()
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1096,7 +1096,7 @@ class Windows:
 
     Cuts: random_length is the share of windows of which only a random length is kept (LLaDA: 0.01),
     random_split the share cut in two that do not see each other (iLLaDA: 0.3). isolate: documents do not
-    either, with borders behind each EOS.
+    either, with borders behind each EOS. times: how often in a row each window comes.
     """
 
     logit_normal = 0.5                                      # not the papers': a better bound in as many updates
@@ -1145,7 +1145,8 @@ class Windows:
 
     def batch(self, it, rows, size):
         """Rows `rows` (a range) of the `size` windows of iteration `it` -> Batch. Every window once an epoch."""
-        x0 = torch.from_numpy(np.stack([self.window(it * size + row) for row in rows]))
+        numbers = [(it * size + row) // self.asked.times for row in rows]
+        x0 = torch.from_numpy(np.stack(list(map(self.window, numbers))))
         keep, border = (cut[rows.start:rows.stop] for cut in self.cuts(it, size))
         maskable = torch.arange(self.T) < torch.from_numpy(keep)[:, None]
         if not self.asked.isolate and border.min() == self.T:

@@ -84,6 +84,7 @@ count_form = True             # hide exactly l of L, weight L/l; False: each wit
 stratified = True               # one t in each of B equal slices; False: i.i.d., as in LLaDA's guideline
 mask_eps = 1e-3                 # smallest t when count_form is off
 logit_normal = -1.0             # t = sigmoid(width * normal); 0: uniform (papers); -1: windows 0.5, examples 0
+complementary = True            # each window twice in an update: what one hides the other shows (not the papers')
 # --- optimizer
 optimizer = 'muon'              # 'muon': on the matrices of the blocks, with AdamW elsewhere; or 'adamw'
 learning_rate = 2e-2            # AdamW's peak
@@ -147,6 +148,8 @@ def check(cfg, world):
     cuts = cfg.random_length or cfg.random_split or cfg.isolate
 
     rules = (
+        (in_pairs(cfg) and update_size(cfg) % 2,
+         f'complementary masks come in pairs: an update of {update_size(cfg)} windows is odd'),
         (not cfg.out_dir, 'out_dir must not be empty'),
         (cfg.tied and cfg.emb_std, f'a tied head is as large as the embedding: emb_std=0, got {cfg.emb_std}'),
 
@@ -188,6 +191,11 @@ def update_size(cfg):
     return cfg.global_batch or cfg.batch_size
 
 
+def in_pairs(cfg):
+    """Whether rows 2k and 2k + 1 of an update are the same window, under masks that complete each other."""
+    return cfg.complementary and cfg.masking == 'unified' and not cfg.causal
+
+
 def lr_at(tokens, points):
     """The learning rate after `tokens` tokens: lines, or half a cosine, between points; level beyond them.
 
@@ -224,7 +232,7 @@ def make_optimizers(model, cfg, device):
     if cfg.optimizer == 'muon':
         muon = [p for p in model.blocks.parameters() if p.dim() == 2]
         optimizers = [torch.optim.Muon(muon, lr=cfg.muon_lr, momentum=0.95, weight_decay=decay,
-                                       adjust_lr_fn='match_rms_adamw')]
+                                       adjust_lr_fn='match_rms_adamw', ns_steps=3)]         # 5 learn no better
         decay = 0.0
 
     taken = {id(p) for p in muon}
@@ -370,7 +378,8 @@ def questions(source, it, cfg, tok, procs):
     form = dict(per='sequence', total=size)            # each row by its own length, also what is cut (Alg. 1)
     eps = 0.0 if cfg.count_form else cfg.mask_eps
     width = cfg.logit_normal if cfg.logit_normal >= 0 else source.logit_normal
-    t = diffusion.sample_t(size, eps, cfg.stratified, diffusion.keyed_generator(cfg.seed, it),
+    times = 2 if in_pairs(cfg) else 1
+    t = diffusion.sample_t(size // times, eps, cfg.stratified, diffusion.keyed_generator(cfg.seed, it),
                            logit_normal=width)
 
     for start in range(procs.rank * cfg.batch_size, size, procs.world * cfg.batch_size):
@@ -380,8 +389,11 @@ def questions(source, it, cfg, tok, procs):
             asked.append(diffusion.ar_question(x0, maskable, tok.eos_id, **form))
             continue
 
-        noise, exact = diffusion.row_noise(cfg.seed, it, rows, x0.shape[1]), cfg.count_form
-        t_rows = t[rows.start:rows.stop]
+        which, exact = [row // times for row in rows], cfg.count_form
+        noise, t_rows = diffusion.row_noise(cfg.seed, it, which, x0.shape[1]), t[which]
+        if times == 2:                                      # t and u are as likely as these, and hide the others
+            odd = torch.tensor(rows) % 2 == 1
+            noise[odd], t_rows[odd] = 1 - noise[odd], 1 + eps - t_rows[odd]
         xt, masked = diffusion.forward_process(x0, t_rows, tok.mask_id, maskable, exact=exact, u=noise)
         asked.append(diffusion.question(x0, xt, masked, maskable, t_rows,
                                         cu_seqlens=cu_seqlens, exact=exact, **form))
@@ -738,7 +750,8 @@ def open_data(cfg, procs):
     if 0 < cfg.vocab_size < tok.vocab_size:
         raise Refused(f'vocab_size must hold the {tok.vocab_size} tokens of {cfg.dataset}, '
                       f'got {cfg.vocab_size}')
-    cuts = dict(random_length=cfg.random_length, random_split=cfg.random_split, isolate=cfg.isolate)
+    cuts = dict(random_length=cfg.random_length, random_split=cfg.random_split, isolate=cfg.isolate,
+                times=2 if in_pairs(cfg) else 1)
     source = data.open_source(dataset, 'train', cfg.masking, tok, cfg.seq_len, cfg.seed,
                               cfg.pad_group or cfg.batch_size, **cuts)
     held_out = data.open_source(dataset, 'val', cfg.masking, tok, cfg.seq_len)

@@ -18,6 +18,7 @@ rope_theta = 500000.0           # unconfirmed: read it from the release's config
 norm_eps = 1e-6                 # unconfirmed: that of Stable-DiffCoder-8B, of the same widths and vocabulary
 rope_fp32 = False               # its code rotates in the dtype of queries and keys
 logit_normal = 0.0              # t is uniform in the papers
+complementary = False           # nor are masks drawn in pairs there
 emb_std = 0.0                   # the scheme of LLaDA; iLLaDA's code has another, whose std is unconfirmed
 
 count_form = False              # Eq. 3, as in LLaDA

@@ -25,6 +25,7 @@ rope_theta = 500000.0           # unconfirmed: read it from the release's config
 norm_eps = 1e-6                 # unconfirmed: likewise, see illada_8b.py
 rope_fp32 = False
 logit_normal = 0.0              # t is uniform in the papers
+complementary = False           # nor are masks drawn in pairs there
 emb_std = 0.0
 
 count_form = False

@@ -17,6 +17,7 @@ d_ff = 5634                     # as printed; perhaps a misprint of 5632, which 
 rope_theta = 500000.0           # unconfirmed for this size
 norm_eps = 1e-5                 # unconfirmed for this size
 logit_normal = 0.0              # t is uniform in the papers
+complementary = False           # nor are masks drawn in pairs there
 emb_std = 0.0                   # 1/sqrt(d_model), with the scheme named in the released config ("mitchell"): that
                                 # pre-training used it is unconfirmed
 

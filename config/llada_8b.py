@@ -33,6 +33,7 @@ d_ff = 12288
 rope_theta = 500000.0           # config.json of the release
 norm_eps = 1e-5                 # config.json of the release
 logit_normal = 0.0              # t is uniform in the papers
+complementary = False           # nor are masks drawn in pairs there
 emb_std = 0.0                   # 1/sqrt(d_model), with the scheme named in the released config ("mitchell"): that
                                 # pre-training used it is unconfirmed
 

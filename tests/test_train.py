@@ -354,7 +354,8 @@ def small_model(tok, **changes):
 
 def test_one_update_is_the_papers_loss(corpus_folder):
     """train_step with all its parts, against diffusion_loss on the whole batch."""
-    cfg = SimpleNamespace(**settings(corpus_folder, 'x', batch_size=2, count_form=False, optimizer='adamw'))
+    cfg = SimpleNamespace(**settings(corpus_folder, 'x', batch_size=2, count_form=False, optimizer='adamw',
+                                     complementary=False))
     source, _, tok = train.open_data(cfg, ONE)
     model = small_model(tok)
     x0, maskable, _ = source.batch(3, range(8), 8)
@@ -369,6 +370,35 @@ def test_one_update_is_the_papers_loss(corpus_folder):
                                   train.questions(source, 3, cfg, tok, ONE), 0.5, cfg, ONE)
     assert loss.item() == pytest.approx(want.item(), rel=1e-5) and norm > 0
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+@pytest.mark.parametrize('changes', [
+    {}, dict(count_form=False), dict(logit_normal=0.0), dict(random_split=0.5)], ids=str)
+def test_what_one_mask_of_a_pair_hides_the_other_shows(corpus_folder, changes):
+    """Both are masks as they would be drawn alone, hence the same objective; together they ask for every token."""
+    cfg = SimpleNamespace(**settings(corpus_folder, '', **{'batch_size': 8, **changes}))
+    source, _, tok = train.open_data(cfg, ONE)
+    for it in range(5):
+        question, = train.questions(source, it, cfg, tok, ONE)
+        x0 = source.batch(it, range(8), 8).x0
+        hidden = torch.zeros(256, dtype=torch.bool)
+        hidden[question.rows] = True
+        hidden = hidden.view(8, 32)
+        assert torch.equal(x0[::2], x0[1::2]) and (hidden[::2] | hidden[1::2]).all()
+        assert (hidden[::2] & hidden[1::2]).sum(1).max() <= 1           # the count is rounded up
+        assert torch.equal(question.ids, torch.where(hidden, tok.mask_id, x0))
+    assert len({tuple(row) for it in range(3) for row in source.batch(it, range(8), 8).x0.tolist()}) == 12
+
+
+def test_counts_of_pairs_are_as_uniform_as_those_of_single_rows(corpus_folder):
+    cfg = SimpleNamespace(**settings(corpus_folder, '', logit_normal=0.0, batch_size=8))
+    source, _, tok = train.open_data(cfg, ONE)
+    counts = [train.questions(source, it, cfg, tok, ONE)[0].rows.div(32, rounding_mode='floor').bincount(minlength=8)
+              for it in range(250)]
+    for parity in (0, 1):
+        ranks = torch.stack(counts)[:, parity::2].flatten()
+        assert ranks.min() >= 1 and ranks.max() == 32
+        assert torch.histc(ranks.float(), 8, 0.5, 32.5).sub(125).abs().max() < 30       # five standard deviations
 
 
 def test_a_cut_window_counts_as_much_as_a_whole_one(corpus_folder):
@@ -610,7 +640,8 @@ def test_reports_do_not_swallow_losses(corpus_folder, tmp_path):
     (dict(n_layer=9000, d_model=10 ** 4), 'GB for n_layer'), (dict(vocab_size=10 ** 9), 'GB for n_layer'),
     (dict(batch_size=90000, global_batch=90000, seq_len=20, d_model=4096), 'batch_size x seq_len'),
     (dict(global_batch=10 ** 9), 'global_batch must be below'), (dict(eval_draws=10 ** 46), 'eval_draws must be'),
-    (dict(fsdp=2), 'do not divide 1 processes'), (dict(global_batch=7), '7 windows do not divide'),
+    (dict(fsdp=2), 'do not divide 1 processes'), (dict(global_batch=10), '10 windows do not divide'),
+    (dict(batch_size=7, global_batch=7), 'an update of 7 windows is odd'),
     (dict(batch_size=0), 'batch_size must be above 0'), (dict(optimizer='sgd'), "optimizer must be one of"),
     (dict(beta2=1.0), 'beta2'), (dict(n_head=3), 'd_model / n_head'), (dict(seq_len=10 ** 6), 'too short'),
     (dict(dataset='no/such'), 'no data set here'),
