@@ -517,7 +517,7 @@ def shakespeare_text():
 
 
 DATASETS = {        # name -> (records, default tokenizer, what it is)
-    'docs': (docs_text, 'bpe-2048', 'documentation that every Python carries; needs no network'),
+    'docs': (docs_text, 'bpe-4096', 'documentation that every Python carries; needs no network'),
     'shakespeare': (shakespeare_text, 'bpe-1024', 'tiny Shakespeare, 1.1 MB; downloaded, or --input=FILE')}
 LAB = ('world', 'instruct', 'facts')                        # written by tests/lab/worlds.py
 

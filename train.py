@@ -97,9 +97,9 @@ grad_clip = 1.0                 # largest gradient norm; 0 turns clipping off
 max_iters = 1500                # optimizer updates
 batch_size = 16                 # windows in one forward pass of one process
 global_batch = 0                # windows in one update, by all processes and forward passes; 0: batch_size
-schedule = 'cosine'             # 'wsd': warm up, stay, decay linearly over decay_iters; 'points': lr_points
+schedule = 'wsd'                # warm up, stay, decay linearly; or 'cosine', or 'points': see lr_points
 warmup_iters = 50               # linear from 0
-decay_iters = 300               # wsd only
+decay_iters = 900               # wsd only: the last ones
 min_lr_ratio = 0.0              # the last learning rate as a part of the peak
 lr_points = []                # [[tokens, rate], ...] joined by lines; [.., 'cosine'] bends the way to a point
 # --- reports
@@ -232,7 +232,7 @@ def make_optimizers(model, cfg, device):
     if cfg.optimizer == 'muon':
         muon = [p for p in model.blocks.parameters() if p.dim() == 2]
         optimizers = [torch.optim.Muon(muon, lr=cfg.muon_lr, momentum=0.95, weight_decay=decay,
-                                       adjust_lr_fn='match_rms_adamw', ns_steps=3)]         # 5 learn no better
+                                       adjust_lr_fn='match_rms_adamw')]
         decay = 0.0
 
     taken = {id(p) for p in muon}

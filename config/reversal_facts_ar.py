@@ -9,6 +9,7 @@ d_model = 128
 d_ff = 384
 batch_size = 64
 max_iters = 1500
+schedule = 'cosine'
 eval_interval = 500
 sample_tokens = 28
 then = 'python tests/lab/experiments.py reversal out/reversal_facts out/reversal_facts_ar'

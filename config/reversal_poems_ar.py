@@ -9,6 +9,7 @@ d_model = 128
 d_ff = 384
 batch_size = 64
 max_iters = 2000
+schedule = 'cosine'
 eval_interval = 500
 sample_tokens = 20
 then = ('python tests/lab/experiments.py reversal out/reversal_poems out/reversal_poems_ar '

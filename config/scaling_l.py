@@ -13,6 +13,7 @@ n_kv_head = 4
 d_model = 192
 d_ff = 512
 max_iters = 602                 # 1.6e13 FLOPs
+schedule = 'cosine'
 eval_interval = 100000          # at the end only
 sample_tokens = 0
 then = "python tests/lab/experiments.py scaling 'out/scaling_*' --out=scaling.csv"

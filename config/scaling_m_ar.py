@@ -14,6 +14,7 @@ n_kv_head = 4
 d_model = 128
 d_ff = 384
 max_iters = 326                 # 4e12 FLOPs
+schedule = 'cosine'
 eval_interval = 100000          # at the end only
 sample_tokens = 0
 then = "python tests/lab/experiments.py scaling 'out/scaling_*' --out=scaling.csv"

@@ -13,6 +13,7 @@ n_kv_head = 2
 d_model = 64
 d_ff = 192
 max_iters = 397                 # 1e12 FLOPs
+schedule = 'cosine'
 eval_interval = 100000          # at the end only
 sample_tokens = 0
 then = "python tests/lab/experiments.py scaling 'out/scaling_*' --out=scaling.csv"

@@ -13,6 +13,7 @@ d_ff = 384
 batch_size = 32
 logit_normal = 0.5              # stories are judged by their likelihood: see tests/lab/RESULTS.md
 max_iters = 2600
+schedule = 'cosine'
 eval_interval = 650
 sample_tokens = 37
 then = 'python tests/lab/experiments.py world out/world'

@@ -9,6 +9,7 @@ d_model = 128
 d_ff = 384
 batch_size = 32
 max_iters = 2600
+schedule = 'cosine'
 eval_interval = 650
 sample_tokens = 37
 then = 'python evaluate.py bound out/world out/world_ar'
