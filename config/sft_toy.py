@@ -1,7 +1,8 @@
 """Fine-tuning as LLaDA does it (Eq. 5; Sec. 2.3, App. B.1), on instructions about the made-up world.
 
 One example a row: the prompt is never hidden, EOS pads to the longest row of the update and is hidden and counted like
-the answer, of a dialogue one turn is drawn. The learning rate warms up, stays, and falls to a tenth over the last 10 %.
+the answer, of a dialogue one turn is drawn. The learning rate warms up, stays, and falls to a tenth over the last
+quarter (the paper's tenth left sorting at 97 %).
 First:  python train.py config/world.py       Afterwards:  python sample.py out/sft_toy --chat --gen_length=16
 """
 
@@ -13,12 +14,12 @@ seq_len = 96
 d_model = 128
 d_ff = 384
 batch_size = 32
-max_iters = 4500
+max_iters = 6000
 learning_rate = 1e-2
 muon_lr = 4e-3
 schedule = 'wsd'
 warmup_iters = 50
-decay_iters = max_iters // 10
+decay_iters = max_iters // 4
 min_lr_ratio = 0.1
 eval_interval = 1500
 sample_tokens = 0
