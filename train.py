@@ -376,12 +376,6 @@ def questions(source, it, cfg, tok, procs):
     """
     size, asked = update_size(cfg), []
     form = dict(per='sequence', total=size)            # each row by its own length, also what is cut (Alg. 1)
-    eps = 0.0 if cfg.count_form else cfg.mask_eps
-    width = cfg.logit_normal if cfg.logit_normal >= 0 else source.logit_normal
-    times = 2 if in_pairs(cfg) else 1
-    t = diffusion.sample_t(size // times, eps, cfg.stratified, diffusion.keyed_generator(cfg.seed, it),
-                           logit_normal=width)
-
     for start in range(procs.rank * cfg.batch_size, size, procs.world * cfg.batch_size):
         rows = range(start, start + cfg.batch_size)
         x0, maskable, cu_seqlens = source.batch(it, rows, size)
@@ -389,15 +383,30 @@ def questions(source, it, cfg, tok, procs):
             asked.append(diffusion.ar_question(x0, maskable, tok.eos_id, **form))
             continue
 
-        which, exact = [row // times for row in rows], cfg.count_form
-        noise, t_rows = diffusion.row_noise(cfg.seed, it, which, x0.shape[1]), t[which]
-        if times == 2:                                      # t and u are as likely as these, and hide the others
-            odd = torch.tensor(rows) % 2 == 1
-            noise[odd], t_rows[odd] = 1 - noise[odd], 1 + eps - t_rows[odd]
-        xt, masked = diffusion.forward_process(x0, t_rows, tok.mask_id, maskable, exact=exact, u=noise)
-        asked.append(diffusion.question(x0, xt, masked, maskable, t_rows,
-                                        cu_seqlens=cu_seqlens, exact=exact, **form))
+        t, noise = noise_of(rows, it, x0.shape[1], source, cfg)
+        xt, masked = diffusion.forward_process(x0, t, tok.mask_id, maskable, exact=cfg.count_form, u=noise)
+        asked.append(diffusion.question(x0, xt, masked, maskable, t,
+                                        cu_seqlens=cu_seqlens, exact=cfg.count_form, **form))
     return asked
+
+
+def noise_of(rows, it, T, source, cfg):
+    """Mask ratios t (B,) and noise u (B, T) for some rows of update `it`.
+
+    In pairs row 2k + 1 has 1 - t and 1 - u of row 2k: as likely as those, and hiding what they show.
+    """
+    eps = 0.0 if cfg.count_form else cfg.mask_eps
+    width = cfg.logit_normal if cfg.logit_normal >= 0 else source.logit_normal
+    times = 2 if in_pairs(cfg) else 1
+    each = [row // times for row in rows]
+    t = diffusion.sample_t(update_size(cfg) // times, eps, cfg.stratified,
+                           diffusion.keyed_generator(cfg.seed, it), logit_normal=width)
+    t, u = t[each], diffusion.row_noise(cfg.seed, it, each, T)
+
+    if times == 2:
+        odd = torch.tensor(rows) % 2 == 1
+        t[odd], u[odd] = 1 + eps - t[odd], 1 - u[odd]           # (t lies between eps and 1)
+    return t, u
 
 
 def prefetched(make, it):
