@@ -705,6 +705,13 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
     empty = not out.exists() or out.is_dir() and not any(out.iterdir())
     if not empty and not (out / 'manifest.json').is_file():
         raise Refused(f'{out}: something else is here; choose another --out')
+    kinds = set()
+    for source in (*sources, *val):                         # what is broken at once is said at once
+        _, record = next(iter(records_of(source)))
+        kinds.add('text' in record)
+    if len(kinds) > 1:
+        raise Refused('some of the files hold documents ("text"), some examples: prepare them apart')
+
     with alone(out.with_name(f'.{out.name}.lock')):
         prepare_aside(sources, out, tokenizer, val, val_every, workers)
     return read_manifest(out, None)
@@ -712,12 +719,6 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
 
 def prepare_aside(sources, out, tokenizer, val, val_every, workers):
     """The work of prepare, in a folder beside `out` that takes its place when it is whole."""
-    kinds = set()
-    for source in (*sources, *val):                         # what is broken at once is said at once
-        _, record = next(iter(records_of(source)))
-        kinds.add('text' in record)
-    if len(kinds) > 1:
-        raise Refused('some of the files hold documents ("text"), some examples: prepare them apart')
     aside = out.with_name(f'.{out.name}.unfinished')
     aside.mkdir(parents=True, exist_ok=True)
 

@@ -239,7 +239,7 @@ class Trace:
             if i == len(self.born):                             # a new block, or all of it at the first step
                 self.born.append(self.step - 1)
                 self.written.append(10 ** 9 if token == self.tok.mask_id or now else 0)
-                self.sure.append(100)
+                self.sure.append(None)
             if now:
                 self.written[i] = self.step
             if now and i in self.chances:
@@ -282,7 +282,7 @@ let timer = 0;
 function about(i, k) {
   const [piece, born, written, sure] = tokens[i], next = (guesses[k] || {})[i];
   if (written === 0) return "given";
-  if (written <= k) return "written in step " + written + ", " + sure + " % sure";
+  if (written <= k) return "written in step " + written + (sure === null ? "" : ", " + sure + " % sure");
   if (!next) return "not looked at in this step";
   return "next guesses: " + next.map(([text, share]) => JSON.stringify(text) + " " + share + " %").join(", ");
 }

@@ -687,6 +687,8 @@ def test_what_is_too_short_leaves_nothing_behind(tmp_path):
     (tmp_path / 'one.jsonl').write_text('{"question": "a", "answer": "b"}')
     with pytest.raises(Refused, match='too little text'):
         data.prepare([tmp_path / 'one.jsonl'], tmp_path / 'out', 'bytes')
+    with pytest.raises(FileNotFoundError):
+        data.prepare([tmp_path / 'none.jsonl'], tmp_path / 'a' / 'b' / 'out', 'bytes')
     assert [path.name for path in tmp_path.iterdir()] == ['one.jsonl']
 
 
