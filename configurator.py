@@ -331,6 +331,8 @@ def alone(lock):
         try:
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:
+                raise BlockingIOError                           # its owner has just left, and removed it
         except BlockingIOError:
             raise Refused(f'{lock}: another process is at work here') from None
         except (ImportError, OSError):

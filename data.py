@@ -5,7 +5,7 @@
     python data.py --input=a.txt,b.jsonl --out=data/my --tokenizer=gpt2
 
 A data set is a folder: flat token files (train_00000.bin, val_00000.bin), a manifest that says what is in
-them, and the tokenizer, unless it has a well-known name. Batches are stateless: which rows form iteration i
+them, and the tokenizer (but 'bytes' needs no file). Batches are stateless: which rows form iteration i
 is a function of (seed, i), so a run resumes from a number, on any number of machines.
 
 Letters: B batch, T window length, N tokens in a split.
@@ -61,7 +61,7 @@ name = ''                       # a data set from the list below
 input = ''                      # .txt, .jsonl(.gz), .json or .parquet files or patterns, separated by commas
 val_input = ''                  # likewise, to be held out; default: a part of the input, see val_every
 out = ''                        # folder to write; default data/NAME
-tokenizer = ''            # 'bytes', bpe-N (learned), a tiktoken name or a tokenizer.json; default bpe-1024
+tokenizer = ''            # 'bytes', bpe-N (learned), a tiktoken name or a tokenizer.json; default bpe-1024 for files
 workers = 0                     # processes, for several files; 0: one a core
 val_every = 10                  # hold out every N-th piece of text, or question
 
@@ -196,6 +196,8 @@ def get_tokenizer(spec, complete=True):
     if spec.endswith('.json'):
         return read_bpe(Path(spec), complete)
     if spec.endswith('.tiktoken'):
+        if not Path(spec).is_file():
+            raise FileNotFoundError(ENOENT, 'no such tokenizer file', spec)
         return read_tiktoken(read_json(spec), spec)
     if spec != 'bytes':
         return read_tiktoken(tiktoken_facts(spec), spec)
@@ -207,9 +209,9 @@ def get_tokenizer(spec, complete=True):
 
 def tiktoken_facts(name):
     """A well-known vocabulary as JSON can say it, so that a data set can keep it; tiktoken downloads it."""
-    known = ', '.join(tiktoken.list_encoding_names())
-    if name not in known.split(', '):
-        raise Refused(f"tokenizer must be 'bytes', bpe-N, a tokenizer.json or {known}; got {name!r}")
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        raise Refused(f"tokenizer must be 'bytes', bpe-N, a tokenizer.json or {', '.join(known)}; got {name!r}")
     try:
         full = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
@@ -633,16 +635,17 @@ def as_message(said):
 def as_messages(row):
     """The messages of a row that has some, or a prompt and a response, by whatever names; else None."""
     for key in ('messages', *LISTS):
-        if key in row:
-            if not isinstance(row[key], list):
-                raise ValueError(f'"{key}" must be a list of messages, got {json.dumps(row[key])[:60]}')
+        if row.get(key) is not None and not isinstance(row[key], list) and 'text' not in row:
+            raise ValueError(f'"{key}" must be a list of messages, got {json.dumps(row[key])[:60]}')
+        if isinstance(row.get(key), list):
             return list(map(as_message, row[key]))
 
     for prompt, response in PAIRS:
         if prompt in row and response in row:
             asked, answer = row[prompt], row[response]
             if prompt == 'instruction' and row.get('input'):
-                asked = f'{asked}\n\n{row["input"]}'
+                texts = [as_message({'role': 'user', 'content': text}) for text in (asked, row['input'])]
+                asked = '\n\n'.join(said['content'] for said in texts)
             before = asked if isinstance(asked, list) else [{'role': 'user', 'content': asked}]
             after = answer if isinstance(answer, list) else [{'role': 'assistant', 'content': answer}]
             return list(map(as_message, before + after))
@@ -702,6 +705,8 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
     call takes up the files that are finished.
     """
     out = Path(out)
+    if not out.name:
+        raise Refused(f'out must name a folder, got {str(out)!r}')
     empty = not out.exists() or out.is_dir() and not any(out.iterdir())
     if not empty and not (out / 'manifest.json').is_file():
         raise Refused(f'{out}: something else is here; choose another --out')

@@ -745,7 +745,7 @@ def complete(model, prompts, gen_length, tok, *,
         more = dict(settings, eot_id=tok.eot_id)
         if think_boost:
             ids, longest = tok.encode('</think>'), len(rows[-1])
-            more['adjust'] = end_think(longest, gen_length, ids, think_boost, think_power)
+            more['adjust'] = end_think(longest, gen_length, ids, think_boost, think_power, settings.get('adjust'))
 
         if model.config.causal:
             begun = [[tok.eos_id, *row] for row in rows]
@@ -780,14 +780,15 @@ def complete(model, prompts, gen_length, tok, *,
     return [out[k] for k in range(len(prompts))], n_forward
 
 
-def end_think(begin, gen_length, ids, boost=100.0, power=3.0):
+def end_think(begin, gen_length, ids, boost=100.0, power=3.0, before=None):
     """A hook for `adjust`: makes the tokens `ids` of "</think>" ever more likely (iLLaDA's evaluation).
 
     Until they stand in a row, the next of them gains boost * progress^power at the row's first mask in the
-    block; progress is how far that position lies in the gen_length columns from `begin` on.
+    block; progress is how far that position lies in the gen_length columns from `begin` on. before: a hook
+    that comes first.
     """
     def adjust(logits, x, masked):
-        logits = logits.clone()
+        logits = logits.clone() if before is None else before(logits, x, masked).clone()
         rows = x[:, begin:].tolist()
         holes = masked[:, begin:].tolist()
         first = 0                                               # number of the row's first mask

@@ -14,6 +14,7 @@ vocabulary, C channels (d_model), H heads, D head size, M rows that are read out
 import hashlib
 import json
 import math
+import os
 import pickle
 import shutil
 import sys
@@ -32,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import (
     ROLES,
+    TOKENIZER_FILES,
     Damaged,
     Refused,
     copy_tokenizer,
@@ -720,10 +722,9 @@ def read_release(folder, device='cpu', dtype=None):
     for file in release_files(folder):
         stored.update(read_safetensors(file))
     model = release_model(folder, kind, config, stored, device, dtype)
+    files = [str(folder / f'tokenizer{ending}') for ending in TOKENIZER_FILES]
     meta = dict(release_ids(folder, raw), config=None, iteration=None, examples=None,
-                folder=str(folder), tokenizer=None)
-    if (folder / 'tokenizer.json').is_file():
-        meta['tokenizer'] = str(folder / 'tokenizer.json')
+                folder=str(folder), tokenizer=next(filter(os.path.isfile, files), None))
 
     told = raw.pop('sha256', None)
     if told and told != facts_sha256(raw):                  # people do edit it: said, not refused

@@ -296,7 +296,8 @@ function draw() {
     span.textContent = piece;                     // a mask is as wide as what will stand there: nothing jumps
     span.className = written > k ? "mask" : written === 0 ? "given" : written === k ? "now" : "";
     const angle = hue === "step" ? 270 * written / steps : 1.2 * sure;
-    if (hue && written > 0 && written <= k) span.style.background = "hsl(" + angle + " 70% 50% / .35)";
+    if ((hue === "step" || hue && sure !== null) && written > 0 && written <= k)
+      span.style.background = "hsl(" + angle + " 70% 50% / .35)";
     span.onmouseenter = span.onclick = () => { at("about").textContent = about(i, k); };
     return [span];
   }));
@@ -454,9 +455,10 @@ def main(config):
     trace = Trace(tok) if page else None
 
     began, made, forwards = time.perf_counter(), 0, 0
-    starts = range(0, len(variants), cfg.batch_size)
+    # (gaps of unknown length one by one: a prompt's noise goes by its number, not by its neighbours)
+    starts = range(0, len(variants), cfg.batch_size if cfg.gap_length else 1)
     for i in tqdm(starts, disable=None if len(starts) > 1 else True):
-        tried = variants[i:i + cfg.batch_size]
+        tried = variants[i:i + starts.step]
         part = [ids for prompt in tried for ids in prompt]
         screen = Screen(tok, cfg.steps or new) if cfg.show else None
         with autocast:

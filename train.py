@@ -149,7 +149,7 @@ def check(cfg, world):
 
     rules = (
         (in_pairs(cfg) and update_size(cfg) % 2,
-         f'complementary masks come in pairs: an update of {update_size(cfg)} windows is odd'),
+         f'an update of {update_size(cfg)} windows is odd, complementary masks come in pairs (--complementary=false)'),
         (not cfg.out_dir, 'out_dir must not be empty'),
         (cfg.tied and cfg.emb_std, f'a tied head is as large as the embedding: emb_std=0, got {cfg.emb_std}'),
 
@@ -222,7 +222,8 @@ def lr_factor(it, cfg):
         progress = max(0, it - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
         height = 0.5 + 0.5 * math.cos(math.pi * min(1.0, progress))
     else:
-        height = min(1.0, (cfg.max_iters - it) / cfg.decay_iters) if cfg.decay_iters else 1.0
+        decay = min(cfg.decay_iters, cfg.max_iters - cfg.warmup_iters)         # of a short run all of it
+        height = min(1.0, (cfg.max_iters - it) / decay) if decay > 0 else 1.0
     return warm * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * height)
 
 
@@ -393,15 +394,16 @@ def questions(source, it, cfg, tok, procs):
 def noise_of(rows, it, T, source, cfg):
     """Mask ratios t (B,) and noise u (B, T) for some rows of update `it`.
 
-    In pairs row 2k + 1 has 1 - t and 1 - u of row 2k: as likely as those, and hiding what they show.
+    In pairs row 2k + 1 has 1 - t and 1 - u of row 2k: as likely as those, and hiding what they show (of whole
+    windows; a token may be hidden in both, for the count form rounds up).
     """
     eps = 0.0 if cfg.count_form else cfg.mask_eps
     width = cfg.logit_normal if cfg.logit_normal >= 0 else source.logit_normal
     times = 2 if in_pairs(cfg) else 1
-    each = [row // times for row in rows]
+    pair_of = [row // times for row in rows]
     t = diffusion.sample_t(update_size(cfg) // times, eps, cfg.stratified,
                            diffusion.keyed_generator(cfg.seed, it), logit_normal=width)
-    t, u = t[each], diffusion.row_noise(cfg.seed, it, each, T)
+    t, u = t[pair_of], diffusion.row_noise(cfg.seed, it, pair_of, T)
 
     if times == 2:
         odd = torch.tensor(rows) % 2 == 1
@@ -733,7 +735,7 @@ def last_words(run):
         shutil.rmtree(run / 'unfinished', ignore_errors=True)
         kept = models.find_checkpoints(run)
         rest = f'the last good checkpoint: {kept[-1]}' if kept else 'no checkpoint yet'
-        what = 'another process is gone' if lost else error
+        what = f'another process is gone ({str(error).splitlines()[-1][:200]})' if lost else error
         fail(f'stopped: {what}; {rest}', 1)
 
 
@@ -742,9 +744,13 @@ def settings_of_run(cfg):
     steps = models.find_checkpoints(cfg['out_dir']) if cfg['resume'] else []
     for folder in reversed(steps):
         with suppress(Damaged):                                 # load_checkpoint says it
-            there = models.read_checkpoint(folder, None)['config']
-            known = cfg.keys() - {'out_dir', 'force'}
-            return {key: there[key] for key in known & there.keys()}
+            there = {'complementary': False, **models.read_checkpoint(folder, None)['config']}      # once unknown
+            known = there.keys() & cfg.keys() - {'out_dir', 'force'}
+            strange = [key for key in known if type(there[key]) is not type(cfg[key])]
+            refuse([f'{folder}: not a checkpoint ({key} = {there[key]!r})' for key in strange])
+            return {key: there[key] for key in known}
+    if cfg['resume'] and not steps:
+        raise Refused(f"{cfg['out_dir']}: no checkpoint to resume from")
     return {}
 
 

@@ -5,6 +5,7 @@ import gzip
 import json
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -639,6 +640,10 @@ def test_conversations_by_other_names(row):
     assert data.as_record({**row, 'id': 7}).keys() <= {'messages', 'id', 'input'}
 
 
+def test_what_is_no_conversation_leaves_a_text_a_text():
+    assert data.as_record({'text': 't', 'conversation': 17, 'messages': None}) == {'text': 't', 'messages': None}
+
+
 def test_alpacas_input_is_part_of_the_question():
     row = data.as_record({'instruction': 'Add.', 'input': '1 and 2', 'output': '3'})
     assert row['messages'][0]['content'] == 'Add.\n\n1 and 2'
@@ -651,6 +656,8 @@ def test_alpacas_input_is_part_of_the_question():
     ({'conversations': [{'from': 'human', 'value': 'q'}]}, 'must end with an answer'),
     ({'conversations': 'q'}, '"conversations" must be a list'), ({'messages': ['q']}, '"role" and a "content"'),
     ({'instruction': 'q', 'output': ['a']}, '"role" and a "content"'),
+    ({'instruction': None, 'input': 'q', 'output': 'a'}, 'must be a text'),
+    ({'instruction': 'q', 'input': {'a': 1}, 'output': 'a'}, 'must be a text'),
 ])
 def test_conversations_that_are_refused(row, says):
     with pytest.raises(ValueError, match=says):
@@ -681,6 +688,10 @@ def test_a_tiktoken_vocabulary_is_kept_in_the_data_set(tmp_path, monkeypatch):
     (tmp_path / 'bad.tiktoken').write_text('{"ids": {"zz": 1}}')
     with pytest.raises(Refused, match='not a vocabulary'):
         data.get_tokenizer(tmp_path / 'bad.tiktoken')
+    with pytest.raises(FileNotFoundError, match='no such tokenizer file'):
+        data.get_tokenizer(tmp_path / 'none.tiktoken')
+    with pytest.raises(Refused, match='must name a folder'):
+        small_corpus(Path('.'))
 
 
 def test_what_is_too_short_leaves_nothing_behind(tmp_path):
@@ -703,3 +714,12 @@ def test_two_preparations_do_not_meet(tmp_path):
         small_corpus(tmp_path / 'a')
     small_corpus(tmp_path / 'a')
     assert [path.name for path in tmp_path.iterdir()] == ['a']
+
+
+def test_a_lock_that_its_owner_has_removed_is_no_lock(tmp_path, monkeypatch):
+    """Between opening a lock file and taking the lock its last owner may have left, and a third made a new file."""
+    fcntl = pytest.importorskip('fcntl')
+    real, lock = fcntl.flock, tmp_path / 'lock'
+    monkeypatch.setattr(fcntl, 'flock', lambda *how: lock.unlink() or real(*how))
+    with pytest.raises(Refused, match='another process'), alone(lock):
+        pass

@@ -59,6 +59,13 @@ def test_a_gap_of_unknown_length(run, monkeypatch, capsys):
     script('sample', run, '--prompt=nothing to fill', '--gap_length=0', '--gen_length=2')
     assert len(tried) == 21                                     # asked of gaps only
 
+    def answers_of(*more):
+        capsys.readouterr()
+        script('sample', run, '--prompt=one ___ x', '--prompt=two___', '--gap_length=0', '--dtype=float32', *more)
+        return capsys.readouterr().out
+
+    assert answers_of('--batch_size=1') == answers_of('--batch_size=8')
+
 
 @pytest.mark.parametrize('argv, says', [
     (['--prompt='], 'the prompt is empty'), (['--prompt=' + 'x' * 40], 'the context holds 32'),

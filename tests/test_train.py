@@ -317,7 +317,8 @@ def test_who_lost_another_process_says_so_in_one_line(tmp_path, capsys):
                   torch.distributed.DistNetworkError('timeout')):
         with pytest.raises(SystemExit), train.last_words(tmp_path):
             raise error
-        assert capsys.readouterr().err == 'stopped: another process is gone; no checkpoint yet\n'
+        err = capsys.readouterr().err
+        assert err.startswith('stopped: another process is gone (') and err.count('\n') == 1 and str(error)[-7:] in err
     with pytest.raises(RuntimeError, match='shapes'), train.last_words(tmp_path):
         raise RuntimeError('shapes do not fit')                 # a mistake in code keeps its traceback
 
@@ -478,6 +479,26 @@ def test_resume_takes_the_settings_of_the_run(corpus_folder, straight, tmp_path,
     (run / 'iter_0000042' / 'manifest.json').write_text('{}')   # passed over here as there
     script('train', '--resume', f'--out_dir={run}')
     assert (run / 'iter_0000042.damaged').is_dir() and '40 asked' not in capsys.readouterr().err
+
+
+def test_resume_refuses_what_is_no_run_before_anything_is_made(straight, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(straight, tmp_path / 'run')
+    sealed(tmp_path / 'run' / 'iter_0000040', lambda m: m['config'].update(batch_size='x'))
+    for name, says in (('tpyo', 'tpyo: no checkpoint to resume from'), ('run', "not a checkpoint (batch_size = 'x')")):
+        with pytest.raises(SystemExit) as e:
+            script('train', '--resume', f'--out_dir={name}')
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and says in err and err.count('\n') == 1
+    assert [path.name for path in tmp_path.iterdir()] == ['run']
+
+
+def test_a_run_older_than_a_setting_goes_on_without_it(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / 'run')
+    for step in find_checkpoints(tmp_path / 'run'):
+        sealed(step, lambda m: m['config'].pop('complementary'))
+    found = train.settings_of_run({**settings_of(vars(train)), 'resume': True, 'out_dir': str(tmp_path / 'run')})
+    assert found['complementary'] is False and found['d_ff'] == 48 and 'out_dir' not in found
 
 
 def test_what_is_set_on_resume_counts(corpus_folder, straight, tmp_path, capsys):
