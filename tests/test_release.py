@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import GOLDEN, golden_model, tiny_model
 
+import data
 import model as M
 
 safetensors = pytest.importorskip('safetensors.torch', reason='released weights need: pip install safetensors')
@@ -164,7 +165,6 @@ def test_the_missing_package_is_named(folder, monkeypatch):
 
 
 def test_the_tokenizer_travels(tmp_path):
-    import data
     data.save_bpe(tmp_path / 't.json', data.train_bpe('some words ' * 50, 5))
     tok = data.get_tokenizer(tmp_path / 't.json')
     M.save_release(tiny_model(vocab_size=tok.vocab_size),
@@ -222,3 +222,17 @@ def test_a_tied_matrix_stored_as_the_head_and_buffers_that_say_nothing(tmp_path)
     safetensors.save_file(tensors, folder / 'model.safetensors')
     again, _ = M.load_model(folder)
     assert torch.equal(again.embed.weight, model.embed.weight)
+
+
+def test_a_tiktoken_vocabulary_travels_too(tmp_path):
+    """A run on gpt2's vocabulary, saved as a release, is sampled without network."""
+    ids = {bytes([b]).hex(): b for b in range(256)} | {b'th'.hex(): 256}
+    facts = {'pattern': data.PATTERN, 'ids': ids, 'special': {'<|endoftext|>': 257}}
+    (tmp_path / 'tokenizer.tiktoken').write_text(json.dumps(facts))
+    tok = data.get_tokenizer(tmp_path / 'tokenizer.tiktoken')
+    special = {f'{role}_id': getattr(tok, f'{role}_id') for role in data.ROLES}
+    M.save_release(tiny_model(vocab_size=tok.vocab_size), {**special, 'tokenizer': tok.spec}, tmp_path / 'r')
+    _, meta = M.load_model(tmp_path / 'r')
+    again = data.tokenizer_for(meta)
+    assert again.encode('the') == tok.encode('the') == [256, 101]
+    assert all(getattr(again, name) == number for name, number in special.items())

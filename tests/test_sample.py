@@ -394,6 +394,14 @@ def test_end_think_by_hand():
         assert torch.equal(logits, want)
 
 
+def test_a_page_of_a_boosted_end_has_its_guesses(run, tmp_path):
+    """Two hooks on the logits, one after the other: the page sees what the model says before the boost."""
+    page = tmp_path / 'page.html'
+    script('sample', run, '--prompt=a', '--gen_length=8', '--think_boost=50', f'--html={page}')
+    guesses = json.loads(re.search('guesses = (.*), at = ', page.read_text(encoding='utf-8'))[1])
+    assert [len(step) for step in guesses] == [8, 7, 6, 5, 4, 3, 2, 1]
+
+
 def test_end_think_ends_a_thought():
     model = tiny_model(5).eval()
     prompts, ids = [[1, 2], [3, 4, 5]], [30, 31]
