@@ -48,6 +48,7 @@ def test_every_experiment_runs(desk, monkeypatch, capsys):
     (desk / 'poems.json').write_text(json.dumps([{'first': f'ab{i}', 'second': f'{i}cd'} for i in range(9)]))
     few = ['--mc_num=2', '--samples=4', '--draws=1', '--limit=6']
     for argv, columns in ((['log', 'out/text'], 'held out'), (['gaps', 'out/world'], 'best fit'),
+                          (['by_t', 'out/text', 'out/sft', '--windows=8'], 'a hidden token'),
                           (['world', 'out/world'], 'x the source'), (['flood', 'out/sft', 'out/uni'], '128'),
                           (['reversal', 'out/facts', 'out/facts_ar'], 'unstated %'),
                           (['reversal', 'out/facts', '--poems=poems.json'], 'unstated %'),

@@ -1,6 +1,7 @@
 """The experiments of the papers, in minutes; what came out stands in RESULTS.md. First: python tests/lab/worlds.py
 
     python tests/lab/experiments.py log out/docs --out=out/docs.csv     # the curves of a run, from its log.jsonl
+    python tests/lab/experiments.py by_t out/docs --out=out/by_t.csv    # what a token costs, by how much is hidden
     python tests/lab/experiments.py world out/world out/world_ar        # stories: bound against the source, grades
     python tests/lab/experiments.py flood out/sft_toy out/sft_toy_unified   # EOS on canvases longer than the answer
     python tests/lab/experiments.py gaps out/world                      # words left out, length unknown
@@ -398,7 +399,36 @@ def log(cfg):
     draw(cfg, points, 'nats/token')
 
 
-TASKS = {f.__name__: f for f in (log, world, flood, gaps, reversal, curves, scaling)}
+def by_t(cfg):
+    """What a hidden token costs, by the share of its window that is hidden."""
+    rows, points = [], []
+    for name in cfg.checkpoints:
+        run = evaluate.load(name, cfg)
+        if run.causal:
+            raise Refused(f'{name}: an autoregressive model hides nothing')
+        masking = evaluate.trained_with(run, 'masking', 'unified')
+        dataset = evaluate.dataset_of([run], cfg)
+        source = data.open_source(dataset, 'val', masking, run.tok, run.model.config.seq_len)
+        groups, _ = source.held_out(cfg.windows or 128)
+
+        for t in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+            nats, noise = [], diffusion.keyed_generator(cfg.seed, t)
+            for x0, maskable in groups:
+                ratios = torch.full((len(x0),), t)
+                _, masked = diffusion.forward_process(x0, ratios, run.tok.mask_id, maskable, noise, exact=True)
+                with run.autocast, torch.no_grad():
+                    logp = diffusion.masked_log_prob(run.model, x0.to(run.device), masked.to(run.device),
+                                                     run.tok.mask_id, batch_size=cfg.batch_size)
+                nats.append(-logp.cpu() / masked.sum(1))
+            nats = torch.cat(nats)
+            mean, error = nats.mean().item(), nats.std().item() / len(nats) ** 0.5
+            rows.append([name, t, len(nats), f'{mean:.3f}', f'{error:.3f}'])
+            points.append(('share hidden', name, t, mean, error))
+    evaluate.table(rows, ['checkpoint', 'share hidden', 'rows', 'nats a hidden token', '+-'], cfg.out)
+    draw(cfg, points, 'nats a hidden token')
+
+
+TASKS = {f.__name__: f for f in (log, by_t, world, flood, gaps, reversal, curves, scaling)}
 
 
 def main(config):
