@@ -625,7 +625,7 @@ def as_message(said):
     role, content = said.get('role', said.get('from')), said.get('content', said.get('value'))
     if isinstance(content, list):                           # in parts
         texts = [part.get('text') if isinstance(part, dict) else None for part in content]
-        content = ''.join(map(str, texts)) if texts and None not in texts else None
+        content = ''.join(texts) if all(isinstance(text, str) for text in texts) else None
     for key, text in (('role', role), ('content', content)):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f'the "{key}" of a message must be a text, got {json.dumps(said)[:80]}')
@@ -686,7 +686,7 @@ def as_record(row):
     length = sum(map(len, texts))
     if length > 1 << 20 and kind != {'text'}:
         raise ValueError(f'an example of {length:,} characters; the limit is {1 << 20:,}')
-    others = {'prompt_ids', 'response_ids', 'text', *LISTS}.union(*PAIRS) - kind
+    others = {'messages', 'prompt_ids', 'response_ids', 'text', *LISTS}.union(*PAIRS) - kind
     return {key: value for key, value in row.items() if key not in others}
 
 

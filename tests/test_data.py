@@ -641,7 +641,8 @@ def test_conversations_by_other_names(row):
 
 
 def test_what_is_no_conversation_leaves_a_text_a_text():
-    assert data.as_record({'text': 't', 'conversation': 17, 'messages': None}) == {'text': 't', 'messages': None}
+    assert data.as_record({'text': 't', 'conversation': 17, 'messages': None}) == {'text': 't'}
+    assert data.as_record({'response': 'a', 'messages': None}) == {'response': 'a'}
 
 
 def test_alpacas_input_is_part_of_the_question():
@@ -653,6 +654,7 @@ def test_alpacas_input_is_part_of_the_question():
     ({'messages': [*SAID[:1], {'role': 'assistant', 'content': None, 'tool_calls': [{'id': 1}]}]}, '"tool_calls"'),
     ({'messages': [*SAID[:1], {'role': 'assistant', 'content': 'a', 'function_call': {'name': 'f'}}]}, 'tools'),
     ({'messages': [{'role': 'user', 'content': [{'type': 'image'}]}, SAID[1]]}, '"content" of a message'),
+    ({'messages': [{'role': 'user', 'content': [{'type': 'text', 'text': 5}]}, SAID[1]]}, '"content" of a message'),
     ({'conversations': [{'from': 'human', 'value': 'q'}]}, 'must end with an answer'),
     ({'conversations': 'q'}, '"conversations" must be a list'), ({'messages': ['q']}, '"role" and a "content"'),
     ({'instruction': 'q', 'output': ['a']}, '"role" and a "content"'),
