@@ -213,8 +213,10 @@ class Block(nn.Module):
         self.ff_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ff = SwiGLU(config)
 
-    def forward(self, x, **context):
+    def forward(self, x, rows=None, **context):
         x = x + self.attn(self.attn_norm(x), **context)
+        if rows is not None:                                # of the last block: nobody looks at the others again
+            x = x[rows] if rows.dtype == torch.bool else x.flatten(0, 1)[rows]              # (M, C)
         return x + self.ff(self.ff_norm(x))
 
 
@@ -303,13 +305,12 @@ class Transformer(nn.Module):
 
         for i, block in enumerate(self.blocks):
             context['kv'] = None if kv is None else kv[i]
+            context['rows'] = rows if block is self.blocks[-1] else None
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, **context, use_reentrant=False)
             else:
                 x = block(x, **context)
 
-        if rows is not None:
-            x = x[rows] if rows.dtype == torch.bool else x.flatten(0, 1)[rows]              # (M, C)
         x = self.norm(x)
         head = self.embed.weight if self.head is None else self.head.weight
         if targets is not None:
@@ -364,7 +365,8 @@ class Transformer(nn.Module):
     def flops_per_token(self, masked_fraction=1.0, length=None):
         """FLOPs per token of one forward and backward pass; the head counts only for the rows it computes.
 
-        The attention term is the full square, also under a causal mask. length: of the segments that attend
+        The attention term is the full square, also under a causal mask, and the last block has all its rows, though
+        its feed-forward computes only those that are read out (of 8B 1 % less). length: of the segments that attend
         to each other, default seq_len; of a mixture sum(length^2) / sum(length).
         """
         c = self.config

@@ -24,7 +24,10 @@ def test_rows_and_positions():
     ids = ids_of(model)
     full = model(ids)
     rows = torch.rand(3, 12, generator=torch.Generator().manual_seed(1)) < 0.4
+    seen = []
+    model.blocks[-1].ff.register_forward_pre_hook(lambda part, args: seen.append(len(args[0])))
     close(model(ids, rows=rows), full[rows])
+    assert seen == [rows.sum()]                                                         # no others in the last block
     close(model(ids, pos=torch.arange(12) + 100), full, atol=1e-3)                      # rotary positions are relative
 
 
