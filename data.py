@@ -67,8 +67,8 @@ val_every = 10                  # hold out every N-th piece of text, or question
 
 Batch = namedtuple('Batch', 'x0 maskable cu_seqlens')       # (B, T) int64, (B, T) bool, (n+1,) int32 or None
 Dataset = namedtuple('Dataset', 'parts weights')            # lists of Corpus and of float
-Cuts = namedtuple('Cuts', 'random_length random_split isolate times', defaults=(0., 0., False, 1))  # see Windows
-WHOLE = Cuts()
+Cuts = namedtuple('Cuts', 'random_length random_split isolate times pad_group', defaults=(0., 0., False, 1, 1))
+WHOLE = Cuts()                                              # see Windows and Examples
 
 # ----------------------------------------------------------------------------------------------------------
 # Tokenizers: one kind, a tiktoken.Encoding and a table from its ranks to ids; three sources
@@ -1050,14 +1050,13 @@ def check_same(theirs, ours, name, folder):
         raise Refused(f'{name}: its tokenizer is not the one of {folder}')
 
 
-def open_source(dataset, split, masking, tok, seq_len, seed=0, pad_group=1, **cuts):
+def open_source(dataset, split, masking, tok, seq_len, seed=0, **cuts):
     """The rows of a split as training sees them: Examples for masking 'response', else Windows, cut as asked.
 
     dataset: a Dataset. Both answer to batch, held_out and bytes_per_token.
     """
-    if masking == 'response':
-        return Examples(dataset, split, tok, seq_len, seed, pad_group)
-    return Windows(dataset, split, tok, seq_len, seed, Cuts(**cuts))
+    kind = Examples if masking == 'response' else Windows
+    return kind(dataset, split, tok, seq_len, seed, Cuts(**cuts))
 
 
 def shuffled(index, n, key):
@@ -1184,14 +1183,15 @@ class Examples:
     """One example a row, EOS up to the longest of pad_group rows: LLaDA's fine-tuning.                   Eq. 5
 
     The response, its EOS and the padding are maskable, hence counted as L' (App. B.1); the prompt is not.
+    Of Cuts pad_group and times count: how often in a row each example comes.
     """
 
     bytes_per_token = None
     logit_normal = 0.0                                      # an answer is begun at t = 1: that must be trained
 
-    def __init__(self, dataset, split, tok, seq_len, seed=0, pad_group=1):
+    def __init__(self, dataset, split, tok, seq_len, seed=0, cuts=WHOLE):
         self.corpus, self.split, self.tok, self.seed = dataset.parts[0], split, tok, seed
-        self.T, self.pad_group = seq_len, pad_group
+        self.T, self.asked = seq_len, cuts
         if len(dataset.parts) > 1 or not self.corpus.rows[split]:
             raise Refused(f"{self.corpus.folder}: masking = 'response' needs one set of examples, made of "
                           '"messages" or "prompt" and "response"')
@@ -1228,9 +1228,10 @@ class Examples:
 
     def batch(self, it, rows, size):
         """Rows `rows` (a range inside a group) of the `size` examples of iteration `it` -> Batch."""
-        start = rows.start // self.pad_group * self.pad_group
-        stop = max(rows.stop, min(start + self.pad_group, size))
-        group = self.drawn(range(it * size + start, it * size + stop))
+        each = self.asked.pad_group
+        start = rows.start // each * each
+        stop = max(rows.stop, min(start + each, size))
+        group = self.drawn([(it * size + row) // self.asked.times for row in range(start, stop)])
         longest = int((group[:, 2] - group[:, 0]).max())
         return Batch(*self.padded(group[rows.start - start:rows.stop - start], longest), None)
 

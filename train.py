@@ -84,7 +84,7 @@ count_form = True             # hide exactly l of L, weight L/l; False: each wit
 stratified = True               # one t in each of B equal slices; False: i.i.d., as in LLaDA's guideline
 mask_eps = 1e-3                 # smallest t when count_form is off
 logit_normal = -1.0             # t = sigmoid(width * normal); 0: uniform (papers); -1: windows 0.5, examples 0
-complementary = True            # each window twice in an update: what one hides the other shows (not the papers')
+complementary = True            # each row twice in an update: what one hides the other shows (not the papers')
 # --- optimizer
 optimizer = 'muon'              # 'muon': on the matrices of the blocks, with AdamW elsewhere; or 'adamw'
 learning_rate = 2e-2            # AdamW's peak
@@ -192,8 +192,8 @@ def update_size(cfg):
 
 
 def in_pairs(cfg):
-    """Whether rows 2k and 2k + 1 of an update are the same window, under masks that complete each other."""
-    return cfg.complementary and cfg.masking == 'unified' and not cfg.causal
+    """Whether rows 2k and 2k + 1 of an update are the same row of data, under masks that complete each other."""
+    return cfg.complementary and not cfg.causal
 
 
 def lr_at(tokens, points):
@@ -399,7 +399,7 @@ def noise_of(rows, it, T, source, cfg):
     """
     eps = 0.0 if cfg.count_form else cfg.mask_eps
     width = cfg.logit_normal if cfg.logit_normal >= 0 else source.logit_normal
-    times = 2 if in_pairs(cfg) else 1
+    times = 1 + in_pairs(cfg)
     pair_of = [row // times for row in rows]
     t = diffusion.sample_t(update_size(cfg) // times, eps, cfg.stratified,
                            diffusion.keyed_generator(cfg.seed, it), logit_normal=width)
@@ -766,9 +766,8 @@ def open_data(cfg, procs):
         raise Refused(f'vocab_size must hold the {tok.vocab_size} tokens of {cfg.dataset}, '
                       f'got {cfg.vocab_size}')
     cuts = dict(random_length=cfg.random_length, random_split=cfg.random_split, isolate=cfg.isolate,
-                times=2 if in_pairs(cfg) else 1)
-    source = data.open_source(dataset, 'train', cfg.masking, tok, cfg.seq_len, cfg.seed,
-                              cfg.pad_group or cfg.batch_size, **cuts)
+                times=1 + in_pairs(cfg), pad_group=cfg.pad_group or cfg.batch_size)
+    source = data.open_source(dataset, 'train', cfg.masking, tok, cfg.seq_len, cfg.seed, **cuts)
     held_out = data.open_source(dataset, 'val', cfg.masking, tok, cfg.seq_len)
     return source, held_out.held_out(cfg.eval_windows), tok
 

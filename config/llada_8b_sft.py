@@ -21,6 +21,7 @@ d_ff = 12288
 rope_theta = 500000.0
 norm_eps = 1e-5
 logit_normal = 0.0              # t is uniform in the papers
+complementary = False           # nor are masks drawn in pairs there
 emb_std = 0.0
 
 count_form = False              # Bernoulli masks and weight 1/t

@@ -40,8 +40,8 @@ def prepared(records, folder, **options):
     return data.Corpus(folder)
 
 
-def examples_of(corpus, seq_len, split='train', seed=1337, pad_group=1):
-    return data.Examples(data.Dataset([corpus], [1.0]), split, corpus.tokenizer(), seq_len, seed, pad_group)
+def examples_of(corpus, seq_len, split='train', seed=1337, **cuts):
+    return data.Examples(data.Dataset([corpus], [1.0]), split, corpus.tokenizer(), seq_len, seed, data.Cuts(**cuts))
 
 
 def read(corpus, start, end):
@@ -111,7 +111,7 @@ def test_one_update_is_eq_5_however_it_is_split(corpora):
     tok, source = corpora['pairs'].tokenizer(), examples_of(corpora['pairs'], 96, pad_group=8)
     one = train.Processes(0, 1, 'cpu', False, False)
     for form in (True, False):
-        cfg = settings(batch_size=8, global_batch=8, count_form=form)
+        cfg = settings(batch_size=8, global_batch=8, count_form=form, complementary=False)
         whole, = train.questions(source, 3, cfg, tok, one)
         x0, maskable, _ = source.batch(3, range(8), 8)
         masked = torch.zeros(x0.numel(), dtype=torch.bool).index_fill_(0, whole.rows, True).view(x0.shape)
@@ -126,11 +126,25 @@ def test_one_update_is_eq_5_however_it_is_split(corpora):
             weight = n / int(masked[b].sum()) if form else 1 / float(t[b])
             each.append(weight * float((logp * masked[b]).sum()) / n)
         assert float(want) == pytest.approx(sum(each) / 8, rel=1e-5)
-        small, got = settings(batch_size=2, global_batch=8, count_form=form), 0.0
+        small, got = settings(batch_size=2, global_batch=8, count_form=form, complementary=False), 0.0
         for rank in (0, 1):
             procs = train.Processes(rank, 2, 'cpu', False, False)
             got += sum(diffusion.weighted_loss(model, q).item() for q in train.questions(source, 3, small, tok, procs))
         assert got == pytest.approx(float(want), rel=1e-5)
+
+
+def test_the_two_masks_of_an_example_together_ask_for_all_of_its_answer(corpora):
+    tok, source = corpora['pairs'].tokenizer(), examples_of(corpora['pairs'], 96, pad_group=4, times=2)
+    one, seen = train.Processes(0, 1, 'cpu', False, False), []
+    for it in range(5):
+        for start, question in zip((0, 4), train.questions(source, it, settings(global_batch=8), tok, one)):
+            x0, maskable, _ = source.batch(it, range(start, start + 4), 8)
+            hidden = torch.zeros(x0.numel(), dtype=torch.bool).index_fill_(0, question.rows, True).view(x0.shape)
+            assert torch.equal(x0[::2], x0[1::2])
+            assert torch.equal(hidden[::2] | hidden[1::2], maskable[::2])
+            assert (hidden[::2] & hidden[1::2]).sum(1).max() <= 1                       # the count is rounded up
+            seen += map(tuple, x0[::2].tolist())
+    assert len(set(seen)) == 20                                                         # no other comes twice
 
 
 def test_a_dialogue_gives_one_turn_a_visit(corpora):
