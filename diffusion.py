@@ -497,14 +497,17 @@ def uniform(rows, columns, generator):
     return torch.cat(drawn)
 
 
+def draw(logits, rows, never=(), temperature=1., generator=None):
+    """A token for each True position of rows (B, T), by logits (M, V): -> (M,). never: ids that are not taken."""
+    u = None
+    if temperature > 0:
+        u = uniform(rows, logits.shape[1], generator)
+    return gumbel_argmax(forbid(logits, never), temperature, u=u)
+
+
 def propose(logits, masked, rules):
     """For the True positions of masked (B, T), by logits (M, V): a token (M,), how far it is trusted (M,)."""
-    u = None
-    if rules.temperature > 0:
-        u = uniform(masked, logits.shape[1], rules.generator)
-    allowed = forbid(logits, rules.never)
-    guess = gumbel_argmax(allowed, rules.temperature, u=u)
-
+    guess = draw(logits, masked, rules.never, rules.temperature, rules.generator)
     u = None
     if rules.remasking == 'random':
         u = uniform(masked, 1, rules.generator)[:, 0]
@@ -854,11 +857,11 @@ def ar_log_likelihood(model, x0, maskable, *, bos_id=None):
 
 
 @torch.no_grad()
-def ar_generate(model, prompt, n_new, *, eos_id=None, visible=None, **sampling):
+def ar_generate(model, prompt, n_new, *, eos_id=None, visible=None, suppress=(), **sampling):
     """Continues prompt (B, P) int64 by n_new tokens -> Generated(x (B, P + n_new), n_forward).
 
     Keys and values are cached, so each token costs one row. Rows that produced eos_id keep repeating it.
-    visible (B, P) bool: False on left padding. sampling: see next_token.
+    visible (B, P) bool: False on left padding. suppress: ids never taken; sampling: temperature, generator.
     """
     x, P, cached = prompt, prompt.shape[1], {}
     if hasattr(model, 'new_kv'):
@@ -877,21 +880,12 @@ def ar_generate(model, prompt, n_new, *, eos_id=None, visible=None, **sampling):
         newest[:, -1] = True
         logits = logits_of(model, ids, newest, **cached)                            # (B, V)
 
-        token = next_token(logits, **sampling)[:, None]
+        token = draw(logits, newest, suppress, **sampling)[:, None]
         if eos_id is not None:
             token = torch.where(ended, eos_id, token)
             ended = ended | (token == eos_id)
         x = torch.cat((x, token), dim=1)
     return Generated(x, n_new)
-
-
-def next_token(logits, *, temperature=1., generator=None, suppress=()):
-    """A token for each row by its logits (B, V): -> (B,). suppress: ids never taken; generator: see uniform."""
-    u = None
-    if temperature > 0:
-        each = torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
-        u = uniform(each, logits.shape[1], generator)
-    return gumbel_argmax(forbid(logits, suppress), temperature, u=u)
 
 
 # ----------------------------------------------------------------------------------------------------------

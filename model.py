@@ -93,8 +93,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        h = x.float()
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        h = F.rms_norm(x, self.weight.shape, eps=self.eps)  # x / sqrt(mean(x^2) + eps), float32 inside
         return h.to(x.dtype) * self.weight.to(x.dtype)      # cast, then multiply: as released weights expect
 
 
