@@ -28,20 +28,23 @@ out = 'data'                    # where the folders go
 # A story has one sentence of each line of STORY; alternatives (|) are equally likely. {A} is a person: the first slot
 # of a letter draws a word of its kind (or of the kind named: {B:girl}) that the story has not used, each equally
 # likely; later slots repeat it; {A.he} is the pronoun that fits. Alternatives are equally long, so that a word and its
-# repetition are always equally far apart: that is what a small model learns fast.
+# repetition are always equally far apart: that is what a small model learns fast. Each kind of word may come again in
+# the last sentence: what stories never repeat, fine-tuning has to teach (see RESULTS.md).
 
 WORDS = {kind: words.split(', ') for kind, words in {
     'girl': 'Anna, Bella, Cleo, Dora, Emma, Fay, Greta, Hanna, Ida, Julia, Kate, Lucy',
     'boy': 'Adam, Ben, Carl, David, Erik, Felix, Gus, Hugo, Ivan, Jack, Leo, Max',
     'place': 'the castle, the city, the forest, the harbour, the island, the library, the market, the mill, '
              'the mountains, the museum, the park, the village',
+    'spot': 'the attic, the barn, the bath, the cave, the cellar, the garden, the hall, the kitchen, the shed, the stable, '
+            'the tent, the tower',
     'colour': 'black, blue, brown, green, grey, orange, purple, red, white, yellow',
     'thing': 'ball, bell, boat, book, box, coat, cup, drum, hat, kite, lamp, ring',
     'animal': 'bear, bird, cat, cow, dog, fox, frog, goat, horse, mouse, rabbit, sheep',
     'food': 'apples, bread, cake, cheese, grapes, honey, milk, nuts, pears, plums, rice, soup',
     'day': 'Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday'}.items()}
 WORDS['name'] = WORDS['girl'] + WORDS['boy']
-KINDS = dict(A='name', B='name', C='colour', D='day', F='food', G='food', K='animal', P='place', Q='place', X='thing')
+KINDS = dict(A='name', B='name', C='colour', D='day', F='food', G='food', K='animal', P='place', Q='spot', X='thing')
 FORMS = {'girl': dict(He='She', he='she', His='Her', his='her'), 'boy': dict(He='He', he='he', His='His', his='his')}
 STORY = [line.split(' | ') for line in (
     '{A} lives in {P}. | {A} works in {P}. | {A} comes from {P}.',
@@ -49,7 +52,8 @@ STORY = [line.split(' | ') for line in (
     '{A.His} sister {B:girl} eats {G}. | {A.His} brother {B:boy} eats {G}. | {A.His} friend {B} eats {G}.',
     'On {D} {A} lost the {X} in {Q}. | On {D} {B} lost the {X} in {Q}. | On {D} {A} hid the {X} in {Q}. | '
     'On {D} {B} hid the {X} in {Q}. | On {D} {B} took the {X} to {Q}.',
-    'Now {B} has the {C} {X}. | Now {A} has the {C} {X}. | Then {A} ate {G} with {B}. | Then {B} gave {G} to {A}.')]
+    'Now {B} has the {C} {X}. | Now {A} has the {C} {X}. | Then {A} ate {G} with {B}. | Then {B} gave {G} to {A}. | '
+    'Then {B} came to {P}. | Now {A} is in {Q}. | Next {D} {B} left {P}. | Next {D} {A} left {Q}.')]
 SLOT = re.compile(r'\{(\w)(?::(\w+))?(?:\.(\w+))?\}')
 
 
