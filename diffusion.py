@@ -35,7 +35,8 @@ GOLDEN = (5 ** 0.5 - 1) / 2                             # its multiples, modulo 
 # Forward process (Sec. 2.1): a mask ratio t per sequence, every token hidden with probability t
 
 
-def sample_t(batch_size, eps=1e-3, stratified=True, generator=None, device=None, *, logit_normal=0.):
+def sample_t(batch_size, eps=1e-3, stratified=True,
+             generator=None, device=None, *, logit_normal=0.):
     """Mask ratios t (B,) float32, each uniform on (eps, 1] (the guideline's p_mask = (1 - eps) t + eps).
 
     stratified: one t in each of B equal slices, so that the loss of a batch is less noisy, and every
@@ -169,7 +170,8 @@ def diffusion_loss(model, x0, maskable, mask_id,
         _, masked = forward_process(x0, t, mask_id, maskable, generator, exact=exact)
     xt = torch.where(masked, mask_id, x0)
 
-    asked = question(x0, xt, masked, maskable, t, cu_seqlens=cu_seqlens, per=per, exact=exact, total=total)
+    form = dict(per=per, exact=exact, total=total)
+    asked = question(x0, xt, masked, maskable, t, cu_seqlens=cu_seqlens, **form)
     return weighted_loss(model, asked)                                              # Eq. 3, Eq. 5
 
 
@@ -328,7 +330,8 @@ def fit(model, prompt, filled, mask_id, *, seed=0):
     near = F.max_pool1d(gap.float(), 5, 1, 2)[0] > 0
     noise = keyed_generator(seed, device=device)
     x0 = torch.tensor(filled, device=device)
-    return log_likelihood(model, x0, near, mask_id, mc_num=64, generator=noise) / int(near.sum())
+    logp = log_likelihood(model, x0, near, mask_id, mc_num=64, generator=noise)
+    return logp / int(near.sum())
 
 
 def log_likelihood_ordered(model, x0, maskable, mask_id, order=None,
@@ -403,6 +406,14 @@ def num_transfer_tokens(n_masked, steps):
     step = torch.arange(steps, device=n_masked.device)
     one_more = step < (n_masked % steps)[:, None]
     return (n_masked // steps)[:, None] + one_more
+
+
+def step_sizes(n_masked, steps, threshold=None):
+    """How many tokens each row commits: yields a list (B,) a step, without end. By a threshold one, or all above it."""
+    if not threshold:
+        yield from num_transfer_tokens(n_masked, steps).T.tolist()
+    while True:                                                 # if on_step puts some back
+        yield [1] * len(n_masked)
 
 
 def guided_logits(model, x, prompt, cfg_scale, mask_id,
@@ -596,54 +607,53 @@ def check_sampler(steps, temperature, cfg_scale, remasking, cache, threshold):
 @torch.no_grad()
 def generate(model, x, mask_id, *,
              steps, block_length=None, gen_start=None, cache=None,
-             temperature=0., remasking='low_confidence', threshold=None, cfg_scale=0., prompt=None, visible=None,
-             eos_id=None, eot_id=None, logits_eos_inf=False, confidence_eos_eot_inf=False, until_end=False,
-             suppress=(), adjust=None, generator=None, on_step=None):
+             temperature=0., remasking='low_confidence', threshold=None, generator=None,
+             cfg_scale=0., prompt=None, visible=None, suppress=(),
+             eos_id=None, eot_id=None, logits_eos_inf=False, confidence_eos_eot_inf=False,
+             until_end=False, adjust=None, on_step=None):
     """Fills every [MASK] of the canvas x (B, T) int64, wherever it stands -> Generated(x, n_forward).
 
     steps: denoising steps for the whole canvas, shared out over its blocks; each commits an equal part.
     block_length: None is pure diffusion; less is semi-autoregressive: blocks are finished from left to right,
         later ones stay in view as masks. They begin at gen_start (default: the first mask).
-    temperature: of the proposals. remasking: which of them survive a step, 'low_confidence' the most probable
-        (Alg. 5: it seeks modes), 'random' any (Alg. 4 with a fixed count).
+    temperature: of the proposals. generator: see uniform. remasking: which of them survive a step,
+        'low_confidence' the most probable (Alg. 5: it seeks modes), 'random' any (Alg. 4 with a fixed count).
     threshold: above 0, parallel decoding: commits every proposal this probable, in as many steps as it takes.
     cfg_scale, prompt (B, T) bool: guidance away from the canvas without its prompt (default: what is given).
     visible (B, T) bool: False on left padding. suppress: ids never written; [MASK] never is.
     cache: None or '' is exact; 'prefix', 'dual', 'roll': see recomputed_rows; the model needs new_kv.
     logits_eos_inf: EOS is never written. confidence_eos_eot_inf: EOS and EoT are written last (App. B.4).
     until_end: leave as soon as finished blocks of every row hold EOS or EoT, the rest EOS: the text is the same.
-    adjust(logits (M, V), x, masked) -> logits: see end_think. generator: see uniform.
-    on_step(x, committed): called after each step, and may write on the canvas x.
+    adjust(logits (M, V), x, masked) -> logits: see end_think. on_step(x, committed): after each step, may write on x.
     """
     check_sampler(steps, temperature, cfg_scale, remasking, cache, threshold)
     if (logits_eos_inf or confidence_eos_eot_inf) and eos_id is None:
         raise ValueError('logits_eos_inf and confidence_eos_eot_inf need eos_id')
     ends = [i for i in (eos_id, eot_id) if i is not None]
-    rules = Rules(temperature, remasking, [mask_id, *suppress], ends if confidence_eos_eot_inf else [], generator)
+    last = ends if confidence_eos_eot_inf else []
+    rules = Rules(temperature, remasking, [mask_id, *suppress], last, generator)
     given = x != mask_id if prompt is None else prompt
     visible = None if visible is None or visible.all() else visible
-    n_steps, opinions = 0, 2 if cfg_scale else 1
-    kv = [model.new_kv(*x.shape) if cache else None for _ in range(opinions)]
-    blocks = block_plan(x, mask_id, gen_start, block_length, steps)
+    kv = [model.new_kv(*x.shape) if cache else None for _ in range(1 + bool(cfg_scale))]
+    blocks, n_steps = block_plan(x, mask_id, gen_start, block_length, steps), 0
 
     for start, end, block_steps in blocks:
-        ended = torch.isin(x[:, blocks[0][0]:start], torch.tensor(ends, device=x.device)).any(1)
-        if until_end and ended.all():
+        written = x[:, blocks[0][0]:start].tolist()
+        if until_end and not any(set(ends).isdisjoint(row) for row in written):
             x = x.masked_fill(x == mask_id, eos_id)
             break
 
         n_masked = masks_between(x, mask_id, start, end).sum(1)
-        schedule = [] if threshold else num_transfer_tokens(n_masked, block_steps).T.tolist()      # steps x B
-        schedule += [[1] * len(x)] * (end - start)              # until none is left, if on_step puts some back
-        for step, n in enumerate(schedule):
+        for step, n in enumerate(step_sizes(n_masked, block_steps, threshold)):
             masked = masks_between(x, mask_id, start, end)                          # (B, T)
             if not masked.any():
                 break
 
-            pos = torch.tensor(recomputed_rows(cache, x.shape[1], (start, end), step, n_steps), device=x.device)
+            columns = recomputed_rows(cache, x.shape[1], (start, end), step, n_steps)
+            pos = torch.tensor(columns, device=x.device)
             logits = guided_logits(
-                model, x[:, pos], given[:, pos], cfg_scale, mask_id, rows=masked[:, pos],
-                visible=visible, kv=kv, pos=pos if cache else None)                 # (M, V)
+                model, x[:, pos], given[:, pos], cfg_scale, mask_id,
+                rows=masked[:, pos], visible=visible, kv=kv, pos=pos if cache else None)    # (M, V)
             if adjust is not None:
                 logits = adjust(logits, x, masked)
             logits = forbid(logits, [eos_id] if logits_eos_inf else [])
@@ -653,7 +663,7 @@ def generate(model, x, mask_id, *,
             n_steps += 1
             if on_step is not None:
                 on_step(x, committed)
-    return Generated(x, n_steps * opinions)
+    return Generated(x, n_steps * len(kv))
 
 
 @torch.no_grad()
@@ -748,7 +758,8 @@ def complete(model, prompts, gen_length, tok, *,
         more = dict(settings, eot_id=tok.eot_id)
         if think_boost:
             ids, longest = tok.encode('</think>'), len(rows[-1])
-            more['adjust'] = end_think(longest, gen_length, ids, think_boost, think_power, settings.get('adjust'))
+            before = settings.get('adjust')
+            more['adjust'] = end_think(longest, gen_length, ids, think_boost, think_power, before)
 
         if model.config.causal:
             begun = [[tok.eos_id, *row] for row in rows]
@@ -791,7 +802,8 @@ def end_think(begin, gen_length, ids, boost=100.0, power=3.0, before=None):
     that comes first.
     """
     def adjust(logits, x, masked):
-        logits = logits.clone() if before is None else before(logits, x, masked).clone()
+        logits = before(logits, x, masked) if before else logits
+        logits = logits.clone()
         rows = x[:, begin:].tolist()
         holes = masked[:, begin:].tolist()
         first = 0                                               # number of the row's first mask
@@ -857,7 +869,8 @@ def ar_log_likelihood(model, x0, maskable, *, bos_id=None):
 
 
 @torch.no_grad()
-def ar_generate(model, prompt, n_new, *, eos_id=None, visible=None, suppress=(), **sampling):
+def ar_generate(model, prompt, n_new,
+                *, eos_id=None, visible=None, suppress=(), **sampling):
     """Continues prompt (B, P) int64 by n_new tokens -> Generated(x (B, P + n_new), n_forward).
 
     Keys and values are cached, so each token costs one row. Rows that produced eos_id keep repeating it.
