@@ -9,6 +9,7 @@ python tests/lab/experiments.py reversal out/reversal_facts out/reversal_facts_a
 out_dir = 'out/reversal_facts'
 dataset = 'facts'
 masking = 'response'
+complementary = False           # as in the paper
 seq_len = 28
 d_model = 128
 d_ff = 384

@@ -9,6 +9,7 @@ python tests/lab/experiments.py reversal out/reversal_poems out/reversal_poems_a
 out_dir = 'out/reversal_poems'
 dataset = 'data/poems'
 masking = 'response'
+complementary = False           # as in the paper
 seq_len = 32
 d_model = 128
 d_ff = 384

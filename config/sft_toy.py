@@ -10,6 +10,7 @@ out_dir = 'out/sft_toy'
 init_from = 'out/world'
 dataset = 'instruct'
 masking = 'response'
+complementary = False           # as in the paper
 seq_len = 96
 d_model = 128
 d_ff = 384

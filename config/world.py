@@ -7,7 +7,7 @@ Afterwards:  python tests/lab/experiments.py world out/world
 out_dir = 'out/world'
 dataset = 'world'
 masking = 'response'
-seq_len = 37
+seq_len = 40
 d_model = 128
 d_ff = 384
 batch_size = 32
@@ -15,5 +15,5 @@ logit_normal = 0.5              # stories are judged by their likelihood: see te
 max_iters = 2600
 schedule = 'cosine'
 eval_interval = 650
-sample_tokens = 37
+sample_tokens = 40
 then = 'python tests/lab/experiments.py world out/world'

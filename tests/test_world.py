@@ -65,15 +65,15 @@ def test_reader_and_writer_agree_on_the_whole_world():
 
 
 STORY = ('Gus lives in the mill. He has a red drum. His brother Max eats nuts. '
-         'On Monday Max lost the drum in the garden. Now Gus has the red drum.')
+         'On Monday Max lost the drum in the garden. Now Gus has the red drum in the mill.')
 
 
 @pytest.mark.parametrize('old, new, parses', [
     ('Now Gus', 'Now Max', 'agrees'), ('lost the drum', 'lost the kite', 'parses'), ('He has', 'She has', 'parses'),
-    ('Max lost', 'Leo lost', 'parses'), ('the red drum.', 'the blue drum.', 'parses'),
-    ('Max eats', 'Gus eats', 'parses'),
+    ('Max lost', 'Leo lost', 'parses'), ('the red drum in', 'the blue drum in', 'parses'),
+    ('Max eats', 'Gus eats', 'parses'), ('drum in the mill', 'drum in the park', 'parses'),
     ('in the garden', 'in the mill', 'no'), ('brother Max', 'brother Ida', 'no'), ('the drum in', 'drum in', 'no'),
-    ('. He', '.  He', 'no'), ('. He', '.He', 'no'), ('the red drum.', 'the red drum. And on.', 'no'),
+    ('. He', '.  He', 'no'), ('. He', '.He', 'no'), ('in the mill.', 'in the mill. And on.', 'no'),
     ('Gus lives', ' Gus lives', 'no')])
 def test_what_the_grader_tells_apart(old, new, parses):
     assert old in STORY and len(worlds.readings(STORY)) == 1

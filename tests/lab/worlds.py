@@ -28,8 +28,8 @@ out = 'data'                    # where the folders go
 # A story has one sentence of each line of STORY; alternatives (|) are equally likely. {A} is a person: the first slot
 # of a letter draws a word of its kind (or of the kind named: {B:girl}) that the story has not used, each equally
 # likely; later slots repeat it; {A.he} is the pronoun that fits. Alternatives are equally long, so that a word and its
-# repetition are always equally far apart: that is what a small model learns fast. Each kind of word may come again in
-# the last sentence: what stories never repeat, fine-tuning has to teach (see RESULTS.md).
+# repetition are always equally far apart: that is what a small model learns fast. Each kind of word comes again in half
+# of the last sentences: what is seldom repeated is not learned in minutes (see RESULTS.md).
 
 WORDS = {kind: words.split(', ') for kind, words in {
     'girl': 'Anna, Bella, Cleo, Dora, Emma, Fay, Greta, Hanna, Ida, Julia, Kate, Lucy',
@@ -52,8 +52,9 @@ STORY = [line.split(' | ') for line in (
     '{A.His} sister {B:girl} eats {G}. | {A.His} brother {B:boy} eats {G}. | {A.His} friend {B} eats {G}.',
     'On {D} {A} lost the {X} in {Q}. | On {D} {B} lost the {X} in {Q}. | On {D} {A} hid the {X} in {Q}. | '
     'On {D} {B} hid the {X} in {Q}. | On {D} {B} took the {X} to {Q}.',
-    'Now {B} has the {C} {X}. | Now {A} has the {C} {X}. | Then {A} ate {G} with {B}. | Then {B} gave {G} to {A}. | '
-    'Then {B} came to {P}. | Now {A} is in {Q}. | Next {D} {B} left {P}. | Next {D} {A} left {Q}.')]
+    'Now {A} has the {C} {X} in {P}. | Now {B} has the {C} {X} in {P}. | Now {A} has the {C} {X} in {Q}. | '
+    'Now {B} has the {C} {X} in {Q}. | Next {D} {A} ate {G} in {P} too. | Next {D} {B} ate {G} in {P} too. | '
+    'Next {D} {A} ate {G} in {Q} too. | Next {D} {B} ate {G} in {Q} too.')]
 SLOT = re.compile(r'\{(\w)(?::(\w+))?(?:\.(\w+))?\}')
 
 
