@@ -33,7 +33,7 @@ def desk(tmp_path_factory):
         patch.chdir(folder)
         for name, flags in (('text', ['--dataset=./text', '--seq_len=96']),
                             ('text_ar', ['--dataset=./text', '--seq_len=96', '--causal=true']),
-                            ('world', ['--dataset=world', '--seq_len=37', '--masking=response']),
+                            ('world', ['--dataset=world', '--seq_len=40', '--masking=response']),
                             ('sft', ['--dataset=instruct', '--seq_len=96', '--masking=response',
                                      '--init_from=out/world']),
                             ('uni', ['--dataset=instruct', '--seq_len=96', '--isolate=true']),
