@@ -94,16 +94,16 @@ beta2 = 0.95                    # AdamW
 weight_decay = 0.1              # on matrices; with Muon on those of the blocks only
 grad_clip = 1.0                 # largest gradient norm; 0 turns clipping off
 # --- schedule
-max_iters = 1500                # optimizer updates
+max_iters = 1600                # optimizer updates
 batch_size = 16                 # windows in one forward pass of one process
 global_batch = 0                # windows in one update, by all processes and forward passes; 0: batch_size
 schedule = 'wsd'                # warm up, stay, decay linearly; or 'cosine', or 'points': see lr_points
 warmup_iters = 50               # linear from 0
-decay_iters = 900               # wsd only: the last ones
+decay_iters = 950               # wsd only: the last ones
 min_lr_ratio = 0.0              # the last learning rate as a part of the peak
 lr_points = []                # [[tokens, rate], ...] joined by lines; [.., 'cosine'] bends the way to a point
 # --- reports
-eval_interval = 250             # iterations between checkpoints, each with its validation bound and a sample
+eval_interval = 400             # iterations between checkpoints, each with its validation bound and a sample
 eval_windows = 256              # validation windows in that bound (all, if there are fewer)
 eval_draws = 4                  # masks drawn for each of them
 log_interval = 10               # iterations between lines of log.jsonl
