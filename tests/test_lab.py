@@ -12,6 +12,7 @@ import worlds
 from helpers import ROOT, script, small_corpus, tiny_model, write_worlds
 
 import data
+import diffusion
 import evaluate
 from configurator import settings_of
 
@@ -49,7 +50,8 @@ def test_every_experiment_runs(desk, monkeypatch, capsys):
     few = ['--mc_num=2', '--samples=4', '--draws=1', '--limit=6']
     for argv, columns in ((['log', 'out/text'], 'held out'), (['gaps', 'out/world'], 'best fit'),
                           (['by_t', 'out/text', 'out/sft', '--windows=8'], 'a hidden token'),
-                          (['world', 'out/world'], 'x the source'), (['flood', 'out/sft', 'out/uni'], '128'),
+                          (['world', 'out/world'], 'x the source'),
+                          (['ahead', 'out/world', '--windows=2'], 'passes'), (['flood', 'out/sft', 'out/uni'], '128'),
                           (['reversal', 'out/facts', 'out/facts_ar'], 'unstated %'),
                           (['reversal', 'out/facts', '--poems=poems.json'], 'unstated %'),
                           (['scaling', 'out/text', 'out/text_ar'], 'autoregressive')):
@@ -79,6 +81,29 @@ def test_curves_and_scaling_write_tables_and_figures(desk, monkeypatch, capsys):
     script('tests/lab/experiments', 'scaling', 'out/text*', '--out=scaling.csv')
     assert len((desk / 'scaling.csv').read_text().splitlines()) == 3
     assert all((desk / f'{name}.png').exists() == bool(find_spec('matplotlib')) for name in ('curves', 'scaling'))
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_guessing_ahead_changes_no_token(seed):
+    """The same canvas as one step at a time, in as many passes or fewer; with nothing guessed in as many."""
+    model = tiny_model(seed)
+    x = torch.randint(0, 39, (1, 24), generator=torch.Generator().manual_seed(seed))
+    x[:, 5:] = 39
+    want = diffusion.generate(model, x, 39, steps=19)
+    passes = []
+    for n in (0, 1, 3, 30):
+        got, more = experiments.speculate(model, x, 39, n)
+        assert torch.equal(got, want.x)
+        passes.append(more)
+    assert passes[0] == 19 and passes == sorted(passes, reverse=True)
+
+
+def test_who_is_sure_of_everything_needs_two_passes():
+    def sure(ids):
+        return (9 * torch.eye(12, 30) * torch.linspace(1, 2, 12)[:, None]).expand(len(ids), -1, -1)
+
+    got, passes = experiments.speculate(sure, torch.full((1, 12), 29), 29, 30)
+    assert got.tolist() == [list(range(12))] and passes == 2
 
 
 def test_both_halves_are_filled_by_one_who_knows_them():

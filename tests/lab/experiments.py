@@ -3,6 +3,7 @@
     python tests/lab/experiments.py log out/docs --out=out/docs.csv     # the curves of a run, from its log.jsonl
     python tests/lab/experiments.py by_t out/docs --out=out/by_t.csv    # what a token costs, by how much is hidden
     python tests/lab/experiments.py world out/world out/world_ar        # stories: bound against the source, grades
+    python tests/lab/experiments.py ahead out/world out/docs            # fewer passes, the same tokens
     python tests/lab/experiments.py flood out/sft_toy out/sft_toy_unified   # EOS on canvases longer than the answer
     python tests/lab/experiments.py gaps out/world                      # words left out, length unknown
     python tests/lab/experiments.py reversal out/reversal_facts out/reversal_facts_ar
@@ -141,6 +142,65 @@ def filling_alone(run, prompt, filled):
     gap = torch.tensor(prompt) == run.tok.mask_id
     logp = diffusion.log_likelihood(run.model, torch.tensor(filled), gap, run.tok.mask_id, mc_num=64)
     return logp / int(gap.sum())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Speculation without loss: fewer passes, the same tokens
+
+
+def speculate(model, x, mask_id, n, never=()):
+    """What generate writes on a canvas x (1, T) with one token a step, low confidence, temperature 0 -> (x, passes).
+
+    Only the first canvas is sure. The n behind it are guesses of what it becomes, by one, two, ... of the tokens that
+    it trusts most; one pass asks them all. As long as what is written on a canvas makes the next one, that was guessed
+    right, and is sure as well.
+    """
+    rules = diffusion.Rules(0.0, 'low_confidence', [mask_id, *never], [], None)
+    canvases, passes = x, 0
+    while (canvases[0] == mask_id).any():
+        masked = canvases == mask_id
+        logits = diffusion.logits_of(model, canvases, masked)
+        guess, trust = diffusion.propose(logits, masked, rules)
+        after, _ = diffusion.write(canvases, masked, guess, trust, [1] * len(canvases), None)
+        passes += 1
+
+        sure = 0
+        while sure + 1 < len(canvases) and torch.equal(after[sure], canvases[sure + 1]):
+            sure += 1
+        left = masked.sum(1).tolist()
+        ahead = list(range(min(1, left[sure]), min(n + 1, left[sure]) + 1))     # [0] of a full canvas
+        guess, trust = (z.split(left)[sure].repeat(len(ahead)) for z in (guess, trust))
+        many = canvases[sure].expand(len(ahead), -1)
+        canvases, _ = diffusion.write(many, many == mask_id, guess, trust, ahead, None)
+    return canvases[:1], passes
+
+
+def ahead(cfg):
+    """Passes that are saved by asking guessed canvases too, on held-out rows whose last three quarters are hidden."""
+    rows = []
+    for name in cfg.checkpoints:
+        run = evaluate.load(name, cfg)
+        dataset = evaluate.dataset_of([run], cfg)
+        masking = evaluate.trained_with(run, 'masking', 'unified')
+        source = data.open_source(dataset, 'val', masking, run.tok, run.model.config.seq_len)
+        groups, _ = source.held_out(cfg.windows or 32)
+        never = run.tok.unused(run.model.config.vocab_size)
+
+        exact = []
+        for n in (0, 1, 2, 4, 8, 16):
+            passes, began, done = 0, time.perf_counter(), []
+            for x in (row for x0, _ in groups for row in x0.split(1)):
+                hidden = torch.arange(x.shape[1]) >= x.shape[1] // 4
+                x = torch.where(hidden, run.tok.mask_id, x).to(run.device)
+                with run.autocast, torch.no_grad():
+                    written, more = speculate(run.model, x, run.tok.mask_id, n, never)
+                passes += more
+                done.append(written)
+            exact = exact or done
+            same = [torch.equal(a, b) for a, b in zip(done, exact)]
+            seconds = time.perf_counter() - began
+            rows.append([name, n, len(done), passes, *evaluate.percent(same), round(seconds, 1)])
+    evaluate.table(rows, ['checkpoint', 'guessed ahead', 'rows', 'passes', 'same tokens %', '+-', 'seconds'], cfg.out)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -428,7 +488,7 @@ def by_t(cfg):
     draw(cfg, points, 'nats a hidden token')
 
 
-TASKS = {f.__name__: f for f in (log, by_t, world, flood, gaps, reversal, curves, scaling)}
+TASKS = {f.__name__: f for f in (log, by_t, world, flood, gaps, ahead, reversal, curves, scaling)}
 
 
 def main(config):

@@ -36,8 +36,8 @@ WORDS = {kind: words.split(', ') for kind, words in {
     'boy': 'Adam, Ben, Carl, David, Erik, Felix, Gus, Hugo, Ivan, Jack, Leo, Max',
     'place': 'the castle, the city, the forest, the harbour, the island, the library, the market, the mill, '
              'the mountains, the museum, the park, the village',
-    'spot': 'the attic, the barn, the bath, the cave, the cellar, the garden, the hall, the kitchen, the shed, the stable, '
-            'the tent, the tower',
+    'spot': 'the attic, the barn, the bath, the cave, the cellar, the garden, the hall, the kitchen, the shed, '
+            'the stable, the tent, the tower',
     'colour': 'black, blue, brown, green, grey, orange, purple, red, white, yellow',
     'thing': 'ball, bell, boat, book, box, coat, cup, drum, hat, kite, lamp, ring',
     'animal': 'bear, bird, cat, cow, dog, fox, frog, goat, horse, mouse, rabbit, sheep',
