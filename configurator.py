@@ -420,8 +420,7 @@ def special_tokens(path):
                 roles[role] = found[0]
 
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        what = f'{type(error).__name__}: {error}'
-        raise Refused(f'{path}: its list of added tokens is broken ({what})') from None
+        raise Refused(f'{path}: its list of added tokens is broken ({type(error).__name__}: {error})') from None
     return ids, roles
 
 

@@ -100,8 +100,9 @@ class Tokenizer:
     def __init__(self, pattern, id_of, specials, spec, others=(), chat='\n\n', complete=True):
         self.spec, self.chat, self.pattern, self.id_of = str(spec), chat, pattern, id_of
         self.start = []                                     # ids that plain text begins with
-        ranks = {token: rank for rank, token in enumerate(id_of)}
-        self.encoding = tiktoken.Encoding(self.spec, pat_str=pattern, special_tokens={}, mergeable_ranks=ranks)
+        ranks = dict(zip(id_of, count()))
+        self.encoding = tiktoken.Encoding(
+            self.spec, pat_str=pattern, special_tokens={}, mergeable_ranks=ranks)
         self._id_of_rank = list(id_of.values())
         self._bytes = {i: token for token, i in id_of.items()}
         self._bytes.update(others)
@@ -136,7 +137,7 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of ids; half a character becomes U+FFFD."""
-        return self.decode_bytes(ids).decode('utf-8', errors='replace')
+        return self.decode_bytes(ids).decode(errors='replace')
 
     def ended(self, ids, stop=()):
         """Whether generated ids hold an end token or a stop string."""
@@ -213,7 +214,7 @@ def get_tokenizer(spec, complete=True):
 
 
 def tiktoken_facts(name):
-    """A vocabulary by name as JSON can say it, so that a data set can keep it; tiktoken downloads all but 'bytes'."""
+    """A vocabulary as JSON can say it, so that a data set can keep it; tiktoken downloads all but 'bytes'."""
     if name == 'bytes':
         return {'pattern': r'[\s\S]', 'ids': {f'{b:02x}': b for b in range(256)}, 'special': {}}
 
@@ -234,25 +235,22 @@ def tokenizer_for(meta, mask_id=None):
 
     mask_id: say it where released weights do not.
     """
-    where = meta['folder']
+    where, config = meta['folder'], meta['config']          # config: of train.py, None for released weights
     if meta['tokenizer'] is None:
         raise Refused(f'{where}: no tokenizer.json beside the weights')
     if mask_id is not None and meta['mask_id'] not in (None, mask_id):
         raise Refused(f"{where}: the weights say mask is {meta['mask_id']}, you say {mask_id}")
-    if meta['config'] is not None:                          # a run of train.py
-        tok = get_tokenizer(meta['tokenizer'])
-        if meta['config'].get('masking') == 'response':     # trained on examples, which begin with BOS
-            tok.start = [tok.bos_id]
-        return tok
 
-    tok = get_tokenizer(meta['tokenizer'], complete=False)
+    tok = get_tokenizer(meta['tokenizer'], complete=config is not None)
     told = {role: meta[f'{role}_id'] for role in ROLES}
     if mask_id is not None:
         told['mask'] = mask_id
     for role in ('mask', 'eos'):
         if told[role] is None:
             raise Refused(f'{where}: neither config.json nor the tokenizer say which id is {role}')
-    tok.set_specials({**tok.specials, **told})
+    tok.set_specials(tok.specials | told)
+    if config and config.get('masking') == 'response':      # trained on examples, which begin with BOS
+        tok.start = [tok.bos_id]
     return tok
 
 
@@ -306,7 +304,8 @@ def check_kind(file, demand):
     demand(kinds in (['ByteLevel'], ['Split', 'ByteLevel']), f'pre-tokenizer {kinds}')
     *splits, byte_level = steps
     demand(not byte_level.get('add_prefix_space', True), 'add_prefix_space')
-    demand(bool(splits) != byte_level.get('use_regex', True), 'both or none of Split and ByteLevel split by a regex')
+    by_itself = byte_level.get('use_regex', True)
+    demand(by_itself != bool(splits), f'ByteLevel has use_regex {by_itself} behind {len(splits)} Split')
     if not splits:
         return GPT2_PATTERN
 
@@ -332,7 +331,7 @@ def convert_merges(model, names, demand):
     and for those that list all ways to make a token one after the other (Llama 3).
     """
     vocab = model['vocab']
-    byte_of = {symbol: b for b, symbol in enumerate(byte_symbols())}
+    byte_of = dict(zip(byte_symbols(), count()))
     raw = {}                                                # token as spelled -> its bytes
     for token in vocab:
         if token not in names:
@@ -428,7 +427,7 @@ def save_bpe(path, merges):
     def spell(raw):
         return ''.join(symbol[b] for b in raw)
 
-    vocab = {token: i for i, token in enumerate(symbol)}
+    vocab = dict(zip(symbol, count()))
     for a, b in merges:
         vocab[spell(a + b)] = len(vocab)
 
@@ -553,9 +552,9 @@ def _text_pieces(path):
 
 
 def _lines(path):
-    opened = gzip.open(path) if path.suffix == '.gz' else path.open('rb')
+    open_file = gzip.open if path.suffix == '.gz' else open
     try:
-        with opened as file:
+        with open_file(path, 'rb') as file:
             for number, line in enumerate(file, 1):
                 if line.strip(b'\xef\xbb\xbf \t\r\n'):      # json reads over the mark of UTF-8
                     yield f'{path}:{number}', line
@@ -629,8 +628,8 @@ def as_messages(row):
         if prompt in row and response in row:
             asked, answer = row[prompt], row[response]
             if prompt == 'instruction' and row.get('input'):
-                both = [as_message({'role': 'user', 'content': text})['content'] for text in (asked, row['input'])]
-                asked = '\n\n'.join(both)
+                texts = [as_message({'role': 'user', 'content': text}) for text in (asked, row['input'])]
+                asked = '\n\n'.join(said['content'] for said in texts)
             before = asked if isinstance(asked, list) else [{'role': 'user', 'content': asked}]
             after = answer if isinstance(answer, list) else [{'role': 'assistant', 'content': answer}]
             return list(map(as_message, before + after))
@@ -692,7 +691,8 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
     empty = not out.exists() or out.is_dir() and not any(out.iterdir())
     if not empty and not (out / 'manifest.json').is_file():
         raise Refused(f'{out}: something else is here; choose another --out')
-    firsts = [next(iter(records_of(source))) for source in (*sources, *val)]    # what is broken is said at once
+    # what is broken at once is said at once
+    firsts = [next(iter(records_of(source))) for source in (*sources, *val)]
     if len({'text' in record for _, record in firsts}) > 1:
         raise Refused('some of the files hold documents ("text"), some examples: prepare them apart')
 
@@ -1123,9 +1123,9 @@ class Windows:
         """Rows `rows` (a range) of the `size` windows of iteration `it` -> Batch. Every window once an epoch."""
         x0 = np.stack([self.window((it * size + row) // self.asked.times) for row in rows])
         keep, border = (cut[rows.start:rows.stop] for cut in self.cuts(it, size))
-        maskable = np.arange(self.T) < keep[:, None]
+        maskable = torch.arange(self.T) < torch.from_numpy(keep)[:, None]
         if not self.asked.isolate and border.min() == self.T:
-            return Batch(torch.from_numpy(x0), torch.from_numpy(maskable), None)
+            return Batch(torch.from_numpy(x0), maskable, None)
 
         starts = np.arange(0, x0.size + 1, self.T)
         borders = np.union1d(starts, starts[:-1] + border)
@@ -1134,7 +1134,7 @@ class Windows:
             borders = np.union1d(borders, np.flatnonzero(x0 == self.tok.eos_id) + 1)
             n = -(-len(borders) // 64) * 64
         borders = np.pad(borders, (0, n - len(borders)), 'edge')
-        return Batch(torch.from_numpy(x0), torch.from_numpy(maskable), torch.from_numpy(borders).int())
+        return Batch(torch.from_numpy(x0), maskable, torch.from_numpy(borders).int())
 
     def held_out(self, limit=0):
         """The split in order, less a last partial window: [(x0, maskable)], (n, T) both, bytes of text in a row."""
