@@ -15,18 +15,20 @@ import json
 import math
 import operator
 import os
+import re
 import shutil
 import signal
 import sys
 import time
-import unicodedata
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from pathlib import Path
 
 KINDS = (bool, int, float, str, list)
 TRUTH = {'true': True, '1': True, 'false': False, '0': False}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv}
+             ast.FloorDiv: operator.floordiv, ast.USub: operator.neg, ast.UAdd: operator.pos}
+UNREADABLE = (ValueError, SyntaxError, ArithmeticError, RecursionError, MemoryError)    # of an expression
 
 
 class Refused(ValueError):
@@ -53,7 +55,7 @@ def configure(namespace, argv=None, positional=(), beneath=None):
     list takes the rest). beneath(settings) -> settings to stand in for the defaults, beneath what is typed.
     Exits with code 2 and one line per problem; with code 0 after --help.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
     defaults = settings_of(namespace)
     if '-h' in words or '--help' in words:
         print(_help(namespace, defaults, positional))
@@ -68,20 +70,22 @@ def configure(namespace, argv=None, positional=(), beneath=None):
 
 def _typed(words, ground, defaults, positional):
     """The settings `ground` as the words of a command line change them, in the types of the defaults."""
-    values = {name: list(value) if isinstance(value, list) else value for name, value in ground.items()}
-    words, problems, bare, begun = list(words), [], list(positional), set()
+    values, problems = deepcopy(ground), []
+    words, bare, begun = list(words), list(positional), set()
     while words:
         word = words.pop(0)
 
         if word.startswith('--'):
             key, text = _flag(word, words, defaults)
-            if defaults.get(key) == [] and key not in begun:
+            if defaults.get(key) == []:                             # an empty list collects texts, one a flag
+                before = values[key] if key in begun else []        # the first replaces what a file says
+                values[key] = [*before, text]
                 begun.add(key)
-                values[key] = []                                    # the first flag replaces what a file says
-            _assign(values, defaults, key, text, f'--{key}', problems, from_flag=True)
+            else:
+                problems += _assign(values, defaults, key, text, f'--{key}', _parse)
 
         elif word.endswith('.py'):
-            _read_file(Path(word), values, defaults, problems)
+            problems += _read_file(Path(word), values, defaults)
         elif not bare:
             problems.append(f'{word}: want a config file (.py) or --key=value')
         elif isinstance(values[bare[0]], list):
@@ -108,16 +112,16 @@ def _flag(word, rest, defaults):
     return key, 'true' if switch else ''
 
 
-def _read_file(path, values, defaults, problems):
-    """Applies the assignments of one config file; nothing in it runs."""
+def _read_file(path, values, defaults):
+    """Applies the assignments of one config file; nothing in it runs. Yields what is wrong, a sentence each."""
     try:
         tree = ast.parse(path.read_text(encoding='utf-8-sig'))
     except OSError as error:
-        problems.append(f'{path}: {error.strerror or error}')
+        yield f'{path}: {error.strerror or error}'
         return
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except UNREADABLE as error:
         line = getattr(error, 'lineno', None) or 1
-        problems.append(f'{path}:{line}: {getattr(error, "msg", error) or "nested too deep"}')
+        yield f'{path}:{line}: {getattr(error, "msg", error) or "nested too deep"}'
         return
 
     for node in tree.body:
@@ -125,15 +129,15 @@ def _read_file(path, values, defaults, problems):
         if isinstance(node, ast.Expr) and isinstance(getattr(node.value, 'value', None), str):
             continue                                                # a docstring
         if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name) or node.targets[1:]:
-            problems.append(f'{where}: a config file holds only lines of the form  name = value')
+            yield f'{where}: a config file holds only lines of the form  name = value'
             continue
 
         try:
             value = _evaluate(node.value, values)
-        except (ValueError, ArithmeticError, RecursionError) as error:
-            problems.append(f'{where}: {error}')
+        except UNREADABLE as error:
+            yield f'{where}: {error}'
             continue
-        _assign(values, defaults, node.targets[0].id, value, where, problems)
+        yield from _assign(values, defaults, node.targets[0].id, value, where, _convert)
 
 
 def _evaluate(node, names, depth=0):
@@ -147,41 +151,37 @@ def _evaluate(node, names, depth=0):
         if node.id not in names:
             raise ValueError(f'{node.id!r} is not a known name')
         return names[node.id]
-    if isinstance(node, (ast.List, ast.Tuple)):
-        return [_evaluate(item, names, depth + 1) for item in node.elts]
 
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
-        value = _number(_evaluate(node.operand, names, depth + 1))
-        return -value if isinstance(node.op, ast.USub) else value
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        left = _number(_evaluate(node.left, names, depth + 1))
-        right = _number(_evaluate(node.right, names, depth + 1))
-        return OPERATORS[type(node.op)](left, right)
-    raise ValueError(f'only literals, known names and + - * / // are allowed, got {type(node).__name__}')
+    operate = OPERATORS.get(type(getattr(node, 'op', None)))
+    if not operate and not isinstance(node, (ast.List, ast.Tuple)):
+        raise ValueError(f'only literals, known names and + - * / // are allowed, got {type(node).__name__}')
+    parts = [part for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)]
+    values = [_evaluate(part, names, depth + 1) for part in parts]
+    if not operate:
+        return values
 
-
-def _number(value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f'arithmetic wants numbers, got {value!r}')
-    return value
+    for value in values:
+        if type(value) not in (int, float):
+            raise ValueError(f'arithmetic wants numbers, got {value!r}')
+    return operate(*values)
 
 
-def _assign(values, defaults, key, value, where, problems, from_flag=False):
-    """Stores a value (from a file) or a text (from a flag) under its key, in the type of the default."""
+def _assign(values, defaults, key, value, where, convert):
+    """Stores a value (from a file) or a text (from a flag) under its key, in the type of the default.
+
+    Yields what is wrong with it, if anything.
+    """
     if key not in defaults:
         near = difflib.get_close_matches(key, defaults, n=3)
         hint = f'; did you mean {" or ".join(near)}?' if near else ''
-        problems.append(f'{where}: no setting is called {key!r}{hint}')
+        yield f'{where}: no setting is called {key!r}{hint}'
         return
 
-    if from_flag and defaults[key] == []:           # an empty list collects texts, one a flag
-        values[key].append(value)
-        return
     kind = type(defaults[key])
     try:
-        values[key] = _parse(value, kind) if from_flag else _convert(value, kind)
-    except (KeyError, ValueError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
-        problems.append(f'{where}: {key} wants {kind.__name__}, got {str(value)[:60]!r}')
+        values[key] = convert(value, kind)
+    except UNREADABLE:
+        yield f'{where}: {key} wants {kind.__name__}, got {str(value)[:60]!r}'
 
 
 def _parse(text, kind):
@@ -189,16 +189,14 @@ def _parse(text, kind):
     if kind is str:
         return text
     if kind is bool:
-        return TRUTH[text.lower()]
+        return _convert(TRUTH.get(text.lower()), bool)
     return _convert(_evaluate(ast.parse(text.strip(), mode='eval').body, {}), kind)
 
 
 def _convert(value, kind):
     """int is fine for float, and a whole float (1e6) for int; nothing else changes type."""
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind is int and type(value) is float and value.is_integer():
-        return int(value)
+    if {kind, type(value)} == {int, float} and int(value) == value:
+        return kind(value)
     if type(value) is not kind or kind is float and not math.isfinite(value):
         raise ValueError(value)
     return value
@@ -225,11 +223,7 @@ def _help(namespace, defaults, positional):
     """The docstring of the script, then every setting with its default and the comment on its line."""
     source = Path(namespace.get('__file__') or '')
     text = source.read_text(encoding='utf-8') if source.is_file() else ''
-    lines, comments = text.splitlines(), {}
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.Assign):
-            rest_of_line = lines[node.end_lineno - 1][node.end_col_offset:]
-            comments.setdefault(ast.unparse(node.targets[0]), rest_of_line.strip(' #'))
+    comments = dict(re.findall(r'^(\w+) = .*?  # (.*)', text, re.M))
 
     shown = {name: f'  --{name}={value!r}' for name, value in defaults.items()}
     width = max(map(len, shown.values()), default=0) + 2
@@ -305,14 +299,13 @@ def say(text):
     print(clean(str(text)), file=sys.stderr, flush=True)
 
 
+# control characters but \n and \t, the direction of writing, half a surrogate pair
+UNSEEN = r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]'
+
+
 def clean(text):
     """Text that cannot move the cursor or change colours or direction: control characters are dropped."""
-    kept = ''
-    for c in text:
-        turns = 0x202A <= ord(c) < 0x202F or 0x2066 <= ord(c) < 0x206A      # the direction of writing
-        if c in '\n\t' or unicodedata.category(c) not in ('Cc', 'Cs') and not turns:
-            kept += c
-    return kept
+    return re.sub(UNSEEN, '', text)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -427,8 +420,7 @@ def special_tokens(path):
                 roles[role] = found[0]
 
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        what = f'{type(error).__name__}: {error}'
-        raise Refused(f'{path}: its list of added tokens is broken ({what})') from None
+        raise Refused(f'{path}: its list of added tokens is broken ({type(error).__name__}: {error})') from None
     return ids, roles
 
 

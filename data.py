@@ -30,7 +30,8 @@ import sysconfig
 import zlib
 from collections import Counter, defaultdict, namedtuple
 from errno import ENOENT
-from itertools import groupby
+from functools import partial
+from itertools import count, groupby, pairwise, takewhile
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +49,7 @@ from configurator import (
     alone,
     command,
     copy_tokenizer,
-    file_sha256,
+    facts_sha256,
     own_tokenizer,
     read_json,
     read_manifest,
@@ -69,6 +70,7 @@ Batch = namedtuple('Batch', 'x0 maskable cu_seqlens')       # (B, T) int64, (B, 
 Dataset = namedtuple('Dataset', 'parts weights')            # lists of Corpus and of float
 Cuts = namedtuple('Cuts', 'random_length random_split isolate times pad_group', defaults=(0., 0., False, 1, 1))
 WHOLE = Cuts()                                              # see Windows and Examples
+progress = partial(tqdm, disable=None, leave=False)         # nothing where nobody looks
 
 # ----------------------------------------------------------------------------------------------------------
 # Tokenizers: one kind, a tiktoken.Encoding and a table from its ranks to ids; three sources
@@ -89,16 +91,20 @@ CHAT_FORMATS = {
 class Tokenizer:
     """Text to ids and back. `mask_id`, `eos_id`, `pad_id`, `bos_id`, `eot_id`: ids, or None in a release without.
 
-    encoding: a tiktoken.Encoding, whose ranks stand for `ids`. others: ids that encode never makes -> bytes.
+    id_of: the bytes of a token -> its id, in the order of merging, which is tiktoken's rank. others: ids that
+    encode never makes -> bytes.
     specials: role -> id. complete: a role that the vocabulary lacks gets the next free id. chat: what the
     template puts between header and message, None if it is not known. `spec` is what a checkpoint stores.
     """
 
-    def __init__(self, encoding, ids, specials, spec, others=(), chat='\n\n', complete=True):
-        self.encoding, self.spec, self.chat = encoding, str(spec), chat
+    def __init__(self, pattern, id_of, specials, spec, others=(), chat='\n\n', complete=True):
+        self.spec, self.chat, self.pattern, self.id_of = str(spec), chat, pattern, id_of
         self.start = []                                     # ids that plain text begins with
-        self._id_of_rank = np.asarray(ids, dtype=np.int64)
-        self._bytes = {int(i): encoding.decode_single_token_bytes(rank) for rank, i in enumerate(ids)}
+        ranks = dict(zip(id_of, count()))
+        self.encoding = tiktoken.Encoding(
+            self.spec, pat_str=pattern, special_tokens={}, mergeable_ranks=ranks)
+        self._id_of_rank = list(id_of.values())
+        self._bytes = {i: token for token, i in id_of.items()}
         self._bytes.update(others)
 
         specials = dict(specials)
@@ -119,19 +125,19 @@ class Tokenizer:
 
     def encode(self, text):
         """The ids of a text, list of int. Names of special tokens typed by a user are text like any other."""
-        ranks = []
+        ids = []
         for start in range(0, len(text), LONGEST_PIECE):
-            piece = text[start:start + LONGEST_PIECE]
-            ranks += self.encoding.encode(piece, disallowed_special=())
-        return self._id_of_rank[ranks].tolist() if ranks else []
+            ranks = self.encoding.encode_ordinary(text[start:start + LONGEST_PIECE])
+            ids += [self._id_of_rank[rank] for rank in ranks]
+        return ids
 
     def decode_bytes(self, ids):
         """The exact bytes of ids; ids that stand for no token are written out as <|id|>."""
-        return b''.join(self._bytes.get(int(i), f'<|{i}|>'.encode()) for i in ids)
+        return b''.join(self._bytes.get(i, f'<|{i}|>'.encode()) for i in ids)
 
     def decode(self, ids):
         """Text of ids; half a character becomes U+FFFD."""
-        return self.decode_bytes(ids).decode('utf-8', errors='replace')
+        return self.decode_bytes(ids).decode(errors='replace')
 
     def ended(self, ids, stop=()):
         """Whether generated ids hold an end token or a stop string."""
@@ -139,10 +145,9 @@ class Tokenizer:
 
     def answer(self, ids, stop=()):
         """The text of generated ids, up to the first end token or stop string."""
-        ends = [i for i, token in enumerate(ids) if token in (self.eos_id, self.eot_id)]
-        text = self.decode(ids[:ends[0]] if ends else ids)
+        text = self.decode(takewhile(lambda i: i not in (self.eos_id, self.eot_id), ids))
         cuts = [text.find(s) for s in stop if s in text]
-        return text[:min(cuts)] if cuts else text
+        return text[:min(cuts, default=None)]
 
     def encode_chat(self, messages):
         """Ids of a conversation [{'role', 'content'}, ...] and of the assistant's header (LLaDA's template)."""
@@ -154,15 +159,11 @@ class Tokenizer:
             raise Refused(f'{self.spec}: it has no tokens for the chat template (BOS, headers, end of turn)')
         bos, start, end, eot = parts
 
-        def header(role):
-            return [start, *self.encode(role), end]
-
         ids = [bos]
-        for message in messages:
-            ids += header(message['role'])
-            ids += self.encode(self.chat + message['content'].strip())
-            ids.append(eot)
-        return ids + header('assistant') + self.encode(self.chat)
+        for message in [*messages, {'role': 'assistant', 'content': ''}]:
+            content = self.encode(self.chat + message['content'].strip())
+            ids += [start, *self.encode(message['role']), end, *content, eot]
+        return ids[:-1]                                     # the assistant's turn is open
 
     def encode_begun(self, messages):
         """encode_chat, but what the assistant has begun in a last message is left open, to be continued."""
@@ -173,13 +174,15 @@ class Tokenizer:
 
     def cut(self, ids, room):
         """The ids of a prompt in at most `room`: BOS and a first header stay, what comes after them goes."""
-        keep = 0
-        if ids[:1] == [self.bos_id]:
-            keep = 1
-            if ids[1:2] == [self.specials.get('start_header')]:
-                keep += ids.index(self.specials['end_header'])
+        keep = int(ids[:1] == [self.bos_id])
+        if keep and ids[1:2] == [self.specials.get('start_header')]:
+            keep += ids.index(self.specials['end_header'])
         lost = max(0, len(ids) - room)
         return ids[:keep] + ids[keep + lost:]
+
+    def fingerprint(self):
+        """The same for two that make the same ids of every text."""
+        return facts_sha256(repr((self.pattern, list(self.id_of.items()), self.mask_id, self.eos_id)))
 
     def unused(self, vocab_size):
         """The ids below vocab_size that stand for no token: rows of a head that were never trained."""
@@ -193,22 +196,28 @@ def get_tokenizer(spec, complete=True):
     what cannot be read without loss.
     """
     spec = str(spec)
+    if spec.endswith(TOKENIZER_FILES) and not Path(spec).is_file():
+        raise FileNotFoundError(ENOENT, 'no such tokenizer file', spec)
     if spec.endswith('.json'):
         return read_bpe(Path(spec), complete)
-    if spec.endswith('.tiktoken'):
-        if not Path(spec).is_file():
-            raise FileNotFoundError(ENOENT, 'no such tokenizer file', spec)
-        return read_tiktoken(read_json(spec), spec)
-    if spec != 'bytes':
-        return read_tiktoken(tiktoken_facts(spec), spec)
+    facts = read_json(spec) if spec.endswith('.tiktoken') else tiktoken_facts(spec)
+    try:
+        ids = sorted(facts['ids'].items(), key=itemgetter(1))                   # ids are ranks, with gaps
+        id_of = {bytes.fromhex(token): i for token, i in ids}
 
-    ranks = {bytes([b]): b for b in range(256)}
-    encoding = tiktoken.Encoding(spec, pat_str=r'[\s\S]', special_tokens={}, mergeable_ranks=ranks)
-    return Tokenizer(encoding, range(256), {}, spec)
+        special = facts['special']
+        roles = {role: special[n] for role, names in NAMES.items() for n in names if n in special}
+        others = {i: n.encode() for n, i in special.items()}
+        return Tokenizer(facts['pattern'], id_of, roles, spec, others)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise Refused(f'{spec}: not a vocabulary ({type(error).__name__}: {error})') from None
 
 
 def tiktoken_facts(name):
-    """A well-known vocabulary as JSON can say it, so that a data set can keep it; tiktoken downloads it."""
+    """A vocabulary as JSON can say it, so that a data set can keep it; tiktoken downloads all but 'bytes'."""
+    if name == 'bytes':
+        return {'pattern': r'[\s\S]', 'ids': {f'{b:02x}': b for b in range(256)}, 'special': {}}
+
     known = tiktoken.list_encoding_names()
     if name not in known:
         raise Refused(f"tokenizer must be 'bytes', bpe-N, a tokenizer.json or {', '.join(known)}; got {name!r}")
@@ -221,61 +230,38 @@ def tiktoken_facts(name):
     return {'pattern': full._pat_str, 'ids': ids, 'special': full._special_tokens}
 
 
-def read_tiktoken(facts, spec):
-    """What tiktoken_facts has said -> Tokenizer."""
-    try:
-        id_of = {bytes.fromhex(token): i for token, i in facts['ids'].items()}
-        tokens = sorted(id_of, key=id_of.get)                                   # ids are ranks, with gaps
-        ranks = {token: rank for rank, token in enumerate(tokens)}
-        plain = tiktoken.Encoding(spec, pat_str=facts['pattern'], special_tokens={}, mergeable_ranks=ranks)
-
-        special = facts['special']
-        roles = {role: special[n] for role, names in NAMES.items() for n in names if n in special}
-        others = {i: n.encode() for n, i in special.items()}
-        return Tokenizer(plain, [id_of[token] for token in tokens], roles, spec, others)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise Refused(f'{spec}: not a vocabulary ({type(error).__name__}: {error})') from None
-
-
 def tokenizer_for(meta, mask_id=None):
     """The tokenizer of loaded weights (meta of model.load_model), with the special ids that they name.
 
     mask_id: say it where released weights do not.
     """
-    where = meta['folder']
+    where, config = meta['folder'], meta['config']          # config: of train.py, None for released weights
     if meta['tokenizer'] is None:
         raise Refused(f'{where}: no tokenizer.json beside the weights')
     if mask_id is not None and meta['mask_id'] not in (None, mask_id):
         raise Refused(f"{where}: the weights say mask is {meta['mask_id']}, you say {mask_id}")
-    if meta['config'] is not None:                          # a run of train.py
-        tok = get_tokenizer(meta['tokenizer'])
-        if meta['config'].get('masking') == 'response':     # trained on examples, which begin with BOS
-            tok.start = [tok.bos_id]
-        return tok
 
-    tok = get_tokenizer(meta['tokenizer'], complete=False)
+    tok = get_tokenizer(meta['tokenizer'], complete=config is not None)
     told = {role: meta[f'{role}_id'] for role in ROLES}
     if mask_id is not None:
         told['mask'] = mask_id
     for role in ('mask', 'eos'):
         if told[role] is None:
             raise Refused(f'{where}: neither config.json nor the tokenizer say which id is {role}')
-    tok.set_specials({**tok.specials, **told})
+    tok.set_specials(tok.specials | told)
+    if config and config.get('masking') == 'response':      # trained on examples, which begin with BOS
+        tok.start = [tok.bos_id]
     return tok
 
 
 def byte_symbols():
     """GPT-2's printable character for each byte, in which tokenizer.json files spell tokens: list of 256 str."""
-    keep = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    odd = iter(range(256, 512))
-    return [chr(b) if b in keep else chr(next(odd)) for b in range(256)]
+    others = count(256)
+    return [chr(b if chr(b).isprintable() and chr(b) != ' ' else next(others)) for b in range(256)]
 
 
 def read_bpe(path, complete):
     """A Hugging Face byte-level BPE file as a Tokenizer, without loss; or Refused, naming what is in the way."""
-    if not path.is_file():
-        raise FileNotFoundError(ENOENT, 'no such tokenizer file', str(path))
-
     def demand(condition, what):
         if not condition:
             raise Refused(f'{path}: cannot be converted without loss: {what}')
@@ -284,16 +270,16 @@ def read_bpe(path, complete):
     try:
         pattern = check_kind(file, demand)
         names, roles = special_tokens(path)
-        ranks, ids, others = convert_merges(file['model'], names, demand)
+        id_of, others = convert_merges(file['model'], names, demand)
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         what = f'{type(error).__name__}: {error}'
         raise Refused(f'{path}: not a tokenizer.json with a BPE model ({what})') from None
 
+    chat = chat_format(path, roles)
     try:
-        encoding = tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        tok = Tokenizer(pattern, id_of, roles, path, others, chat, complete)
     except ValueError as error:
         raise Refused(f'{path}: its regex cannot be used here ({error})') from None
-    tok = Tokenizer(encoding, ids, roles, path, others, chat_format(path, roles), complete)
     characters = [chr(i) for i in range(2 ** 16) if not 0xD800 <= i < 0xE000]
     for glue in ('', ' ', 'a', '1.', '\n'):
         text = glue.join(characters)
@@ -313,38 +299,39 @@ def check_kind(file, demand):
     demand(not plain, f'added token {plain[:1]} is matched in plain text')
 
     before = file.get('pre_tokenizer') or {}
-    steps = before.get('pretokenizers', []) if before.get('type') == 'Sequence' else [before]
+    steps = before.get('pretokenizers', [before])
     kinds = [step.get('type') for step in steps]
     demand(kinds in (['ByteLevel'], ['Split', 'ByteLevel']), f'pre-tokenizer {kinds}')
-    demand(not steps[-1].get('add_prefix_space', True), 'add_prefix_space')
-
-    splits_itself = steps[-1].get('use_regex', True)
-    if len(steps) == 1:
-        demand(splits_itself, 'ByteLevel without a regex')
+    *splits, byte_level = steps
+    demand(not byte_level.get('add_prefix_space', True), 'add_prefix_space')
+    by_itself = byte_level.get('use_regex', True)
+    demand(by_itself != bool(splits), f'ByteLevel has use_regex {by_itself} behind {len(splits)} Split')
+    if not splits:
         return GPT2_PATTERN
 
-    demand(not splits_itself, 'Split and ByteLevel both split')
-    pattern = (steps[0].get('pattern') or {}).get('Regex')
+    split, = splits
+    pattern = (split.get('pattern') or {}).get('Regex')
     demand(pattern, 'Split without a regex')
     bare = re.sub(r'\\[pP]\{[^}]*\}|\\.|\[(\\.|[^\]])*\]', 'x', pattern)         # without classes and escapes
     demand(not re.search(TWO_MEANINGS, bare), f'its regex means different things to different engines: {pattern}')
 
-    split = steps[0].get('behavior'), bool(steps[0].get('invert'))
-    demand(split in (('Isolated', False), ('Removed', True)), f'Split is {split[0]}, inverted: {split[1]}')
-    if split[0] == 'Removed':
+    behavior, inverted = split.get('behavior'), bool(split.get('invert'))
+    kept = (behavior, inverted) in (('Isolated', False), ('Removed', True))
+    demand(kept, f'Split is {behavior}, inverted: {inverted}')
+    if inverted:
         return pattern                                      # read_bpe looks whether it leaves nothing out
     return f'{pattern}|(?:(?!{pattern})[\\s\\S])+'          # what lies between matches is a piece of its own
 
 
 def convert_merges(model, names, demand):
-    """Merges in their order -> tiktoken's ranks (bytes -> rank), the id of each rank, ids never made -> bytes.
+    """Merges in their order -> the tokens that they make (bytes -> id), ids never made -> bytes.
 
     tiktoken merges by rank, so the rank must be the position in the merge list, never the id. It joins any two
     pieces that make a token, Hugging Face the two of the list: the same for every vocabulary that was learned,
     and for those that list all ways to make a token one after the other (Llama 3).
     """
-    vocab, symbols = model['vocab'], byte_symbols()
-    byte_of = {symbol: b for b, symbol in enumerate(symbols)}
+    vocab = model['vocab']
+    byte_of = dict(zip(byte_symbols(), count()))
     raw = {}                                                # token as spelled -> its bytes
     for token in vocab:
         if token not in names:
@@ -358,22 +345,19 @@ def convert_merges(model, names, demand):
     demand(whole, 'an id is not a whole number below 2^31')
     demand(len(set(used)) == len(used), 'two tokens share an id')
 
-    ranks = {bytes([b]): b for b in range(256)}             # never compete with each other: any order will do
-    ids = [vocab[symbol] for symbol in symbols]
+    id_of, last = {raw[symbol]: vocab[symbol] for symbol in byte_of}, ''      # of bytes any order will do
     for merge in model['merges']:
         pair = merge.split(' ') if isinstance(merge, str) else merge
         new = ''.join(pair)
         demand(len(pair) == 2 and {*pair, new} <= raw.keys(), f'merge {pair} has no token')
-        if raw[new] in ranks:
-            demand(ids[-1] == vocab[new], f'merges far apart make the token {new!r}')
-            continue
-        ranks[raw[new]] = len(ids)
-        ids.append(vocab[new])
+        demand(new == last or raw[new] not in id_of, f'merges far apart make the token {new!r}')
+        id_of[raw[new]] = vocab[new]                        # made again: keeps its place
+        last = new
 
-    others = {vocab[token]: spelled for token, spelled in raw.items() if spelled not in ranks}
+    others = {vocab[token]: spelled for token, spelled in raw.items() if spelled not in id_of}
     demand(not others or not model.get('ignore_merges'), f'ignore_merges, and no merge makes {len(others)} tokens')
     others.update((i, name.encode()) for name, i in names.items())
-    return ranks, ids, others
+    return id_of, others
 
 
 def chat_format(path, roles):
@@ -383,8 +367,8 @@ def chat_format(path, roles):
     if not template:                                # our own file, or a release whose tokens are all there
         return '\n\n' if not config or {'start_header', 'end_header', 'eot'} <= set(roles) else None
 
-    quoted = re.findall(r"'([^']*)'|\"([^\"]*)\"", template)
-    texts = {(a or b).replace('\\n', '\n') for a, b in quoted} - {'role', 'content', ''}
+    quoted = re.findall(r"""(['"])(.*?)\1""", template, re.S)
+    texts = {text.replace('\\n', '\n') for _, text in quoted} - {'role', 'content', ''}
     for gap, known in CHAT_FORMATS.items():
         if texts == known and 'bos_token' in template:
             return gap
@@ -399,29 +383,28 @@ def train_bpe(text, n_merges):
     for word, n in Counter(regex.findall(PATTERN, text)).items():
         for start in range(0, len(word), LONGEST_WORD):     # or one word of a megabyte takes for ever
             words[word[start:start + LONGEST_WORD]] += n
-    counts = list(words.values())
-    spelled = [list(map(bytes, zip(word.encode()))) for word in words]      # a list of single bytes each
+    spelled = {word: list(map(bytes, zip(word.encode()))) for word in words}       # in single bytes
     pairs, where = Counter(), defaultdict(set)              # how often, in which words
 
-    def count(i, sign):
-        for pair in zip(spelled[i], spelled[i][1:]):
-            pairs[pair] += sign * counts[i]
-            where[pair].add(i)
+    def count_pairs(word, sign):
+        for pair in pairwise(spelled[word]):
+            pairs[pair] += sign * words[word]
+            where[pair].add(word)
 
-    for i in range(len(spelled)):
-        count(i, 1)
+    for word in words:
+        count_pairs(word, 1)
 
     merges = []
-    for _ in tqdm(range(n_merges), desc='learning merges', disable=None, leave=False):
+    for _ in progress(range(n_merges), desc='learning merges'):
         best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
-        if best is None or pairs[best] < 2:
+        if pairs[best] < 2:
             break
         merges.append(best)
 
-        for i in where.pop(best):
-            count(i, -1)
-            spelled[i] = merged(spelled[i], best)
-            count(i, 1)
+        for word in where.pop(best):
+            count_pairs(word, -1)
+            spelled[word] = merged(spelled[word], best)
+            count_pairs(word, 1)
         pairs = +pairs                                      # drops pairs that are gone
     return merges
 
@@ -444,7 +427,7 @@ def save_bpe(path, merges):
     def spell(raw):
         return ''.join(symbol[b] for b in raw)
 
-    vocab = {token: i for i, token in enumerate(symbol)}
+    vocab = dict(zip(symbol, count()))
     for a, b in merges:
         vocab[spell(a + b)] = len(vocab)
 
@@ -479,9 +462,9 @@ def docs_text():
             'tkinter', 'encodings'}
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
-    texts = [('language', [topics[key] for key in sorted(topics)])]
+    texts = {'language': '\n\n'.join(topics[key] for key in sorted(topics))}
     files = sorted([*root.glob('*.py'), *root.glob('*/*.py')])
-    for file in tqdm(files, desc='reading docstrings', disable=None, leave=False):
+    for file in progress(files, desc='reading docstrings'):
         inside = file.relative_to(root).parts
         if skip & set(inside) or inside[0].startswith('_'):
             continue
@@ -490,12 +473,12 @@ def docs_text():
         except (SyntaxError, ValueError, OSError):
             continue                                # a module that this Python cannot read has no docs
         docs = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-        texts.append(('/'.join(inside), [doc for doc in docs if doc]))
+        texts['/'.join(inside)] = '\n\n'.join(filter(None, docs))
 
     seen = {''}
-    for where, parts in texts:
+    for where, text in texts.items():
         fresh = []
-        for paragraph in '\n\n'.join(parts).split('\n\n'):
+        for paragraph in text.split('\n\n'):
             if paragraph.strip() not in seen:
                 fresh.append(paragraph.strip('\n'))
                 seen.add(paragraph.strip())
@@ -536,9 +519,8 @@ def read_records(path, accept=None):
     if not path.is_file():
         raise FileNotFoundError(ENOENT, 'no such file', str(path))
 
-    empty = True
+    where = None
     for where, row in READERS[kind](path):
-        empty = False
         try:
             row = json.loads(row) if isinstance(row, bytes) else row
             if not isinstance(row, dict):
@@ -549,7 +531,7 @@ def read_records(path, accept=None):
             raise Refused(f'{where}: {error}') from None
 
         yield where, record
-    if empty:
+    if where is None:
         raise Refused(f'{path}: no text in it')
 
 
@@ -570,12 +552,11 @@ def _text_pieces(path):
 
 
 def _lines(path):
-    opened = gzip.open(path) if path.suffix == '.gz' else path.open('rb')
+    open_file = gzip.open if path.suffix == '.gz' else open
     try:
-        with opened as file:
+        with open_file(path, 'rb') as file:
             for number, line in enumerate(file, 1):
-                line = line.removeprefix(b'\xef\xbb\xbf') if number == 1 else line
-                if line.strip():
+                if line.strip(b'\xef\xbb\xbf \t\r\n'):      # json reads over the mark of UTF-8
                     yield f'{path}:{number}', line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise Refused(f'{path}: not a complete gzip file ({error})') from None
@@ -624,8 +605,10 @@ def as_message(said):
 
     role, content = said.get('role', said.get('from')), said.get('content', said.get('value'))
     if isinstance(content, list):                           # in parts
-        texts = [part.get('text') if isinstance(part, dict) else None for part in content]
-        content = ''.join(texts) if all(isinstance(text, str) for text in texts) else None
+        try:
+            content = ''.join(part['text'] for part in content)
+        except (KeyError, TypeError):
+            content = None
     for key, text in (('role', role), ('content', content)):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f'the "{key}" of a message must be a text, got {json.dumps(said)[:80]}')
@@ -635,10 +618,11 @@ def as_message(said):
 def as_messages(row):
     """The messages of a row that has some, or a prompt and a response, by whatever names; else None."""
     for key in ('messages', *LISTS):
-        if row.get(key) is not None and not isinstance(row[key], list) and 'text' not in row:
-            raise ValueError(f'"{key}" must be a list of messages, got {json.dumps(row[key])[:60]}')
-        if isinstance(row.get(key), list):
-            return list(map(as_message, row[key]))
+        said = row.get(key)
+        if isinstance(said, list):
+            return list(map(as_message, said))
+        if said is not None and 'text' not in row:
+            raise ValueError(f'"{key}" must be a list of messages, got {json.dumps(said)[:60]}')
 
     for prompt, response in PAIRS:
         if prompt in row and response in row:
@@ -659,35 +643,32 @@ def as_record(row):
     "response_ids" are for templates that Tokenizer does not know. A row that is several of these is the first
     of them: messages, ids, text. An example may be of 2^20 characters.
     """
-    row, said = dict(row), as_messages(row)
+    said, ids = as_messages(row), ('prompt_ids', 'response_ids')
     if said is not None:
-        row['messages'] = said
+        kept, texts = {'messages': said}, [message['content'] for message in said]
         roles = [message['role'] for message in said]
         if roles[-1:] != ['assistant'] or 'user' not in roles:
             raise ValueError(f'"messages" must end with an answer by "assistant" to a "user", got {roles[:9]}')
-        texts = [message['content'] for message in said]
-        kind = {'messages'}
 
-    elif 'prompt_ids' in row and 'response_ids' in row:
-        texts = [json.dumps(row[key]) for key in ('prompt_ids', 'response_ids')]
+    elif all(key in row for key in ids):
+        kept = {key: row[key] for key in ids}
+        texts = list(map(json.dumps, kept.values()))
         if not all(re.fullmatch(r'\[\d+(, \d+)*\]', text) for text in texts):
             raise ValueError('"prompt_ids" and "response_ids" must be lists of ids that are not empty')
-        kind = {'prompt_ids', 'response_ids'}
 
     elif 'text' in row or 'response' in row:
-        kind = {'text' if 'text' in row else 'response'}
-        texts = [row[key] for key in kind]
+        key = 'text' if 'text' in row else 'response'
+        kept, texts = {key: row[key]}, [row[key]]
+        if not isinstance(row[key], str) or not row[key].strip():
+            raise ValueError(f'want a text that is not empty, got {json.dumps(row[key])[:60]}')
     else:
         raise ValueError(f'want "text", "prompt" and "response", or "messages"; got the keys {list(row)[:9]}')
 
-    for text in texts:
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f'want a text that is not empty, got {json.dumps(text)[:60]}')
     length = sum(map(len, texts))
-    if length > 1 << 20 and kind != {'text'}:
+    if length > 1 << 20 and 'text' not in kept:
         raise ValueError(f'an example of {length:,} characters; the limit is {1 << 20:,}')
-    others = {'messages', 'prompt_ids', 'response_ids', 'text', *LISTS}.union(*PAIRS) - kind
-    return {key: value for key, value in row.items() if key not in others}
+    others = {'messages', *LISTS, *ids, 'text'}.union(*PAIRS) - kept.keys()
+    return {key: value for key, value in (row | kept).items() if key not in others}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -710,11 +691,9 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
     empty = not out.exists() or out.is_dir() and not any(out.iterdir())
     if not empty and not (out / 'manifest.json').is_file():
         raise Refused(f'{out}: something else is here; choose another --out')
-    kinds = set()
-    for source in (*sources, *val):                         # what is broken at once is said at once
-        _, record = next(iter(records_of(source)))
-        kinds.add('text' in record)
-    if len(kinds) > 1:
+    # what is broken at once is said at once
+    firsts = [next(iter(records_of(source))) for source in (*sources, *val)]
+    if len({'text' in record for _, record in firsts}) > 1:
         raise Refused('some of the files hold documents ("text"), some examples: prepare them apart')
 
     with alone(out.with_name(f'.{out.name}.lock')):
@@ -746,14 +725,14 @@ def prepare_aside(sources, out, tokenizer, val, val_every, workers):
 
 def run_jobs(jobs, workers):
     """tokenize_source for all jobs, in this process or several -> what they return, in order."""
-    bar = dict(desc='files', total=len(jobs), disable=None, leave=False)
+    bar = partial(progress, desc='files', total=len(jobs))
     workers = min(workers, len(jobs))
     if workers < 2:
-        return list(tqdm(map(tokenize_source, jobs), **bar))
+        return list(bar(map(tokenize_source, jobs)))
 
     ignore = (signal.SIGINT, signal.SIG_IGN)               # Ctrl-C is for this process, which ends the others
     with multiprocessing.get_context('spawn').Pool(workers, signal.signal, ignore) as pool:
-        return list(tqdm(pool.imap(tokenize_source, jobs), **bar))
+        return list(bar(pool.imap(tokenize_source, jobs)))
 
 
 def collect(parts, folder, spec):
@@ -871,15 +850,14 @@ def tokenize_source(job):
     tok = stored_tokenizer(folder, spec)
     done, made_from = folder / f'part_{number:05d}.json', None
     if isinstance(source, (str, Path)):
-        vocabulary = file_sha256(folder / spec) if spec.endswith(TOKENIZER_FILES) else spec
-        state = Path(source).stat()
+        vocabulary, state = [tok.fingerprint(), tok.specials], Path(source).stat()
         made_from = [str(source), state.st_size, state.st_mtime_ns, split, val_every, vocabulary]
         before = read_json(done)
         if before.pop('made_from', None) == made_from:      # by a call before this one
             return before
 
     shards = {name: Shard(folder, name, number, tok) for name in ('train', 'val')}
-    records = tqdm(records_of(source), desc='tokenizing', leave=False, disable=number > 0 or None)
+    records = progress(records_of(source), desc='tokenizing', disable=number > 0 or None)
     dialogues = 0
     for (where, name), run in groupby(placed(records, split, number, val_every), key=itemgetter(0, 1)):
         for _, _, piece in run:
@@ -905,16 +883,13 @@ def placed(records, split, number, val_every):
         if len(kinds) > 1:
             raise Refused(f'{where}: a file holds documents ("text") or examples, not both')
 
-        if 'text' not in record:
-            yield where, split or split_of(record, val_every), record
-            continue
-        for text in chunks(record['text']):
-            number += 1
-            yield where, split or ('train' if number % val_every else 'val'), text
+        for piece in chunks(record['text']) if 'text' in record else [record]:
+            number = number + 1 if 'text' in record else first_question(record)
+            yield where, split or ('train' if number % val_every else 'val'), piece
 
 
-def split_of(record, val_every):
-    """Where an example goes, by its first question, so that none is in both splits.
+def first_question(record):
+    """A number that says where an example goes: its first question's, so that none is in both splits.
 
     (But where several answers are right there may be few questions: those go by the whole record.)
     """
@@ -926,7 +901,7 @@ def split_of(record, val_every):
         key = next(said['content'] for said in record['messages'] if said['role'] == 'user').strip()
     else:
         key = record['response'].strip()
-    return 'train' if zlib.crc32(key.encode()) % val_every else 'val'
+    return zlib.crc32(key.encode())
 
 
 def write_example(shard, record, where, dialogue, tok):
@@ -940,8 +915,6 @@ def write_example(shard, record, where, dialogue, tok):
         turns.append(([tok.bos_id], tok.encode(record['response'].strip())))
     if 'prompt_ids' in record:
         turns.append((record['prompt_ids'], record['response_ids']))
-        if max(*record['prompt_ids'], *record['response_ids']) >= tok.vocab_size:
-            raise Refused(f'{where}: an id is not below {tok.vocab_size}, the size of the vocabulary')
     for i, message in enumerate(said):
         if i and message['role'] == 'assistant':
             turns.append((tok.encode_chat(said[:i]), tok.encode(message['content'].strip())))
@@ -949,6 +922,8 @@ def write_example(shard, record, where, dialogue, tok):
     special = set(tok.specials.values())
     for prompt, response in turns:
         start, ids = shard.tokens, [*prompt, *response, tok.eos_id]
+        if max(ids) >= tok.vocab_size:
+            raise Refused(f'{where}: an id is not below {tok.vocab_size}, the size of the vocabulary')
         text = tok.decode_bytes(i for i in ids if i not in special)
         shard.write(ids, len(text))
         shard.rows.append((start, start + len(prompt), shard.tokens, dialogue))
@@ -979,8 +954,8 @@ class Corpus:
         self.shards, self.rows = {}, {}
         for split, entries in self.manifest['splits'].items():
             self.shards[split] = [self._open(entry) for entry in entries]
-            files = [self.folder / f"{entry['name']}.rows.npy" for entry in entries]
-            self.rows[split] = [np.load(file) for file in files if file.is_file()]
+            files = [f"{entry['name']}.rows.npy" for entry in entries if entry['examples']]
+            self.rows[split] = [np.load(self.folder / file) for file in files]
 
     def _open(self, entry):
         path = self.folder / f"{entry['name']}.bin"
@@ -1001,12 +976,10 @@ class Corpus:
         """Tokens start .. start+length of a split, as if its shards were one array: (length,) int64."""
         parts = []
         for shard in self.shards[split]:
-            if length and start < len(shard):
-                parts.append(np.asarray(shard[start:start + length], dtype=np.int64))
-                length -= len(parts[-1])
-                start += len(parts[-1])
+            if -length < start < len(shard):
+                parts.append(shard[max(0, start):start + length])
             start -= len(shard)
-        return np.concatenate(parts)
+        return np.concatenate(parts, dtype=np.int64)
 
 
 def open_dataset(name, share=(0, 1)):
@@ -1015,7 +988,7 @@ def open_dataset(name, share=(0, 1)):
     if (',' in name or ':' in name) and not Path(name).is_dir():
         try:
             names, weights = zip(*(part.rsplit(':', 1) for part in name.split(',')))
-            weights = [float(weight) for weight in weights]
+            weights = list(map(float, weights))
         except ValueError:
             weights = [0.0]
         if not all(0 < weight < math.inf for weight in weights):
@@ -1042,11 +1015,7 @@ def open_corpus(name, share):
 
 def check_same(theirs, ours, name, folder):
     """Refused if the tokenizer of a checkpoint or corpus is not the one of a data set."""
-    facts = []
-    for tok in (theirs, ours):
-        spelled = [(i, tok._bytes[i]) for i in tok._id_of_rank.tolist()]        # in the order of merging
-        facts.append((tok.encoding._pat_str, spelled, tok.mask_id, tok.eos_id))
-    if facts[0] != facts[1]:
+    if theirs.fingerprint() != ours.fingerprint():
         raise Refused(f'{name}: its tokenizer is not the one of {folder}')
 
 
@@ -1093,7 +1062,8 @@ def nth(sample, n, seed, slack=1):
 
 def evenly(n, limit):
     """`limit` of the numbers 0 .. n-1, evenly spread; all of them for 0."""
-    return [i * n // limit for i in range(limit)] if 0 < limit < n else list(range(n))
+    limit = min(limit or n, n)
+    return [i * n // limit for i in range(limit)]
 
 
 class Windows:
@@ -1150,22 +1120,20 @@ class Windows:
 
     def batch(self, it, rows, size):
         """Rows `rows` (a range) of the `size` windows of iteration `it` -> Batch. Every window once an epoch."""
-        numbers = [(it * size + row) // self.asked.times for row in rows]
-        x0 = torch.from_numpy(np.stack(list(map(self.window, numbers))))
+        x0 = np.stack([self.window((it * size + row) // self.asked.times) for row in rows])
         keep, border = (cut[rows.start:rows.stop] for cut in self.cuts(it, size))
         maskable = torch.arange(self.T) < torch.from_numpy(keep)[:, None]
         if not self.asked.isolate and border.min() == self.T:
-            return Batch(x0, maskable, None)
+            return Batch(torch.from_numpy(x0), maskable, None)
 
-        starts = range(0, x0.numel() + 1, self.T)
-        borders = {*starts, *(start + int(cut) for start, cut in zip(starts, border))}
+        starts = np.arange(0, x0.size + 1, self.T)
+        borders = np.union1d(starts, starts[:-1] + border)
         n = 2 * len(x0) + 1                                 # few different sizes: few graphs to compile
         if self.asked.isolate:
-            ends = (x0.flatten() == self.tok.eos_id).nonzero()[:, 0] + 1
-            borders.update(ends.tolist())
+            borders = np.union1d(borders, np.flatnonzero(x0 == self.tok.eos_id) + 1)
             n = -(-len(borders) // 64) * 64
-        filled = sorted(borders) + [x0.numel()] * (n - len(borders))
-        return Batch(x0, maskable, torch.tensor(filled, dtype=torch.int32))
+        borders = np.pad(borders, (0, n - len(borders)), 'edge')
+        return Batch(torch.from_numpy(x0), maskable, torch.from_numpy(borders).int())
 
     def held_out(self, limit=0):
         """The split in order, less a last partial window: [(x0, maskable)], (n, T) both, bytes of text in a row."""
@@ -1198,7 +1166,7 @@ class Examples:
 
         tables, at, dialogue = [], 0, 0
         for shard, rows in zip(self.corpus.shards[split], self.corpus.rows[split]):
-            tables.append(rows + np.array([at, at, at, dialogue]))
+            tables.append(rows + [at, at, at, dialogue])
             at += len(shard)
             dialogue += 1 + int(rows[-1, 3])
         table = np.concatenate(tables)                      # (n, 4): start, response, end, dialogue
@@ -1289,14 +1257,14 @@ def main(config):
     records, tokenizer, _ = DATASETS.get(cfg.name, (None, 'bpe-1024', ''))
     sources, held_out = (files_of(filter(None, text.split(','))) for text in (cfg.input, cfg.val_input))
     sources, out = sources or [list(records())], cfg.out or f'data/{cfg.name}'
-    manifest = prepare(sources, out, cfg.tokenizer or tokenizer, val=held_out, val_every=cfg.val_every,
-                       workers=cfg.workers or os.cpu_count() or 1)
+    prepare(sources, out, cfg.tokenizer or tokenizer, val=held_out, val_every=cfg.val_every,
+            workers=cfg.workers or os.cpu_count() or 1)
 
-    for split, shards in manifest['splits'].items():
-        tokens = sum(shard['tokens'] for shard in shards)
-        size = sum(shard['bytes'] for shard in shards)
+    corpus = Corpus(out, None)
+    for split, shards in corpus.shards.items():
+        tokens, size = corpus.count(split, 'tokens'), corpus.count(split, 'bytes')
         print(f'{out}/{split}: {tokens:,} tokens, {size / tokens:.2f} bytes each, {len(shards)} shard(s)')
-    how = ' --masking=response' if manifest['splits']['train'][0]['examples'] else ''
+    how = ' --masking=response' if corpus.rows['train'] else ''
     print(f'train on it:  python train.py --dataset={out}{how} --out_dir=out/{Path(out).name}')
 
 
