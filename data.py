@@ -133,7 +133,7 @@ class Tokenizer:
 
     def decode_bytes(self, ids):
         """The exact bytes of ids; ids that stand for no token are written out as <|id|>."""
-        return b''.join(self._bytes.get(i, f'<|{i}|>'.encode()) for i in ids)
+        return b''.join(self._bytes.get(int(i), f'<|{i}|>'.encode()) for i in ids)
 
     def decode(self, ids):
         """Text of ids; half a character becomes U+FFFD."""
@@ -883,13 +883,16 @@ def placed(records, split, number, val_every):
         if len(kinds) > 1:
             raise Refused(f'{where}: a file holds documents ("text") or examples, not both')
 
-        for piece in chunks(record['text']) if 'text' in record else [record]:
-            number = number + 1 if 'text' in record else first_question(record)
-            yield where, split or ('train' if number % val_every else 'val'), piece
+        if 'text' not in record:
+            yield where, split or split_of(record, val_every), record
+            continue
+        for text in chunks(record['text']):
+            number += 1
+            yield where, split or ('train' if number % val_every else 'val'), text
 
 
-def first_question(record):
-    """A number that says where an example goes: its first question's, so that none is in both splits.
+def split_of(record, val_every):
+    """Where an example goes, by its first question, so that none is in both splits.
 
     (But where several answers are right there may be few questions: those go by the whole record.)
     """
@@ -901,7 +904,7 @@ def first_question(record):
         key = next(said['content'] for said in record['messages'] if said['role'] == 'user').strip()
     else:
         key = record['response'].strip()
-    return zlib.crc32(key.encode())
+    return 'train' if zlib.crc32(key.encode()) % val_every else 'val'
 
 
 def write_example(shard, record, where, dialogue, tok):
