@@ -20,14 +20,17 @@ import inspect
 import math
 import zlib
 from collections import namedtuple
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 Question = namedtuple('Question', 'ids rows targets weights cu_seqlens', defaults=(None,))
 Generated = namedtuple('Generated', 'x n_forward')      # x (B, T) int64, evaluations of the network
 Rules = namedtuple('Rules', 'temperature remasking never last generator')       # how generate proposes
+pad_on_the_left = partial(pad_sequence, batch_first=True, padding_side='left')
 GOLDEN = (5 ** 0.5 - 1) / 2                             # its multiples, modulo 1, spread evenly over [0, 1)
 
 
@@ -76,14 +79,14 @@ def forward_process(x0, t, mask_id, maskable=None, generator=None,
         u = torch.rand(x0.shape, generator=generator, device=x0.device)
 
     if exact:
-        L = maskable.sum(1)
-        count = t.to(widest(t.device)) * L
-        count = count.ceil().long().clamp(min=1)
+        count = t.to(widest(t.device)) * maskable.sum(1)
+        count = count.ceil().clamp(min=1)
         order = u.masked_fill(~maskable, 2.0).argsort(1)        # maskable positions first, at random
         rank = order.argsort(1)
-        masked = rank < torch.minimum(count, L)[:, None]
+        drawn = rank < count[:, None]
     else:
-        masked = maskable & (u < t[:, None])
+        drawn = u < t[:, None]
+    masked = maskable & drawn
     return torch.where(masked, mask_id, x0), masked
 
 
@@ -161,17 +164,17 @@ def diffusion_loss(model, x0, maskable, mask_id,
     t (B,), masked (B, T): noise to use. exact: the count form, weight L/l instead of 1/t.
     total: divide by this instead (tokens or rows of the global batch, of which this is a part).
     """
-    if masked is not None and t is None and not exact:
-        raise ValueError('masked needs the t that it was drawn with, or exact=True')
-    if t is None and masked is None:
-        eps = 0 if exact else 1e-3
-        t = sample_t(len(x0), eps, generator=generator, device=x0.device)
     if masked is None:
+        if t is None:
+            eps = 0 if exact else 1e-3
+            t = sample_t(len(x0), eps, generator=generator, device=x0.device)
         _, masked = forward_process(x0, t, mask_id, maskable, generator, exact=exact)
-    xt = torch.where(masked, mask_id, x0)
+    elif t is None and not exact:
+        raise ValueError('masked needs the t that it was drawn with, or exact=True')
 
-    form = dict(per=per, exact=exact, total=total)
-    asked = question(x0, xt, masked, maskable, t, cu_seqlens=cu_seqlens, **form)
+    xt = torch.where(masked, mask_id, x0)
+    asked = question(x0, xt, masked, maskable, t,
+                     cu_seqlens=cu_seqlens, per=per, exact=exact, total=total)
     return weighted_loss(model, asked)                                              # Eq. 3, Eq. 5
 
 
@@ -208,7 +211,7 @@ def eq6_masks(maskable, mc_num, generator=None):
     if L == 0:
         raise ValueError('log_likelihood: no position is maskable')
 
-    if L < 31 and 2 ** L - 1 <= mc_num:
+    if 2 ** L - 1 <= mc_num:
         either = torch.tensor([False, True], device=device)
         subsets = torch.cartesian_prod(*[either] * L).view(-1, L)
         subsets = subsets[1:]                                   # all but the empty one
@@ -274,8 +277,7 @@ def bound_per_row(model, x0, maskable, mask_id,
     t, noise = t.float().to(x0.device), noise.to(x0.device)
     _, masked = forward_process(x0, t, mask_id, maskable, exact=True, u=noise)
     terms = eq6(model, x0, maskable, masked, mask_id, **options)
-    terms = terms.cpu().double()
-    return terms.view(-1, draws).mean(1)
+    return terms.cpu().double().view(-1, draws).mean(1)
 
 
 def log_prob_rows(model, x0, maskable, tok,
@@ -385,15 +387,11 @@ def canvas(prompts, gen_length, mask_id, pad_id, device='cpu'):
     """
     if pad_id == mask_id:
         raise ValueError(f'padding must not look like a mask: pad_id and mask_id are both {mask_id}')
-    longest, rows, visible = max(map(len, prompts)), [], []
-    for ids in prompts:
-        pad = longest - len(ids)
-        row = [*ids, *[mask_id] * gen_length]
-        rows.append([pad_id] * pad + row)
-        visible.append([False] * pad + [True] * len(row))
+    rows = [torch.tensor([*ids, *[mask_id] * gen_length], dtype=torch.long) for ids in prompts]
+    seen = [torch.ones_like(row, dtype=torch.bool) for row in rows]
 
-    x = torch.tensor(rows, dtype=torch.long, device=device)
-    visible = torch.tensor(visible, dtype=torch.bool, device=device)
+    x = pad_on_the_left(rows, padding_value=pad_id).to(device)
+    visible = pad_on_the_left(seen).to(device)
     return x, visible, x != mask_id
 
 
@@ -474,9 +472,7 @@ def select(confidence, masked, n, threshold=None):
     ([[False, False, True, False]], [[False, False, True, True]])
     """
     confidence = torch.where(masked, confidence, -math.inf)     # full length: ties break as in one long top-k
-    committed = torch.zeros_like(masked)
-    if threshold:
-        committed = masked & (confidence >= threshold)
+    committed = confidence >= (threshold or math.inf)
 
     left = masked.sum(1).tolist()
     for b, wanted in enumerate(n):
@@ -510,9 +506,7 @@ def uniform(rows, columns, generator):
 
 def draw(logits, rows, never=(), temperature=1., generator=None):
     """A token for each True position of rows (B, T), by logits (M, V): -> (M,). never: ids that are not taken."""
-    u = None
-    if temperature > 0:
-        u = uniform(rows, logits.shape[1], generator)
+    u = uniform(rows, logits.shape[1], generator) if temperature > 0 else None
     return gumbel_argmax(forbid(logits, never), temperature, u=u)
 
 
@@ -541,23 +535,23 @@ def block_plan(x, mask_id, gen_start, block_length, steps):
     Gaps before gen_start are a block before the first, with as many steps as the first, beyond `steps`.
     """
     T = x.shape[1]
-    columns = (x == mask_id).any(0).nonzero()
-    columns = columns[:, 0].tolist()
-    if not columns:
+    columns = (x == mask_id).any(0).tolist()
+    if True not in columns:
         return []
 
-    start = columns[0] if gen_start is None else gen_start
+    first = columns.index(True)
+    start = first if gen_start is None else gen_start
     block_length = T - start if block_length is None else block_length
     if block_length < 1 or (T - start) % block_length:
         raise ValueError(f'block_length must divide the {T - start} tokens to generate, got {block_length}')
     borders = list(range(start, T + 1, block_length))
     n = len(borders) - 1
-    if steps < n:
-        raise ValueError(f'steps must be at least the number of blocks, {n}, got {steps}')
+    if type(steps) is not int or steps < n:
+        raise ValueError(f'steps must be a whole number, at least the number of blocks, {n}, got {steps!r}')
 
     steps_of = num_transfer_tokens(torch.tensor([steps]), n)[0].tolist()
     blocks = list(zip(borders, borders[1:], steps_of))
-    if columns[0] < start:
+    if first < start:
         blocks.insert(0, (0, start, steps_of[0]))
     return blocks
 
@@ -588,11 +582,9 @@ def recomputed_rows(cache, T, block, step, n_steps):
     return list(range(start, T if cache == 'prefix' else end))
 
 
-def check_sampler(steps, temperature, cfg_scale, remasking, cache, threshold):
-    """Settings that every sampler has, refused in one sentence before the first forward pass."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f'steps must be a whole number above 0, got {steps!r}')
-    for name, value in (('temperature', temperature), ('cfg_scale', cfg_scale)):
+def check_sampler(remasking, cache, threshold, **numbers):
+    """Settings of a sampler, refused in one sentence before the first forward pass. numbers: 0 or more."""
+    for name, value in numbers.items():
         if not 0 <= value < math.inf:
             raise ValueError(f'{name} must be 0 or more, got {value}')
 
@@ -626,7 +618,7 @@ def generate(model, x, mask_id, *,
     until_end: leave as soon as finished blocks of every row hold EOS or EoT, the rest EOS: the text is the same.
     adjust(logits (M, V), x, masked) -> logits: see end_think. on_step(x, committed): after each step, may write on x.
     """
-    check_sampler(steps, temperature, cfg_scale, remasking, cache, threshold)
+    check_sampler(remasking, cache, threshold, temperature=temperature, cfg_scale=cfg_scale)
     if (logits_eos_inf or confidence_eos_eot_inf) and eos_id is None:
         raise ValueError('logits_eos_inf and confidence_eos_eot_inf need eos_id')
     ends = [i for i in (eos_id, eot_id) if i is not None]
@@ -681,27 +673,22 @@ def generate_variable_length(model, prompts, mask_id, eos_id,
         raise ValueError(f'max_length must hold a block of {block_length}, got {max_length}')
     pad_id = int(mask_id == 0) if pad_id is None else pad_id    # hidden, so any other id will do
     x, visible, _ = canvas(prompts, 0, mask_id, pad_id, device_of(model))
-    begin, n_forward, ends = x.shape[1], 0, {}                  # ends: row -> the column where it stopped
-    last = begin + max_length - block_length
+    rows, ended, n_forward = list(prompts), set(), 0
+    last = x.shape[1] + max_length - block_length
 
-    while len(ends) < len(prompts) and x.shape[1] <= last:
+    while len(ended) < len(prompts) and x.shape[1] <= last:
         start = x.shape[1]
         x = F.pad(x, (0, block_length), value=mask_id)
         visible = F.pad(visible, (0, block_length), value=True)
-        column = torch.arange(x.shape[1], device=x.device)
         x, n = generate(model, x, mask_id, steps=steps_per_block, gen_start=start,
-                        prompt=column[None] < start, visible=visible,
-                        eos_id=eos_id, **settings)
+                        visible=visible, eos_id=eos_id, **settings)
         n_forward += n
 
-        for b, new in enumerate(x[:, begin:].tolist()):
+        for b in {*range(len(prompts))} - ended:
+            rows[b] = x[b][visible[b]].tolist()
+            new = rows[b][len(prompts[b]):]
             if eos_id in new or stop is not None and stop(new):
-                ends.setdefault(b, x.shape[1])
-
-    rows = []
-    for b, (row, seen) in enumerate(zip(x, visible)):
-        end = ends.get(b, x.shape[1])
-        rows.append(row[:end][seen[:end]].tolist())
+                ended.add(b)
     return rows, n_forward
 
 
@@ -712,16 +699,16 @@ SETTINGS = ('steps', 'block_length', 'variable_length', 'stop', 'temperature', '
 
 def sampler_of(cfg):
     """What complete takes from the settings of a script -> dict. ValueError for what cannot be."""
-    for name in ('steps', 'block_length', 'think_boost', 'think_power'):
-        if getattr(cfg, name) < 0:
-            raise ValueError(f'{name} must be 0 or more, got {getattr(cfg, name)}')
+    how = {name: getattr(cfg, name) for name in SETTINGS}
+    numbers = {name: how[name] for name in how if type(how[name]) in (int, float)}
+
     if cfg.variable_length and not cfg.block_length:
         raise ValueError('variable_length needs a block_length')
     if not all(isinstance(text, str) and text for text in cfg.stop):
         raise ValueError(f'stop must hold texts that are not empty, got {cfg.stop}')
 
-    check_sampler(1, cfg.temperature, cfg.cfg_scale, cfg.remasking, cfg.cache, cfg.threshold)
-    return {name: getattr(cfg, name) for name in SETTINGS}
+    check_sampler(cfg.remasking, cfg.cache, **numbers)
+    return how
 
 
 def check_steps(new, cfg):
@@ -757,16 +744,15 @@ def complete(model, prompts, gen_length, tok, *,
         how = dict(temperature=temperature, generator=noise, eos_id=tok.eos_id, suppress=never)
         more = dict(settings, eot_id=tok.eot_id)
         if think_boost:
-            ids, longest = tok.encode('</think>'), len(rows[-1])
+            begin, ids = len(rows[-1]), tok.encode('</think>')
             before = settings.get('adjust')
-            more['adjust'] = end_think(longest, gen_length, ids, think_boost, think_power, before)
+            more['adjust'] = end_think(begin, gen_length, ids, think_boost, think_power, before)
 
         if model.config.causal:
             begun = [[tok.eos_id, *row] for row in rows]
             x, visible, _ = canvas(begun, 0, tok.mask_id, tok.pad_id, device)
-            begin = x.shape[1]
             x, n = ar_generate(model, x, gen_length, visible=visible, **how)
-            written = x[:, begin:].tolist()
+            written = x[:, visible.shape[1]:].tolist()
             rows = [row + new for row, new in zip(rows, written)]
 
         elif variable_length:
@@ -876,22 +862,19 @@ def ar_generate(model, prompt, n_new,
     Keys and values are cached, so each token costs one row. Rows that produced eos_id keep repeating it.
     visible (B, P) bool: False on left padding. suppress: ids never taken; sampling: temperature, generator.
     """
-    x, P, cached = prompt, prompt.shape[1], {}
-    if hasattr(model, 'new_kv'):
-        cached['kv'] = model.new_kv(len(x), P + n_new)
+    x, P = prompt, prompt.shape[1]
+    kv = model.new_kv(len(x), P + n_new) if hasattr(model, 'new_kv') else None
     if visible is not None:
-        cached['visible'] = F.pad(visible, (0, n_new), value=True)
+        visible = F.pad(visible, (0, n_new), value=True)
     ended = torch.zeros_like(x[:, :1], dtype=torch.bool)
 
     for end in range(P, P + n_new):
-        ids = x
-        if 'kv' in cached:                                      # it holds all but the newest
-            begin = 0 if end == P else end - 1
-            cached['pos'] = torch.arange(begin, end, device=x.device)
-            ids = x[:, begin:]
+        ids, pos = x, None
+        if kv is not None and end > P:                          # it holds all but the newest
+            ids, pos = x[:, -1:], torch.tensor([end - 1], device=x.device)
         newest = torch.zeros_like(ids, dtype=torch.bool)
         newest[:, -1] = True
-        logits = logits_of(model, ids, newest, **cached)                            # (B, V)
+        logits = logits_of(model, ids, newest, kv=kv, pos=pos, visible=visible)     # (B, V)
 
         token = draw(logits, newest, suppress, **sampling)[:, None]
         if eos_id is not None:
@@ -937,7 +920,7 @@ def sum_by_row(values, row_of, n_rows):
 
 def widest(device):
     """float64, or float32 on MPS, which has nothing wider."""
-    return torch.float32 if torch.device(device).type == 'mps' else torch.float64
+    return torch.float32 if device.type == 'mps' else torch.float64
 
 
 def device_of(model):
