@@ -14,10 +14,8 @@ vocabulary, C channels (d_model), H heads, D head size, M rows that are read out
 import hashlib
 import json
 import math
-import os
 import pickle
 import shutil
-import sys
 import warnings
 import zlib
 from contextlib import contextmanager
@@ -43,6 +41,7 @@ from configurator import (
     read_json,
     read_manifest,
     refuse,
+    say,
     special_tokens,
 )
 
@@ -65,13 +64,12 @@ class ModelConfig:
     rope_fp32: bool = True          # rotate in float32 (LLaDA); False: in the dtype of q and k (iLLaDA)
 
     def __post_init__(self):
-        wrong = out_of_range(self, (
+        refuse(out_of_range(self, (
             ('n_layer', 'a whole number from 1 to 9999', lambda v: type(v) is int and 0 < v < 10 ** 4),
             ('vocab_size seq_len n_head n_kv_head d_model d_ff', 'a whole number from 1 to 2147483647',
              lambda v: type(v) is int and 0 < v < 2 ** 31),
             ('rope_theta norm_eps', 'above 0', lambda v: type(v) in (int, float) and 0 < v < math.inf),
-            ('tied causal rope_fp32', 'true or false', lambda v: type(v) is bool)))
-        refuse(wrong)
+            ('tied causal rope_fp32', 'true or false', lambda v: type(v) is bool))))
 
         if self.d_model % (2 * self.n_head):
             raise Refused(f'd_model / n_head must be even and whole, got {self.d_model} / {self.n_head}')
@@ -291,12 +289,12 @@ class Transformer(nn.Module):
             instead. (FSDP has the head gathered inside this forward only.)
         """
         x = self.embed(ids)                                                                 # (B, W, C)
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))       # a narrow residual stream: half the memory traffic
+        x = x.to(dtype_of_pass(x))                         # a narrow residual stream: half the memory traffic
 
-        if pos is None:
-            pos = segment_positions(ids, cu_seqlens)                                       # (W,) or (B, 1, W)
+        if pos is None and cu_seqlens is None:
+            pos = torch.arange(ids.shape[1], device=x.device)                               # (W,)
+        elif pos is None:
+            _, pos = segments(*ids.shape, cu_seqlens)                                       # (B, 1, W)
         cos, sin = rope_angles(pos, self.config.head_dim, self.config.rope_theta)           # (..., W, D/2)
         if not self.config.rope_fp32:
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -334,25 +332,22 @@ class Transformer(nn.Module):
             may_see = may_see & visible[:, None, None, :]                                   # (B, 1, W, T)
 
         if cu_seqlens is not None:                          # only at the own segment
-            number = torch.arange(len(cu_seqlens) - 1, device=device)
-            number = number.repeat_interleave(cu_seqlens.diff(), output_size=len(x) * W)
-            segment = number.view(-1, 1, W)
+            segment, _ = segments(len(x), W, cu_seqlens)                                    # (B, 1, W)
             may_see = segment[..., :, None] == segment[..., None, :]                        # (B, 1, W, W)
 
         if causal:                                          # only at what stands before on the canvas
-            now = torch.arange(W, device=device) if kv is None else pos
-            may_see = may_see & (torch.arange(T, device=device) <= now[:, None])
+            keys = torch.arange(T, device=device)
+            now = keys if kv is None else pos
+            may_see = may_see & (keys <= now[:, None])
 
         nobody = ~may_see.any(-1, keepdim=True)             # who may see nobody sees all: else a row of NaN
         return dict(may_see=may_see | nobody)
 
     def new_kv(self, batch_size, length):
         """An empty cache for `forward(kv=...)`: (n_layer, 2, B, n_kv_head, T, D) in the dtype of the pass."""
-        c, device, dtype = self.config, self.embed.weight.device, self.embed.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        c, weight = self.config, self.embed.weight
         shape = (c.n_layer, 2, batch_size, c.n_kv_head, length, c.head_dim)
-        return torch.zeros(shape, device=device, dtype=dtype)
+        return torch.zeros(shape, device=weight.device, dtype=dtype_of_pass(weight))
 
     def num_params(self, non_embedding=False):
         """All parameters, or those outside the embedding and head (N of the papers' 6ND)."""
@@ -374,13 +369,17 @@ class Transformer(nn.Module):
         return 6 * (blocks + c.d_model * c.vocab_size * masked_fraction + attention)
 
 
-def segment_positions(ids, cu_seqlens):
-    """Where each of ids (B, W) stands: 0 .. W-1, (W,); packed, in its segment, (B, 1, W)."""
-    if cu_seqlens is None:
-        return torch.arange(ids.shape[1], device=ids.device)
-    lengths = cu_seqlens.diff()
-    start = cu_seqlens[:-1].repeat_interleave(lengths, output_size=ids.numel())
-    return (torch.arange(ids.numel(), device=ids.device) - start).view(len(ids), 1, -1)
+def segments(B, W, cu_seqlens):
+    """Of B * W packed tokens the number of the segment, and the place in it: two tensors (B, 1, W)."""
+    at = torch.arange(B * W, dtype=cu_seqlens.dtype, device=cu_seqlens.device).view(B, 1, W)
+    number = torch.bucketize(at, cu_seqlens[1:], right=True)
+    return number, at - cu_seqlens[number]
+
+
+def dtype_of_pass(z):
+    """What autocast computes in, where z is; without autocast the dtype of z."""
+    kind = z.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else z.dtype
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -424,13 +423,12 @@ def put(parameter, full):
 
 def pick_device(device, dtype):
     """-> (device, whether to compute in bfloat16: by default only where the hardware multiplies it)."""
-    here = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    found = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    here = [kind for kind in found if found[kind]]
     if device == 'auto':
-        device = next(kind for kind in here if here[kind])
+        device = here[0]
     if device not in here:
-        raise Refused(f'device must be one of auto, {", ".join(here)}, got {device!r}')
-    if not here[device]:
-        raise Refused(f'device {device!r} is not available here')
+        raise Refused(f'device must be auto or what is available here ({", ".join(here)}), got {device!r}')
 
     if dtype not in ('auto', 'bfloat16', 'float32'):
         raise Refused(f'dtype must be one of auto, bfloat16, float32, got {dtype!r}')
@@ -451,10 +449,9 @@ def open_model(path, device='auto', dtype='auto'):
 
     Weights of train.py are float32, narrowed for each pass; released ones stay as stored, unless told so.
     """
-    released, stored = (Path(path) / 'config.json').is_file(), None
+    released = (Path(path) / 'config.json').is_file()
     device, bf16 = pick_device(device, dtype)
-    if released and dtype != 'auto':
-        stored = getattr(torch, dtype)
+    stored = getattr(torch, dtype) if released and dtype != 'auto' else None
     autocast = torch.autocast(device, torch.bfloat16, enabled=bf16 and not released)
     return *load_model(path, device, stored), device, autocast
 
@@ -470,19 +467,19 @@ def load_model(path, device='cpu', dtype=None):
     Nothing is unpickled but tensors, no code is run, every shape is checked. Raises Refused or OSError.
     """
     folder = weights_in(path)
+    manifest = {}
     if (folder / 'config.json').is_file():
         model, meta = read_release(folder, device, dtype)
-        return model.eval(), meta
+    else:
+        manifest = read_checkpoint(folder)
+        model = empty_model(ModelConfig(**manifest['model'])).to_empty(device='cpu')
+        read_tensors(folder, {f'model.{name}': p.data for name, p in model.named_parameters()})
+        model.to(device=device, dtype=dtype)
+        meta = dict(manifest['ids'], tokenizer=own_tokenizer(manifest['tokenizer'], folder))
 
-    manifest = read_checkpoint(folder)
-    model = empty_model(ModelConfig(**manifest['model']))
-    model.to_empty(device='cpu')
-    read_tensors(folder, {f'model.{name}': p.data for name, p in model.named_parameters()})
-
-    tokenizer = own_tokenizer(manifest['tokenizer'], folder)
-    meta = {**manifest['ids'], 'folder': str(folder), 'tokenizer': tokenizer}
+    meta['folder'] = str(folder)
     meta.update((key, manifest.get(key)) for key in ('config', 'iteration', 'examples'))
-    return model.to(device=device, dtype=dtype).eval(), meta
+    return model.eval(), meta
 
 
 def weights_in(path):
@@ -531,19 +528,19 @@ class _OnlyTensors(pickle.Unpickler):
     """torch.distributed.checkpoint keeps its table of contents as a pickle: this reads it, builds nothing else."""
 
     allowed = {
-        'torch.distributed.checkpoint.metadata': (
-            'Metadata', 'TensorStorageMetadata', 'TensorProperties', '_MEM_FORMAT_ENCODING',
-            'ChunkStorageMetadata', 'MetadataIndex', 'StorageMeta'),
-        'torch.distributed.checkpoint.filesystem': ('_StorageInfo',),
-        'torch': ('Size', 'float32', 'bfloat16', 'float16', 'float64', 'int64'),
-        'torch.serialization': ('_get_layout',),
-        'pathlib': ('PosixPath', 'WindowsPath'),
-        'pathlib._local': ('PosixPath', 'WindowsPath')}
+        'torch.distributed.checkpoint.metadata':
+            'Metadata TensorStorageMetadata TensorProperties _MEM_FORMAT_ENCODING '
+            'ChunkStorageMetadata MetadataIndex StorageMeta',
+        'torch.distributed.checkpoint.filesystem': '_StorageInfo',
+        'torch': 'Size float32 bfloat16 float16 float64 int64',
+        'torch.serialization': '_get_layout',
+        'pathlib': 'PosixPath WindowsPath',
+        'pathlib._local': 'PosixPath WindowsPath'}
 
     def find_class(self, module, name):
         if (module, name) == ('builtins', 'getattr'):       # some Pythons write members of an enumeration so
             return self.member
-        if name not in self.allowed.get(module, ()):
+        if name not in self.allowed.get(module, '').split():
             raise ValueError(f'it asks for {module}.{name}')
         return super().find_class(module, name)
 
@@ -555,7 +552,7 @@ class _OnlyTensors(pickle.Unpickler):
 
 def stored_tensors(folder):
     """What a step folder holds: name -> torch.Size. Anything but whole tensors in files beside it is refused."""
-    path = folder / '.metadata'
+    path, sizes = folder / '.metadata', {}
     try:
         with path.open('rb') as file:
             table = _OnlyTensors(file).load()
@@ -566,7 +563,8 @@ def stored_tensors(folder):
         for name, entry in table.state_dict_metadata.items():
             if not covers(entry.chunks, entry.size):
                 raise ValueError(f'it has only parts of {name}')
-        return {name: entry.size for name, entry in table.state_dict_metadata.items()}
+            sizes[name] = entry.size
+        return sizes
 
     except Exception as error:                              # a pickle has a dozen ways to be broken
         raise Refused(f'{path}: not a table of tensors ({type(error).__name__}: {error})') from None
@@ -575,7 +573,7 @@ def stored_tensors(folder):
 def covers(chunks, size):
     """Whether chunks are the rows of a tensor of this size, each once, as FSDP cuts it. (A number is one chunk.)"""
     end, (rows, *rest) = 0, size or (1,)
-    for chunk in sorted(chunks, key=lambda chunk: tuple(chunk.offsets)):
+    for chunk in sorted(chunks, key=lambda chunk: chunk.offsets):
         start, *corner = chunk.offsets or (0,)
         n, *width = chunk.sizes or (1,)
         if start != end or any(corner) or width != rest:
@@ -616,27 +614,35 @@ def one_line(folder, what):
 # Weights on disk: the released layouts. LLaDA's gate is `ff_proj` (SiLU goes through it), and `ff_out` is two
 # different matrices.
 
-RELEASES = {        # our parts -> their released names, outside the blocks and inside
-    'llada': {
-        'embed': 'model.transformer.wte', 'norm': 'model.transformer.ln_f', 'head': 'model.transformer.ff_out',
-        'blocks': 'model.transformer.blocks', 'attn_norm': 'attn_norm', 'ff_norm': 'ff_norm',
-        'attn.q': 'q_proj', 'attn.k': 'k_proj', 'attn.v': 'v_proj', 'attn.out': 'attn_out',
-        'ff.gate': 'ff_proj', 'ff.up': 'up_proj', 'ff.down': 'ff_out'},
-    'illada': {
-        'embed': 'model.embed_tokens', 'norm': 'model.norm', 'head': 'lm_head', 'blocks': 'model.layers',
-        'attn_norm': 'input_layernorm', 'ff_norm': 'post_attention_layernorm', 'attn.q': 'self_attn.q_proj',
-        'attn.k': 'self_attn.k_proj', 'attn.v': 'self_attn.v_proj', 'attn.out': 'self_attn.o_proj',
-        'ff.gate': 'mlp.gate_proj', 'ff.up': 'mlp.up_proj', 'ff.down': 'mlp.down_proj'}}
-CONFIG_KEYS = {     # fields of ModelConfig -> keys of config.json
-    'llada': dict(
-        vocab_size='embedding_size', seq_len='max_sequence_length', n_layer='n_layers', n_head='n_heads',
-        n_kv_head='n_kv_heads', d_model='d_model', d_ff='mlp_hidden_size', rope_theta='rope_theta',
-        norm_eps='rms_norm_eps', tied='weight_tying', rope_fp32='rope_full_precision'),
-    'illada': dict(
-        vocab_size='vocab_size', seq_len='max_position_embeddings', n_layer='num_hidden_layers',
-        n_head='num_attention_heads', n_kv_head='num_key_value_heads', d_model='hidden_size',
-        d_ff='intermediate_size', rope_theta='rope_theta', norm_eps='rms_norm_eps',
-        tied='tie_word_embeddings')}
+KINDS = {'llada': 'LLaDAModelLM', 'illada': 'ILLaDAForCausalLM'}        # model_type -> class, as columns below
+PARTS = '''
+embed                  model.transformer.wte                    model.embed_tokens
+norm                   model.transformer.ln_f                   model.norm
+head                   model.transformer.ff_out                 lm_head
+blocks.{i}.attn_norm   model.transformer.blocks.{i}.attn_norm   model.layers.{i}.input_layernorm
+blocks.{i}.attn.q      model.transformer.blocks.{i}.q_proj      model.layers.{i}.self_attn.q_proj
+blocks.{i}.attn.k      model.transformer.blocks.{i}.k_proj      model.layers.{i}.self_attn.k_proj
+blocks.{i}.attn.v      model.transformer.blocks.{i}.v_proj      model.layers.{i}.self_attn.v_proj
+blocks.{i}.attn.out    model.transformer.blocks.{i}.attn_out    model.layers.{i}.self_attn.o_proj
+blocks.{i}.ff_norm     model.transformer.blocks.{i}.ff_norm     model.layers.{i}.post_attention_layernorm
+blocks.{i}.ff.gate     model.transformer.blocks.{i}.ff_proj     model.layers.{i}.mlp.gate_proj
+blocks.{i}.ff.up       model.transformer.blocks.{i}.up_proj     model.layers.{i}.mlp.up_proj
+blocks.{i}.ff.down     model.transformer.blocks.{i}.ff_out      model.layers.{i}.mlp.down_proj
+'''
+# fields of ModelConfig -> keys of config.json
+FIELDS = '''
+vocab_size      embedding_size          vocab_size
+seq_len         max_sequence_length     max_position_embeddings
+n_layer         n_layers                num_hidden_layers
+n_head          n_heads                 num_attention_heads
+n_kv_head       n_kv_heads              num_key_value_heads
+d_model         d_model                 hidden_size
+d_ff            mlp_hidden_size         intermediate_size
+rope_theta      rope_theta              rope_theta
+norm_eps        rms_norm_eps            rms_norm_eps
+tied            weight_tying            tie_word_embeddings
+rope_fp32       rope_full_precision
+'''
 PLAIN = {           # what the two architectures are, as far as config.json can say otherwise
     'llada': dict(
         activation_type='silu', block_type='llama', layer_norm_type='rms', rope=True, alibi=False,
@@ -650,16 +656,21 @@ HARMLESS = (        # keys of config.json that change nothing of what is compute
     'attention_layer_norm_with_affine attention_dropout embedding_dropout residual_dropout resid_pdrop').split()
 
 
+def column(table, kind):
+    """The first word of each line of a table -> the one that stands under this kind, if there is one."""
+    number = 1 + list(KINDS).index(kind)
+    rows = [line.split() for line in table.strip().splitlines()]
+    return {row[0]: row[number] for row in rows if row[number:]}
+
+
 def release_names(kind, config):
     """Our parameter names -> the names in a released folder."""
-    outside = ('embed', 'norm') if config.tied else ('embed', 'norm', 'head')
-    table = dict(RELEASES[kind])
-    names = {f'{part}.weight': f'{table.pop(part)}.weight' for part in outside}
-    blocks = table.pop('blocks')
-    table.pop('head', None)
+    names, parts = {}, column(PARTS, kind)
     for i in range(config.n_layer):
-        for ours, theirs in table.items():
-            names[f'blocks.{i}.{ours}.weight'] = f'{blocks}.{i}.{theirs}.weight'
+        for ours, theirs in parts.items():
+            names[f'{ours.format(i=i)}.weight'] = f'{theirs.format(i=i)}.weight'
+    if config.tied:
+        del names['head.weight']
     return names
 
 
@@ -668,19 +679,20 @@ def release_config(folder):
     path = folder / 'config.json'
     raw = read_json(path)
     kind = str(raw.get('model_type'))
-    if kind not in RELEASES:
-        raise Refused(f"{path}: model_type {kind!r}; known are {', '.join(RELEASES)}")
-    for key, plain in PLAIN[kind].items():
-        if raw.get(key) not in (None, plain):
-            raise Refused(f'{path}: {key} = {raw[key]!r} is not supported (only {plain!r})')
+    if kind not in KINDS:
+        raise Refused(f"{path}: model_type {kind!r}; known are {', '.join(KINDS)}")
 
-    keys, ropes = CONFIG_KEYS[kind], ('rope_scaling', 'rope_parameters')
-    known = {*PLAIN[kind], *keys.values(), *HARMLESS, *ropes}
-    strange = [f'{key} = {value!r}' for key, value in raw.items() if value and key not in known]
-    if strange:                                             # it may say something that changes the logits
-        raise Refused(f'{path}: {strange[0]} is not known here; if it changes nothing, take it out of the file')
+    keys, plain, ropes = column(FIELDS, kind), PLAIN[kind], ('rope_scaling', 'rope_parameters')
+    known = {*keys.values(), *plain, *HARMLESS, *ropes}
+    for key, value in raw.items():
+        if key in plain and value not in (None, plain[key]):
+            raise Refused(f'{path}: {key} = {value!r} is not supported (only {plain[key]!r})')
+        if value and key not in known:                      # it may say something that changes the logits
+            raise Refused(f'{path}: {key} = {value!r} is not known here; '
+                          'if it changes nothing, take it out of the file')
 
-    told = {ours: raw[theirs] for ours, theirs in keys.items() if raw.get(theirs) is not None}
+    told = dict(vocab_size=raw.get('vocab_size'), n_kv_head=raw.get(keys['n_head']))        # unless it says more
+    told.update((ours, raw[theirs]) for ours, theirs in keys.items() if raw.get(theirs) is not None)
     for rope in (raw.get(key) or {} for key in ropes):     # transformers keeps the base and its scaling there
         if not isinstance(rope, dict) or rope.get('rope_type', rope.get('type', 'default')) != 'default':
             raise Refused(f'{path}: scaled rotary angles are not supported, got {rope}')
@@ -688,8 +700,6 @@ def release_config(folder):
         if base is not None and told.setdefault('rope_theta', base) != base:
             raise Refused(f"{path}: rope_theta is {told['rope_theta']} and {base}: which one?")
 
-    told.setdefault('vocab_size', raw.get('vocab_size'))
-    told.setdefault('n_kv_head', told.get('n_head'))
     if kind == 'illada':
         told['rope_fp32'] = False
     elif type(raw.get('mlp_ratio')) is int and type(raw.get('d_model')) is int:
@@ -703,14 +713,13 @@ def release_config(folder):
 
 def release_files(folder):
     """The safetensors files of a released folder, by its index if it has one."""
-    index = folder / 'model.safetensors.index.json'
+    single, index = folder / 'model.safetensors', folder / 'model.safetensors.index.json'
     if not index.is_file():
-        return [folder / 'model.safetensors']
+        return [single]
     names = read_json(index).get('weight_map')
     if not isinstance(names, dict):
         raise Refused(f'{index}: not a safetensors index')
     files = {folder / Path(str(name)).name for name in names.values()}
-    single = folder / 'model.safetensors'
     if single.is_file() and single not in files:
         raise Refused(f'{folder}: its index does not know {single.name}: which weights? Remove one of the two')
     return sorted(files)
@@ -723,13 +732,13 @@ def read_release(folder, device='cpu', dtype=None):
     for file in release_files(folder):
         stored.update(read_safetensors(file))
     model = release_model(folder, kind, config, stored, device, dtype)
-    files = [str(folder / f'tokenizer{ending}') for ending in TOKENIZER_FILES]
-    meta = dict(release_ids(folder, raw), config=None, iteration=None, examples=None,
-                folder=str(folder), tokenizer=next(filter(os.path.isfile, files), None))
+    files = [folder / f'tokenizer{ending}' for ending in TOKENIZER_FILES]
+    tokenizer = next((str(file) for file in files if file.is_file()), None)
+    meta = dict(release_ids(folder, raw), tokenizer=tokenizer)
 
     told = raw.pop('sha256', None)
     if told and told != facts_sha256(raw):                  # people do edit it: said, not refused
-        print(f'{folder / "config.json"}: changed since save_release wrote it', file=sys.stderr)
+        say(f'{folder / "config.json"}: changed since save_release wrote it')
     return model, meta
 
 
@@ -755,10 +764,11 @@ def release_model(folder, kind, config, stored, device='cpu', dtype=None):
     names = release_names(kind, config)
     stored = {name: z for name, z in stored.items() if not name.endswith('.inv_freq')}      # rope_theta says it
     if config.tied:                                         # some files store it twice, or as the head
-        head = stored.pop(f"{RELEASES[kind]['head']}.weight", None)
+        head = stored.pop(f"{column(PARTS, kind)['head']}.weight", None)
         if head is not None and not torch.equal(head, stored.setdefault(names['embed.weight'], head)):
             raise Refused(f'{folder}: the configuration ties the head to the embedding, but they differ')
-    missing, extra = set(names.values()) - set(stored), set(stored) - set(names.values())
+    wanted = set(names.values())
+    missing, extra = wanted - stored.keys(), stored.keys() - wanted
     if missing or extra:
         raise Refused(f'{folder}: lacks {sorted(missing)[:1]}, has {sorted(extra)[:1]} that this architecture '
                       f'does not have ({len(missing)} and {len(extra)} tensors)')
@@ -783,10 +793,11 @@ def release_ids(folder, raw):
     ids = {}
     for role in ROLES:
         key = f'{role}_token_id'
-        told = [i for i in (raw.get(key), generation.get(key), named.get(role)) if type(i) is int]
-        if told and named.get(role, told[0]) != told[0]:
-            raise Refused(f'{folder}: the weights say {role} is {told[0]}, the tokenizer says {named[role]}')
-        ids[f'{role}_id'] = told[0] if told else None
+        told = (raw.get(key), generation.get(key), named.get(role))
+        number = next((i for i in told if type(i) is int), None)
+        if named.get(role, number) != number:
+            raise Refused(f'{folder}: the weights say {role} is {number}, the tokenizer says {named[role]}')
+        ids[f'{role}_id'] = number
     return ids
 
 
@@ -801,9 +812,9 @@ def _safetensors():
 def tensors_sha256(tensors):
     """Checksum of tensors and their names."""
     total = hashlib.sha256()
-    for name in sorted(tensors):
+    for name, tensor in sorted(tensors.items()):
         total.update(name.encode())
-        total.update(tensors[name].contiguous().view(torch.uint8).numpy())
+        total.update(tensor.contiguous().view(torch.uint8).numpy())
     return total.hexdigest()
 
 
@@ -816,9 +827,9 @@ def save_release(model, meta, path):
     kind = 'llada' if config.rope_fp32 else 'illada'
     if config.causal:
         raise Refused('the released layouts are bidirectional: no autoregressive model can be saved in them')
-    if path.exists() and any(path.iterdir()):               # an old index would win over the new file
-        raise Refused(f'{path}: not empty; choose a new folder')
     path.mkdir(parents=True, exist_ok=True)
+    if any(path.iterdir()):                                 # an old index would win over the new file
+        raise Refused(f'{path}: not empty; choose a new folder')
 
     state, names = model.state_dict(), release_names(kind, config)
     tensors = {theirs: state[ours].cpu().contiguous() for ours, theirs in names.items()}
@@ -826,11 +837,10 @@ def save_release(model, meta, path):
     _safetensors().torch.save_file(tensors, path / 'model.safetensors', metadata=metadata)
     copy_tokenizer(meta.get('tokenizer'), path)
 
-    classes = {'llada': 'LLaDAModelLM', 'illada': 'ILLaDAForCausalLM'}
     dtype = str(model.embed.weight.dtype).removeprefix('torch.')
-    raw = {'model_type': kind, 'architectures': [classes[kind]], 'torch_dtype': dtype, **PLAIN[kind],
+    raw = {'model_type': kind, 'architectures': [KINDS[kind]], 'torch_dtype': dtype, **PLAIN[kind],
            'vocab_size': config.vocab_size}
-    raw.update((theirs, getattr(config, ours)) for ours, theirs in CONFIG_KEYS[kind].items())
+    raw.update((theirs, getattr(config, ours)) for ours, theirs in column(FIELDS, kind).items())
     raw.update((f'{role}_token_id', meta.get(f'{role}_id')) for role in ROLES)
     raw['sha256'] = facts_sha256(raw)
     text = json.dumps(raw, indent=1)
