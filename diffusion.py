@@ -207,14 +207,15 @@ def eq6_masks(maskable, mc_num, generator=None):
     All 2^L - 1 masks of its L maskable tokens, if they are no more than mc_num: the mean is then exact. Else
     mc_num draws of l, stratified and exactly uniform on 1..L (the official rounding is not).
     """
-    L, device = int(maskable.sum()), maskable.device
+    L = int(maskable.sum())
+    device = maskable.device
     if L == 0:
         raise ValueError('log_likelihood: no position is maskable')
 
     if 2 ** L - 1 <= mc_num:
         either = torch.tensor([False, True], device=device)
-        subsets = torch.cartesian_prod(*[either] * L).view(-1, L)
-        subsets = subsets[1:]                                   # all but the empty one
+        subsets = torch.cartesian_prod(*[either] * L)
+        subsets = subsets.view(-1, L)[1:]                       # all but the empty one
         masks = maskable.repeat(len(subsets), 1)
         masks[:, maskable] = subsets
         sizes = subsets.sum(1).tolist()
@@ -237,7 +238,8 @@ def log_likelihood(model, x0, maskable, mask_id,
     mc_num evaluations, or fewer and then exact, see eq6_masks. options: batch_size=16, cfg_scale=0.
     """
     masks, shares = eq6_masks(maskable, mc_num, generator)
-    x0, maskable = x0.expand_as(masks), maskable.expand_as(masks)
+    x0 = x0.expand_as(masks)
+    maskable = maskable.expand_as(masks)
     options['prompt'] = ~maskable[:1]
     terms = eq6(model, x0, maskable, masks, mask_id, **options)
     return float(shares @ terms.cpu().double())
@@ -267,14 +269,17 @@ def bound_per_row(model, x0, maskable, mask_id,
     """
     end = first + len(x0)
     number = torch.arange(first * draws, end * draws)           # of the masks, row by row
-    row, draw = number // draws, number % draws
+    row = number // draws
+    draw = number % draws
     turn = torch.rand(1, generator=keyed_generator(seed), dtype=torch.float64)
     place = (row.double() * GOLDEN + turn) % 1             # in the slice of the draw
     t = 1 - (draw + place) / draws
     noise = row_noise(seed, 2 ** 63, number.tolist(), x0.shape[1])      # a key that no iteration has
 
-    x0, maskable = x0[row - first], maskable[row - first]
-    t, noise = t.float().to(x0.device), noise.to(x0.device)
+    x0 = x0[row - first]
+    maskable = maskable[row - first]
+    t = t.float().to(x0.device)
+    noise = noise.to(x0.device)
     _, masked = forward_process(x0, t, mask_id, maskable, exact=True, u=noise)
     terms = eq6(model, x0, maskable, masked, mask_id, **options)
     return terms.cpu().double().view(-1, draws).mean(1)
@@ -309,10 +314,11 @@ def chain_rule(model, x0, maskable, mask_id, choose, cfg_scale=0.):
 
     choose(log p of the hidden tokens (M,), their positions (M,)) -> which of the M comes next.
     """
-    hidden, prompt, total = maskable.clone(), ~maskable[None], 0.0
+    hidden = maskable.clone()
+    total = 0.0
     while hidden.any():
         xt = torch.where(hidden, mask_id, x0)[None]
-        logits = guided_logits(model, xt, prompt, cfg_scale, mask_id, rows=hidden[None])
+        logits = guided_logits(model, xt, ~maskable[None], cfg_scale, mask_id, rows=hidden[None])
         logp = log_prob(logits, x0[hidden])                                         # (M,)
         positions = hidden.nonzero()[:, 0]
         k = choose(logp, positions)
@@ -387,7 +393,8 @@ def canvas(prompts, gen_length, mask_id, pad_id, device='cpu'):
     """
     if pad_id == mask_id:
         raise ValueError(f'padding must not look like a mask: pad_id and mask_id are both {mask_id}')
-    rows = [torch.tensor([*ids, *[mask_id] * gen_length], dtype=torch.long) for ids in prompts]
+    masks = [mask_id] * gen_length
+    rows = [torch.tensor([*ids, *masks], dtype=torch.long) for ids in prompts]
     seen = [torch.ones_like(row, dtype=torch.bool) for row in rows]
 
     x = pad_on_the_left(rows, padding_value=pad_id).to(device)
@@ -474,11 +481,10 @@ def select(confidence, masked, n, threshold=None):
     confidence = torch.where(masked, confidence, -math.inf)     # full length: ties break as in one long top-k
     committed = confidence >= (threshold or math.inf)
 
-    left = masked.sum(1).tolist()
     for b, wanted in enumerate(n):
-        best = confidence[b].topk(min(wanted, left[b])).indices
+        best = confidence[b].topk(min(wanted, masked.shape[1])).indices
         committed[b, best] = True
-    return committed
+    return committed & masked                                   # a row may have fewer than are wanted
 
 
 def forbid(logits, ids):
@@ -495,12 +501,13 @@ def uniform(rows, columns, generator):
     generator: one torch.Generator, or a list of one for each row of the batch, so that what a row draws does
     not depend on its neighbours: a batch then equals its rows sampled one by one.
     """
-    counts, drawn = rows.sum(1).tolist(), []
+    counts = rows.sum(1).tolist()
     if not isinstance(generator, list):
-        counts, generator = [sum(counts)], [generator]
+        counts = [sum(counts)]
+        generator = [generator]
+
     options = dict(dtype=widest(rows.device), device=rows.device)
-    for n, g in zip(counts, generator):
-        drawn.append(torch.rand(n, columns, generator=g, **options))
+    drawn = [torch.rand(n, columns, generator=g, **options) for n, g in zip(counts, generator)]
     return torch.cat(drawn)
 
 
@@ -516,9 +523,8 @@ def propose(logits, masked, rules):
     u = None
     if rules.remasking == 'random':
         u = uniform(masked, 1, rules.generator)[:, 0]
-    trusted = forbid(logits, rules.last)
-    trust = confidence(trusted, guess, rules.remasking, u=u)
-    return guess, trust
+    logits = forbid(logits, rules.last)
+    return guess, confidence(logits, guess, rules.remasking, u=u)
 
 
 def write(x, masked, guess, trust, n, threshold):
@@ -627,7 +633,8 @@ def generate(model, x, mask_id, *,
     given = x != mask_id if prompt is None else prompt
     visible = None if visible is None or visible.all() else visible
     kv = [model.new_kv(*x.shape) if cache else None for _ in range(1 + bool(cfg_scale))]
-    blocks, n_steps = block_plan(x, mask_id, gen_start, block_length, steps), 0
+    blocks = block_plan(x, mask_id, gen_start, block_length, steps)
+    n_steps = 0
 
     for start, end, block_steps in blocks:
         written = x[:, blocks[0][0]:start].tolist()
@@ -673,7 +680,9 @@ def generate_variable_length(model, prompts, mask_id, eos_id,
         raise ValueError(f'max_length must hold a block of {block_length}, got {max_length}')
     pad_id = int(mask_id == 0) if pad_id is None else pad_id    # hidden, so any other id will do
     x, visible, _ = canvas(prompts, 0, mask_id, pad_id, device_of(model))
-    rows, ended, n_forward = list(prompts), set(), 0
+    rows = list(prompts)
+    ended = set()
+    n_forward = 0
     last = x.shape[1] + max_length - block_length
 
     while len(ended) < len(prompts) and x.shape[1] <= last:
@@ -693,15 +702,15 @@ def generate_variable_length(model, prompts, mask_id, eos_id,
 
 
 # how complete writes, by the names that these have among a script's settings
-SETTINGS = ('steps', 'block_length', 'variable_length', 'stop', 'temperature', 'remasking', 'threshold', 'cache',
-            'cfg_scale', 'logits_eos_inf', 'confidence_eos_eot_inf', 'think_boost', 'think_power')
+SETTINGS = (
+    'steps block_length variable_length stop temperature remasking threshold cache cfg_scale logits_eos_inf '
+    'confidence_eos_eot_inf think_boost think_power').split()
 
 
 def sampler_of(cfg):
     """What complete takes from the settings of a script -> dict. ValueError for what cannot be."""
     how = {name: getattr(cfg, name) for name in SETTINGS}
-    numbers = {name: how[name] for name in how if type(how[name]) in (int, float)}
-
+    numbers = {name: value for name, value in how.items() if type(value) in (int, float)}
     if cfg.variable_length and not cfg.block_length:
         raise ValueError('variable_length needs a block_length')
     if not all(isinstance(text, str) and text for text in cfg.stop):
@@ -715,9 +724,11 @@ def check_steps(new, cfg):
     """ValueError if `new` tokens do not divide into the blocks and steps of a script's settings."""
     if new < 1 or cfg.block_length and new % cfg.block_length:
         raise ValueError(f'block_length must divide the {new} tokens to generate, got {cfg.block_length}')
-    least, most = new // (cfg.block_length or new), new
+    least = new // (cfg.block_length or new)
+    most = new
     if cfg.variable_length:
-        least, most = 1, cfg.block_length
+        least = 1
+        most = cfg.block_length
     if cfg.steps and not least <= cfg.steps <= most:
         raise ValueError(f'steps must lie between {least} (blocks) and {most} (tokens), got {cfg.steps}')
 
@@ -733,7 +744,9 @@ def complete(model, prompts, gen_length, tok, *,
     end_think. settings: of generate. A causal model writes from left to right, at this temperature.
     The noise of prompt k depends on (seed, first + k) alone, not on its neighbours in the batch.
     """
-    device, out, n_forward = device_of(model), {}, 0
+    device = device_of(model)
+    out = {}
+    n_forward = 0
     by_length = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))      # little padding in a batch
     never = [tok.mask_id, *tok.unused(model.config.vocab_size)]
 
@@ -744,9 +757,9 @@ def complete(model, prompts, gen_length, tok, *,
         how = dict(temperature=temperature, generator=noise, eos_id=tok.eos_id, suppress=never)
         more = dict(settings, eot_id=tok.eot_id)
         if think_boost:
-            begin, ids = len(rows[-1]), tok.encode('</think>')
+            ids = tok.encode('</think>')
             before = settings.get('adjust')
-            more['adjust'] = end_think(begin, gen_length, ids, think_boost, think_power, before)
+            more['adjust'] = end_think(len(rows[-1]), gen_length, ids, think_boost, think_power, before)
 
         if model.config.causal:
             begun = [[tok.eos_id, *row] for row in rows]
@@ -821,7 +834,8 @@ def ar_question(x0, maskable, bos_id=None, **form):
     """
     before = x0[:, :-1]
     if bos_id is None:
-        x0, maskable = x0[:, 1:], maskable[:, 1:]
+        x0 = x0[:, 1:]
+        maskable = maskable[:, 1:]
     else:
         before = F.pad(before, (1, 0), value=bos_id)
     t = torch.ones(len(x0), device=x0.device)
@@ -862,16 +876,18 @@ def ar_generate(model, prompt, n_new,
     Keys and values are cached, so each token costs one row. Rows that produced eos_id keep repeating it.
     visible (B, P) bool: False on left padding. suppress: ids never taken; sampling: temperature, generator.
     """
-    x, P = prompt, prompt.shape[1]
-    kv = model.new_kv(len(x), P + n_new) if hasattr(model, 'new_kv') else None
+    x = prompt
+    kv = model.new_kv(len(x), x.shape[1] + n_new) if hasattr(model, 'new_kv') else None
     if visible is not None:
         visible = F.pad(visible, (0, n_new), value=True)
     ended = torch.zeros_like(x[:, :1], dtype=torch.bool)
 
-    for end in range(P, P + n_new):
-        ids, pos = x, None
-        if kv is not None and end > P:                          # it holds all but the newest
-            ids, pos = x[:, -1:], torch.tensor([end - 1], device=x.device)
+    for k in range(n_new):
+        ids = x
+        pos = None
+        if k and kv is not None:                                # it holds all but the newest
+            ids = x[:, -1:]
+            pos = torch.tensor([x.shape[1] - 1], device=x.device)
         newest = torch.zeros_like(ids, dtype=torch.bool)
         newest[:, -1] = True
         logits = logits_of(model, ids, newest, kv=kv, pos=pos, visible=visible)     # (B, V)
