@@ -20,7 +20,6 @@ import inspect
 import math
 import zlib
 from collections import namedtuple
-from functools import partial
 
 import numpy as np
 import torch
@@ -30,7 +29,6 @@ from torch.nn.utils.rnn import pad_sequence
 Question = namedtuple('Question', 'ids rows targets weights cu_seqlens', defaults=(None,))
 Generated = namedtuple('Generated', 'x n_forward')      # x (B, T) int64, evaluations of the network
 Rules = namedtuple('Rules', 'temperature remasking never last generator')       # how generate proposes
-pad_on_the_left = partial(pad_sequence, batch_first=True, padding_side='left')
 GOLDEN = (5 ** 0.5 - 1) / 2                             # its multiples, modulo 1, spread evenly over [0, 1)
 
 
@@ -220,14 +218,14 @@ def eq6_masks(maskable, mc_num, generator=None):
         masks[:, maskable] = subsets
         sizes = subsets.sum(1).tolist()
         shares = [1 / L / math.comb(L, n) for n in sizes]
-        return masks, torch.tensor(shares, dtype=torch.float64)
 
-    rows = maskable.expand(mc_num, -1)
-    jitter = torch.rand(mc_num, generator=generator, device=device)
-    u = (torch.arange(mc_num, device=device) + jitter) / mc_num
-    _, masks = forward_process(rows.long(), 1 - u, -1, rows, generator, exact=True)
-    shares = torch.full((mc_num,), 1 / mc_num, dtype=torch.float64)
-    return masks, shares
+    else:
+        rows = maskable.expand(mc_num, -1)
+        jitter = torch.rand(mc_num, generator=generator, device=device)
+        u = (torch.arange(mc_num, device=device) + jitter) / mc_num
+        _, masks = forward_process(rows.long(), 1 - u, -1, rows, generator, exact=True)
+        shares = [1 / mc_num] * mc_num
+    return masks, torch.tensor(shares, dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -267,8 +265,7 @@ def bound_per_row(model, x0, maskable, mask_id,
     of a row and over the rows, a lattice turned at random. first: number of the first row in a longer list.
     options: batch_size=16.
     """
-    end = first + len(x0)
-    number = torch.arange(first * draws, end * draws)           # of the masks, row by row
+    number = first * draws + torch.arange(len(x0) * draws)      # of the masks, row by row
     row = number // draws
     draw = number % draws
     turn = torch.rand(1, generator=keyed_generator(seed), dtype=torch.float64)
@@ -397,8 +394,8 @@ def canvas(prompts, gen_length, mask_id, pad_id, device='cpu'):
     rows = [torch.tensor([*ids, *masks], dtype=torch.long) for ids in prompts]
     seen = [torch.ones_like(row, dtype=torch.bool) for row in rows]
 
-    x = pad_on_the_left(rows, padding_value=pad_id).to(device)
-    visible = pad_on_the_left(seen).to(device)
+    x = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side='left').to(device)
+    visible = pad_sequence(seen, batch_first=True, padding_side='left').to(device)
     return x, visible, x != mask_id
 
 
@@ -683,9 +680,8 @@ def generate_variable_length(model, prompts, mask_id, eos_id,
     rows = list(prompts)
     ended = set()
     n_forward = 0
-    last = x.shape[1] + max_length - block_length
 
-    while len(ended) < len(prompts) and x.shape[1] <= last:
+    for _ in range(max_length // block_length):
         start = x.shape[1]
         x = F.pad(x, (0, block_length), value=mask_id)
         visible = F.pad(visible, (0, block_length), value=True)
@@ -693,11 +689,13 @@ def generate_variable_length(model, prompts, mask_id, eos_id,
                         visible=visible, eos_id=eos_id, **settings)
         n_forward += n
 
-        for b in {*range(len(prompts))} - ended:
+        for b in set(range(len(rows))) - ended:
             rows[b] = x[b][visible[b]].tolist()
             new = rows[b][len(prompts[b]):]
             if eos_id in new or stop is not None and stop(new):
                 ended.add(b)
+        if len(ended) == len(rows):
+            break
     return rows, n_forward
 
 
@@ -779,12 +777,12 @@ def complete(model, prompts, gen_length, tok, *,
         else:
             gaps = any(tok.mask_id in row for row in rows)
             new = 0 if gaps else gen_length
-            x, visible, given = canvas(rows, new, tok.mask_id, tok.pad_id, device)
-            masks = (~given).sum(1)
+            x, visible, _ = canvas(rows, new, tok.mask_id, tok.pad_id, device)
+            masks = (x == tok.mask_id).sum(1)
             x, n = generate(
                 model, x, tok.mask_id,
                 steps=steps or int(masks.max()), block_length=block_length or None,
-                prompt=given, visible=visible, until_end=not gaps,
+                visible=visible, until_end=not gaps,
                 **how, **more)
             rows = [row[seen].tolist() for row, seen in zip(x, visible)]
 

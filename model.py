@@ -316,7 +316,8 @@ class Transformer(nn.Module):
 
     def _limits(self, x, pos, kv, visible, cu_seqlens):
         """What attention is told of who may see whom: a mask only if nothing shorter says it. x (B, W, C)."""
-        causal, device = self.config.causal, x.device
+        causal = self.config.causal
+        device = x.device
         if cu_seqlens is None:
             if visible is None and not (causal and kv is not None):
                 return dict(causal=causal)
@@ -428,7 +429,7 @@ def pick_device(device, dtype):
     if device == 'auto':
         device = here[0]
     if device not in here:
-        raise Refused(f'device must be auto or what is available here ({", ".join(here)}), got {device!r}')
+        raise Refused(f'device {device!r} is not available here; choose one of auto, {", ".join(here)}')
 
     if dtype not in ('auto', 'bfloat16', 'float32'):
         raise Refused(f'dtype must be one of auto, bfloat16, float32, got {dtype!r}')
@@ -510,9 +511,11 @@ ASKED_FOR = {'masking', 'optimizer', 'batch_size', 'global_batch', 'seq_len', 'd
 
 def read_checkpoint(folder, share=(0, 1)):
     """The manifest of a step folder. share: which files are compared with their checksums, see read_manifest."""
-    manifest, path = read_manifest(folder, share), folder / 'manifest.json'
+    manifest = read_manifest(folder, share)
+    path = folder / 'manifest.json'
     if manifest.get('format') != 'nanollada 3':
         raise Refused(f"{path}: format {manifest.get('format')!r}, this code reads 'nanollada 3'")
+
     try:
         config = ModelConfig(**manifest['model'])
         if not all(0 <= i < config.vocab_size for i in manifest['ids'].values()):
@@ -552,7 +555,8 @@ class _OnlyTensors(pickle.Unpickler):
 
 def stored_tensors(folder):
     """What a step folder holds: name -> torch.Size. Anything but whole tensors in files beside it is refused."""
-    path, sizes = folder / '.metadata', {}
+    path = folder / '.metadata'
+    sizes = {}
     try:
         with path.open('rb') as file:
             table = _OnlyTensors(file).load()
@@ -614,8 +618,11 @@ def one_line(folder, what):
 # Weights on disk: the released layouts. LLaDA's gate is `ff_proj` (SiLU goes through it), and `ff_out` is two
 # different matrices.
 
-KINDS = {'llada': 'LLaDAModelLM', 'illada': 'ILLaDAForCausalLM'}        # model_type -> class, as columns below
+KINDS = {'llada': 'LLaDAModelLM', 'illada': 'ILLaDAForCausalLM'}         # model_type -> class
+
+# What the two call our parts, and the fields of ModelConfig in config.json
 PARTS = '''
+ours                   llada                                    illada
 embed                  model.transformer.wte                    model.embed_tokens
 norm                   model.transformer.ln_f                   model.norm
 head                   model.transformer.ff_out                 lm_head
@@ -629,8 +636,8 @@ blocks.{i}.ff.gate     model.transformer.blocks.{i}.ff_proj     model.layers.{i}
 blocks.{i}.ff.up       model.transformer.blocks.{i}.up_proj     model.layers.{i}.mlp.up_proj
 blocks.{i}.ff.down     model.transformer.blocks.{i}.ff_out      model.layers.{i}.mlp.down_proj
 '''
-# fields of ModelConfig -> keys of config.json
 FIELDS = '''
+ours            llada                   illada
 vocab_size      embedding_size          vocab_size
 seq_len         max_sequence_length     max_position_embeddings
 n_layer         n_layers                num_hidden_layers
@@ -643,6 +650,7 @@ norm_eps        rms_norm_eps            rms_norm_eps
 tied            weight_tying            tie_word_embeddings
 rope_fp32       rope_full_precision
 '''
+
 PLAIN = {           # what the two architectures are, as far as config.json can say otherwise
     'llada': dict(
         activation_type='silu', block_type='llama', layer_norm_type='rms', rope=True, alibi=False,
@@ -657,15 +665,16 @@ HARMLESS = (        # keys of config.json that change nothing of what is compute
 
 
 def column(table, kind):
-    """The first word of each line of a table -> the one that stands under this kind, if there is one."""
-    number = 1 + list(KINDS).index(kind)
-    rows = [line.split() for line in table.strip().splitlines()]
+    """A table as a dict: what is ours -> what stands under this kind, if something does."""
+    heads, *rows = [line.split() for line in table.strip().splitlines()]
+    number = heads.index(kind)
     return {row[0]: row[number] for row in rows if row[number:]}
 
 
 def release_names(kind, config):
     """Our parameter names -> the names in a released folder."""
-    names, parts = {}, column(PARTS, kind)
+    names = {}
+    parts = column(PARTS, kind)
     for i in range(config.n_layer):
         for ours, theirs in parts.items():
             names[f'{ours.format(i=i)}.weight'] = f'{theirs.format(i=i)}.weight'
@@ -682,7 +691,9 @@ def release_config(folder):
     if kind not in KINDS:
         raise Refused(f"{path}: model_type {kind!r}; known are {', '.join(KINDS)}")
 
-    keys, plain, ropes = column(FIELDS, kind), PLAIN[kind], ('rope_scaling', 'rope_parameters')
+    keys = column(FIELDS, kind)
+    plain = PLAIN[kind]
+    ropes = ('rope_scaling', 'rope_parameters')
     known = {*keys.values(), *plain, *HARMLESS, *ropes}
     for key, value in raw.items():
         if key in plain and value not in (None, plain[key]):
@@ -713,9 +724,11 @@ def release_config(folder):
 
 def release_files(folder):
     """The safetensors files of a released folder, by its index if it has one."""
-    single, index = folder / 'model.safetensors', folder / 'model.safetensors.index.json'
+    single = folder / 'model.safetensors'
+    index = folder / 'model.safetensors.index.json'
     if not index.is_file():
         return [single]
+
     names = read_json(index).get('weight_map')
     if not isinstance(names, dict):
         raise Refused(f'{index}: not a safetensors index')
@@ -732,6 +745,7 @@ def read_release(folder, device='cpu', dtype=None):
     for file in release_files(folder):
         stored.update(read_safetensors(file))
     model = release_model(folder, kind, config, stored, device, dtype)
+
     files = [folder / f'tokenizer{ending}' for ending in TOKENIZER_FILES]
     tokenizer = next((str(file) for file in files if file.is_file()), None)
     meta = dict(release_ids(folder, raw), tokenizer=tokenizer)
@@ -767,6 +781,7 @@ def release_model(folder, kind, config, stored, device='cpu', dtype=None):
         head = stored.pop(f"{column(PARTS, kind)['head']}.weight", None)
         if head is not None and not torch.equal(head, stored.setdefault(names['embed.weight'], head)):
             raise Refused(f'{folder}: the configuration ties the head to the embedding, but they differ')
+
     wanted = set(names.values())
     missing, extra = wanted - stored.keys(), stored.keys() - wanted
     if missing or extra:
@@ -775,9 +790,11 @@ def release_model(folder, kind, config, stored, device='cpu', dtype=None):
 
     model = empty_model(config)
     for ours, theirs in names.items():
-        there, want = stored[theirs].shape, model.get_parameter(ours).shape
+        there = stored[theirs].shape
+        want = model.get_parameter(ours).shape
         if there != want:
             raise Refused(f'{folder}: {theirs} has shape {list(there)}, the configuration says {list(want)}')
+
     kinds = {str(tensor.dtype) for tensor in stored.values()}
     if len(kinds) > 1 and dtype is None:
         raise Refused(f'{folder}: tensors of {" and ".join(sorted(kinds))}; choose one by --dtype')
@@ -823,7 +840,8 @@ def save_release(model, meta, path):
 
     meta: special ids and tokenizer as in load_model. The folder must be new.
     """
-    config, path = model.config, Path(path)
+    config = model.config
+    path = Path(path)
     kind = 'llada' if config.rope_fp32 else 'illada'
     if config.causal:
         raise Refused('the released layouts are bidirectional: no autoregressive model can be saved in them')
@@ -831,7 +849,8 @@ def save_release(model, meta, path):
     if any(path.iterdir()):                                 # an old index would win over the new file
         raise Refused(f'{path}: not empty; choose a new folder')
 
-    state, names = model.state_dict(), release_names(kind, config)
+    state = model.state_dict()
+    names = release_names(kind, config)
     tensors = {theirs: state[ours].cpu().contiguous() for ours, theirs in names.items()}
     metadata = {'format': 'pt', 'sha256': tensors_sha256(tensors)}
     _safetensors().torch.save_file(tensors, path / 'model.safetensors', metadata=metadata)
