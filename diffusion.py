@@ -333,9 +333,9 @@ def fit(model, prompt, filled, mask_id, *, seed=0):
     device = device_of(model)
     gap = torch.tensor([prompt], device=device) == mask_id
     near = F.max_pool1d(gap.float(), 5, 1, 2)[0] > 0
-    noise = keyed_generator(seed, device=device)
     x0 = torch.tensor(filled, device=device)
-    logp = log_likelihood(model, x0, near, mask_id, mc_num=64, generator=noise)
+    logp = log_likelihood(model, x0, near, mask_id, mc_num=64,
+                          generator=keyed_generator(seed, device=device))
     return logp / int(near.sum())
 
 
@@ -476,7 +476,7 @@ def select(confidence, masked, n, threshold=None):
     ([[False, False, True, False]], [[False, False, True, True]])
     """
     confidence = torch.where(masked, confidence, -math.inf)     # full length: ties break as in one long top-k
-    committed = confidence >= (threshold or math.inf)
+    committed = confidence >= (threshold or math.inf)           # without a threshold none
 
     for b, wanted in enumerate(n):
         best = confidence[b].topk(min(wanted, masked.shape[1])).indices
@@ -707,15 +707,17 @@ SETTINGS = (
 
 def sampler_of(cfg):
     """What complete takes from the settings of a script -> dict. ValueError for what cannot be."""
-    how = {name: getattr(cfg, name) for name in SETTINGS}
-    numbers = {name: value for name, value in how.items() if type(value) in (int, float)}
     if cfg.variable_length and not cfg.block_length:
         raise ValueError('variable_length needs a block_length')
     if not all(isinstance(text, str) and text for text in cfg.stop):
         raise ValueError(f'stop must hold texts that are not empty, got {cfg.stop}')
 
-    check_sampler(cfg.remasking, cfg.cache, **numbers)
-    return how
+    check_sampler(
+        cfg.remasking, cfg.cache, cfg.threshold,
+        temperature=cfg.temperature, cfg_scale=cfg.cfg_scale,
+        steps=cfg.steps, block_length=cfg.block_length,
+        think_boost=cfg.think_boost, think_power=cfg.think_power)
+    return {name: getattr(cfg, name) for name in SETTINGS}
 
 
 def check_steps(new, cfg):
@@ -861,7 +863,7 @@ def ar_log_prob(model, x0, maskable, *, bos_id=None, batch_size=64):
 
 def ar_log_likelihood(model, x0, maskable, *, bos_id=None):
     """log p(maskable | what stands before) of one sequence: x0 (T,), maskable (T,) -> float."""
-    if bos_id is None and bool(maskable[0]):
+    if bos_id is None and maskable[0]:
         raise ValueError('ar_log_likelihood: the first token has nothing before it; give bos_id')
     return float(ar_log_prob(model, x0[None], maskable[None], bos_id=bos_id))
 
