@@ -99,13 +99,14 @@ def world(cfg):
 # Gaps of unknown length
 
 
-def last_words_left_out(texts, n, tok):
-    """(prompts, texts): of stories that end in 'has the red drum.', without the last n words, which the rest tells."""
+def words_left_out(texts, n, tok):
+    """(prompts, texts): of stories that end in 'has the red drum in the mill.', n words, told by the rest, up to ' in'."""
     found = []
     for text in texts:
-        words = text.removesuffix('.').rsplit(' ', n)
-        if ' has the ' in text.split('. ')[-1] and len(tok.encode(' ' + ' '.join(words[1:]))) == n:
-            found.append((f'{words[0]} {sample.GAP}.', text))
+        told, _, place = text.rpartition(' in ')
+        words = told.rsplit(' ', n)
+        if ' has the ' in told.split('. ')[-1] and len(tok.encode(' ' + ' '.join(words[1:]))) == n:
+            found.append((f'{words[0]} {sample.GAP} in {place}', text))
     return found
 
 
@@ -121,9 +122,9 @@ def gaps(cfg):
         settings = SimpleNamespace(gap_length=0, instruct=False, seed=cfg.seed)
 
         for n in (1, 2, 3):
-            asked = last_words_left_out(texts, n, tok)[:cfg.limit or 100]
+            asked = words_left_out(texts, n, tok)[:cfg.limit or 100]
             if not asked:
-                raise Refused(f'{folder}: no held-out story ends in what has {n} tokens')
+                raise Refused(f'{folder}: no held-out story tells again what has {n} tokens')
             right = {'known': [], 'best fit': [], 'most probable filling': []}
             for prompt, text in asked:
                 tried = sample.lengths_of(prompt, '', tok, settings, config)
