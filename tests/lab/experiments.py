@@ -100,7 +100,7 @@ def world(cfg):
 
 
 def words_left_out(texts, n, tok):
-    """(prompts, texts): of stories that end in 'has the red drum in the mill.', n words, told by the rest, up to ' in'."""
+    """(prompts, texts): of stories that end in 'has the red drum in the mill.', the n words before 'in' left out."""
     found = []
     for text in texts:
         told, _, place = text.rpartition(' in ')
