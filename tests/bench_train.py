@@ -279,7 +279,7 @@ def saving_task(cfg, corpus, folder):
                 start = time.perf_counter()
             train.train_step(net, optimizers, next(batches), 1.0, settings, procs)
             if it in saves:
-                train.save_checkpoint(folder / name, it, model, optimizers, settings, tok, procs)
+                train.save_checkpoint(folder / name, it, model, optimizers, settings, source, procs)
         sync()
         taken = time.perf_counter() - start
         print(f'{name:<24} {model.num_params() / 1e6:.1f} M parameters, {taken:6.1f} s for 100 updates')
