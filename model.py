@@ -372,6 +372,8 @@ class Transformer(nn.Module):
 
 def segments(B, W, cu_seqlens):
     """Of B * W packed tokens the number of the segment, and the place in it: two tensors (B, 1, W)."""
+    if not cu_seqlens.is_cuda and cu_seqlens[-1] != B * W:  # (a GPU would have to be waited for)
+        raise ValueError(f'cu_seqlens must end at the {B * W} tokens of the batch, got {int(cu_seqlens[-1])}')
     at = torch.arange(B * W, dtype=cu_seqlens.dtype, device=cu_seqlens.device).view(B, 1, W)
     number = torch.bucketize(at, cu_seqlens[1:], right=True)
     return number, at - cu_seqlens[number]

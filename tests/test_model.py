@@ -85,6 +85,8 @@ def test_packed_equals_separate(causal, lengths):
         close(g, p.grad, atol=1e-3 * g.abs().max().item() + 1e-3)
     two_rows, n = ids.view(2, -1), ids.numel()                                          # borders count row by row
     close(model(two_rows, cu_seqlens=torch.tensor([0, n // 2, n, n], dtype=torch.int32)), model(two_rows))
+    with pytest.raises(ValueError, match='must end at'):
+        model(two_rows, cu_seqlens=torch.tensor([0, n // 2], dtype=torch.int32))
 
 
 def test_grouped_queries_equal_repeated_heads():
