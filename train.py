@@ -144,19 +144,17 @@ RANGES = (          # see configurator.out_of_range
 
 def check(cfg, world):
     """Refuses settings that cannot be, all of them at once, one a line."""
-    wrong = out_of_range(cfg, RANGES)
-    cuts = cfg.random_length or cfg.random_split or cfg.isolate
-
+    wrong, size = out_of_range(cfg, RANGES), update_size(cfg)
     rules = (
-        (in_pairs(cfg) and update_size(cfg) % 2,
-         f'an update of {update_size(cfg)} windows is odd, complementary masks come in pairs (--complementary=false)'),
+        (size % copies(cfg),
+         f'an update of {size} windows is odd, complementary masks come in pairs (--complementary=false)'),
+        (size % max(cfg.batch_size * world, 1),
+         f'global_batch: {size} windows do not divide into {world} processes x batch_size {cfg.batch_size}'),
         (not cfg.out_dir, 'out_dir must not be empty'),
         (cfg.tied and cfg.emb_std, f'a tied head is as large as the embedding: emb_std=0, got {cfg.emb_std}'),
 
-        (cfg.causal and cuts, 'random_length, random_split and isolate are for diffusion, causal is not'),
-        (cfg.masking == 'response' and cuts,
-         "random_length, random_split and isolate cut windows; masking = 'response' has one example a row"),
-
+        ((cfg.causal or cfg.masking == 'response') and (cfg.random_length or cfg.random_split or cfg.isolate),
+         "random_length, random_split and isolate are for diffusion on windows: not for causal, nor for examples"),
         (cfg.random_length + cfg.random_split > 1,
          'random_length and random_split are shares of the same windows: together at most 1'),
         (cfg.pad_group % max(cfg.batch_size, 1),
@@ -168,22 +166,15 @@ def check(cfg, world):
         (world % max(cfg.fsdp, 1), f'fsdp: groups of {cfg.fsdp} do not divide {world} processes'))
     refuse(wrong + [says for bad, says in rules if bad])
 
-    size = update_size(cfg)
-    if size % (cfg.batch_size * world):
-        raise Refused(f'global_batch: {size} windows do not divide into {world} processes x batch_size '
-                      f'{cfg.batch_size}')
-
 
 def in_order(points):
     """Whether points are [tokens, rate] or [tokens, rate, 'cosine'], tokens never falling."""
-    before = 0
     for point in points:
-        if not isinstance(point, list) or len(point) < 2 or point[2:] not in ([], ['cosine']):
+        if not isinstance(point, list) or point[2:] not in ([], ['cosine']):
             return False
-        if not all(type(x) in (int, float) and x >= 0 for x in point[:2]) or point[0] < before:
+        if [type(x) in (int, float) and x >= 0 for x in point[:2]] != [True, True]:
             return False
-        before = point[0]
-    return True
+    return points == sorted(points, key=lambda point: point[0])
 
 
 def update_size(cfg):
@@ -191,21 +182,21 @@ def update_size(cfg):
     return cfg.global_batch or cfg.batch_size
 
 
-def in_pairs(cfg):
-    """Whether rows 2k and 2k + 1 of an update are the same row of data, under masks that complete each other."""
-    return cfg.complementary and not cfg.causal
+def copies(cfg):
+    """How often in a row each row of data comes: 2, if 2k and 2k + 1 have masks that complete each other."""
+    return 2 if cfg.complementary and not cfg.causal else 1
 
 
-def lr_at(tokens, points):
-    """The learning rate after `tokens` tokens: lines, or half a cosine, between points; level beyond them.
+def lr_at(x, points):
+    """The learning rate at x, tokens or updates: lines, or half a cosine, between points; level beyond them.
 
-    Two points at the same number of tokens are a jump.
+    Two points at the same x are a jump.
     """
-    i = bisect.bisect_right([point[0] for point in points], tokens)
+    i = bisect.bisect_right([point[0] for point in points], x)
     if i in (0, len(points)):
         return points[max(i - 1, 0)][1]
     (x0, y0), (x1, y1) = points[i - 1][:2], points[i][:2]
-    part = (tokens - x0) / (x1 - x0)
+    part = (x - x0) / (x1 - x0)
     if points[i][2:] == ['cosine']:
         part = 0.5 - 0.5 * math.cos(math.pi * part)
     return y0 + (y1 - y0) * part
@@ -217,14 +208,12 @@ def lr_factor(it, cfg):
         tokens = (it + 1) * update_size(cfg) * cfg.seq_len
         return lr_at(tokens, cfg.lr_points) / cfg.learning_rate
 
-    warm = min(1.0, (it + 1) / cfg.warmup_iters) if cfg.warmup_iters else 1.0
-    if cfg.schedule == 'cosine':
-        progress = max(0, it - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
-        height = 0.5 + 0.5 * math.cos(math.pi * min(1.0, progress))
-    else:
-        decay = min(cfg.decay_iters, cfg.max_iters - cfg.warmup_iters)         # of a short run all of it
-        height = min(1.0, (cfg.max_iters - it) / decay) if decay > 0 else 1.0
-    return warm * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * height)
+    end = max(cfg.max_iters, cfg.warmup_iters)
+    decay, bend = end - cfg.warmup_iters, ['cosine']
+    if cfg.schedule == 'wsd':
+        decay, bend = min(cfg.decay_iters, decay), []           # of a short run all of it
+    last = [end, cfg.min_lr_ratio, *bend]
+    return lr_at(it, [[-1, 0.0], [cfg.warmup_iters - 1, 1.0], [end - decay, 1.0], last])
 
 
 def make_optimizers(model, cfg, device):
@@ -243,14 +232,10 @@ def make_optimizers(model, cfg, device):
     fused = True if device in ('cuda', 'cpu') else None
     betas = (cfg.beta1, cfg.beta2)
     optimizers.append(torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused))
-    for group in all_groups(optimizers):
-        group['peak'] = group['lr']
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['peak'] = group['lr']
     return optimizers
-
-
-def all_groups(optimizers):
-    """The parameter groups of all optimizers."""
-    return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -267,12 +252,15 @@ class Processes:
     bf16: bool
     sharded: bool
 
-    def any(self, flag):
-        """Whether a flag is set on any process; known to all. (On the host: no waiting for the GPU.)"""
-        number = torch.tensor(int(bool(flag)))
+    def total(self, part):
+        """A tensor on the host, added up over all processes, in place; known to all."""
         if self.world > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        return bool(number)
+            dist.all_reduce(part)
+        return part
+
+    def any(self, flag):
+        """Whether a flag is set on any process. (On the host: no waiting for the GPU.)"""
+        return bool(self.total(torch.tensor(int(flag))))
 
     def from_first(self, value):
         """What rank 0 says, on every rank; nobody goes on before it."""
@@ -285,12 +273,9 @@ class Processes:
         """Nobody goes on before rank 0 is here."""
         self.from_first(None)
 
-    def gather(self, part):
-        """The parts of all processes end to end: (n,) each, on the host -> (world * n,)."""
-        parts = [part.clone() for _ in range(self.world)]
-        if self.world > 1:
-            dist.all_gather(parts, part)
-        return torch.cat(parts)
+    def here(self, question):
+        """A diffusion.Question on this process's device."""
+        return question._make(z if z is None else z.to(self.device, non_blocking=True) for z in question)
 
     def autocast(self):
         """Around a forward pass. (FSDP's own policy narrows the parameters instead.)"""
@@ -300,7 +285,7 @@ class Processes:
 def join_processes(cfg, rank, world):
     """Meets the other processes, if torchrun has started any -> Processes."""
     device, bf16 = models.pick_device(cfg.device, cfg.dtype)
-    if world > 1 and not dist.is_initialized():
+    if world > 1:
         if device == 'cuda':
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         # A restarted group must not meet the addresses of the one before, which torchrun's store still holds.
@@ -399,7 +384,7 @@ def noise_of(rows, it, T, source, cfg):
     """
     eps = 0.0 if cfg.count_form else cfg.mask_eps
     width = cfg.logit_normal if cfg.logit_normal >= 0 else source.logit_normal
-    times = 1 + in_pairs(cfg)
+    times = copies(cfg)
     pair_of = [row // times for row in rows]
     t = diffusion.sample_t(update_size(cfg) // times, eps, cfg.stratified,
                            diffusion.keyed_generator(cfg.seed, it), logit_normal=width)
@@ -426,10 +411,9 @@ def settle(net, asked, procs):
 
     A run that goes on would else add up its first gradients as no run does in the middle, to other bits.
     """
-    question = asked[0]._make(z if z is None else z.to(procs.device) for z in asked[0])
     with procs.autocast():
-        diffusion.weighted_loss(net, question).backward()
-    net.zero_grad(set_to_none=True)
+        diffusion.weighted_loss(net, procs.here(asked[0])).backward()
+    net.zero_grad()
 
 
 def train_step(net, optimizers, asked, lr_factor, cfg, procs):
@@ -439,11 +423,10 @@ def train_step(net, optimizers, asked, lr_factor, cfg, procs):
     """
     loss = torch.zeros((), device=procs.device)
     for i, question in enumerate(asked):
-        question = question._make(z if z is None else z.to(procs.device, non_blocking=True) for z in question)
         if hasattr(net, 'require_backward_grad_sync'):      # DDP: gradients travel with the last pass only
             net.require_backward_grad_sync = i == len(asked) - 1
         with procs.autocast():
-            part = diffusion.weighted_loss(net, question)                           # Eq. 3, Eq. 5
+            part = diffusion.weighted_loss(net, procs.here(question))               # Eq. 3, Eq. 5
         (part * procs.world).backward()                     # DDP and FSDP average over processes: undo that
         loss += part.detach()
 
@@ -452,12 +435,17 @@ def train_step(net, optimizers, asked, lr_factor, cfg, procs):
     if not norm.isfinite():                     # everybody's norm; looking at it is an update's one wait
         raise FloatingPointError(f'loss {loss.item()}, gradient norm {norm.item()}; no update was made')
 
-    for group in all_groups(optimizers):
-        group['lr'] = group['peak'] * lr_factor
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    step(optimizers, lr_factor)
     return loss, norm
+
+
+def step(optimizers, lr_factor):
+    """Changes the weights by their gradients, at this part of each peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = group['peak'] * lr_factor
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -477,7 +465,9 @@ def validate(model, held_out, cfg, tok, procs):
             part = diffusion.log_prob_rows(model, x, m, tok, draws=cfg.eval_draws, first=before + int(mine[0]),
                                            batch_size=cfg.batch_size)
 
-        logp.append(procs.gather(part.cpu())[:len(x0)])
+        parts = torch.zeros(procs.world, each, dtype=part.dtype)
+        parts[procs.rank] = part.cpu()
+        logp.append(procs.total(parts).flatten()[:len(x0)])
         n_tokens.append(maskable.sum(1))
         before += len(x0)
     names = ('val_nats', 'val_nats_stderr', 'val_bits_per_byte', 'val_bits_per_byte_stderr')
@@ -511,8 +501,7 @@ class Log:
     def write(self, **entry):
         self.lines.append(entry)
         if self.file:
-            self.file.write(json.dumps(entry) + '\n')
-            self.file.flush()
+            print(json.dumps(entry), file=self.file, flush=True)
 
 
 def read_log(path):
@@ -531,30 +520,27 @@ def read_log(path):
 class Meter:
     """Counts between two lines of the log."""
 
-    def __init__(self, cfg, model, procs):
-        self.cfg, self.model, self.procs = cfg, model, procs
+    def __init__(self, cfg, model, source, procs):
+        self.cfg, self.model, self.source, self.procs = cfg, model, source, procs
         kind = torch.cuda.get_device_name() if procs.device == 'cuda' else ''
         self.peak = next((peak for name, peak in PEAKS.items() if name in kind), None)
+        self.smooth = None
         self.restart()
 
     def restart(self):
-        self.started, self.loss = time.perf_counter(), 0.0
-        self.updates = self.tokens = self.rows = self.windows = 0
+        self.started, self.updates, self.loss = time.perf_counter(), 0, 0.0
+        self.sizes = torch.zeros(3, dtype=torch.float64)        # tokens, rows that are read out, windows
 
     def count(self, asked, loss):
-        for question in asked:
-            self.tokens += question.ids.numel()
-            self.rows += len(question.rows)
-            self.windows += len(question.ids)
         self.updates += 1
         self.loss = self.loss + loss
+        for question in asked:
+            self.sizes += torch.tensor([question.ids.numel(), len(question.rows), len(question.ids)])
 
     def read(self, it, norm, lr):
         """The entry of the log for update `it`, the same everywhere: the loss is the mean since the last one."""
-        sums = torch.tensor([float(self.loss), self.tokens, self.rows, self.windows], dtype=torch.float64)
-        if self.procs.world > 1:
-            dist.all_reduce(sums)
-        loss, tokens, rows, windows = sums.tolist()
+        sums = torch.tensor([float(self.loss), *self.sizes], dtype=torch.float64)
+        loss, tokens, rows, windows = self.procs.total(sums).tolist()
         rate = tokens / (time.perf_counter() - self.started)
 
         entry = dict(iter=it, tokens=it * update_size(self.cfg) * self.cfg.seq_len, loss=loss / self.updates,
@@ -567,6 +553,22 @@ class Meter:
         self.restart()
         return entry
 
+    def show(self, bar, entry):
+        """The line of progress: in place on a terminal, else a line of its own, the first and every tenth."""
+        first = self.smooth is None
+        self.smooth = entry['loss'] if first else 0.7 * self.smooth + 0.3 * entry['loss']
+        bits = mfu = ''
+        if self.source.bytes_per_token:
+            bits = f' | {self.smooth / self.source.bytes_per_token / math.log(2):.3f} bits/byte'
+        if self.peak:
+            mfu = f" | MFU {entry['mfu']:.1%}"
+
+        line = (f"iter {entry['iter']}/{self.cfg.max_iters} | loss {self.smooth:.3f}{bits} | lr {entry['lr']:.2e} | "
+                f"{entry['tokens_per_second'] / 1e3:.1f}k tok/s{mfu}")
+        bar.set_description_str(line)
+        if bar.disable is True and (first or entry['iter'] % (10 * self.cfg.log_interval) == 0):
+            print(line, flush=True)
+
 
 def progress_bar(it, cfg, rank):
     """For a terminal; one that does not know its width gets lines, as a file does."""
@@ -575,32 +577,18 @@ def progress_bar(it, cfg, rank):
                 bar_format='{desc} | eta {remaining}')
 
 
-def show(bar, entry, smooth, source, cfg, first):
-    """The line of progress: in place on a terminal, else a line of its own, the first and every tenth."""
-    bits = mfu = ''
-    if source.bytes_per_token:
-        bits = f' | {smooth / source.bytes_per_token / math.log(2):.3f} bits/byte'
-    if 'mfu' in entry:
-        mfu = f" | MFU {entry['mfu']:.1%}"
-    line = (f"iter {entry['iter']}/{cfg.max_iters} | loss {smooth:.3f}{bits} | lr {entry['lr']:.2e} | "
-            f"{entry['tokens_per_second'] / 1e3:.1f}k tok/s{mfu}")
-    bar.set_description_str(line)
-    if bar.disable is True and (first or entry['iter'] % (10 * cfg.log_interval) == 0):
-        print(line, flush=True)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Checkpoints: a folder each, by torch.distributed.checkpoint, complete once it has its manifest and its name
 
 
 def run_state(model, optimizers):
     """Every tensor of a run by name: weights and optimizer state, in place, sharded as they are."""
-    name_of = {id(p): name for name, p in model.named_parameters()}
-    state = {f'model.{name}': p.data for name, p in model.named_parameters()}
-    for optimizer in optimizers:
-        for p, entries in optimizer.state.items():
-            for key, value in entries.items():
-                state[f'optim.{name_of[id(p)]}.{key}'] = value
+    state = {}
+    for name, p in model.named_parameters():
+        state[f'model.{name}'] = p.data
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(p, {}).items():
+                state[f'optim.{name}.{key}'] = value
     return state
 
 
@@ -638,8 +626,9 @@ def newest_undamaged(run):
             return folder
         except Damaged as error:
             say(f'passing over {folder}: {error}')
-            shutil.rmtree(folder.with_name(folder.name + '.damaged'), ignore_errors=True)
-            os.replace(folder, folder.with_name(folder.name + '.damaged'))      # it will be saved anew
+            aside = folder.with_name(folder.name + '.damaged')
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)                           # it will be saved anew
     raise Refused(f'{run}: no checkpoint to resume from')
 
 
@@ -662,13 +651,9 @@ def load_checkpoint(run, model, optimizers, cfg, procs):
         if procs.rank == 0 and key not in ('resume', 'force', 'out_dir') and before.get(key) != value:
             say(f'resuming with another {key}: {value!r}, it was {before.get(key)!r}')
 
-    for group in all_groups(optimizers):        # an optimizer makes its tensors in an update: one by nothing
-        group['lr'] = 0.0
-        for p in group['params']:
-            p.grad = torch.zeros_like(p)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    for p in model.parameters():                # an optimizer makes its tensors in an update: one by nothing
+        p.grad = torch.zeros_like(p)
+    step(optimizers, 0.0)
     models.read_tensors(folder, run_state(model, optimizers))
     return manifest['iteration']
 
@@ -687,26 +672,26 @@ def take_weights(model, cfg, tok):
 # The run
 
 
-class Stop:
+@contextmanager
+def noted_signals():
     """Ctrl-C and SIGTERM ask for a checkpoint after the running update; Ctrl-C three seconds later leaves at once.
 
     (Not sooner, and not SIGTERM: torchrun passes on what the terminal or SLURM has sent to every process.)
+    Yields the list of those that came, and when: [(number, seconds), ...].
     """
+    came = []
 
-    def __enter__(self):
-        self.signal = None
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def ask(self, number, frame):
-        if self.signal is None:
-            self.signal, self.since = number, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self.since > 3:
+    def note(number, frame):
+        came.append((number, time.monotonic()))
+        if number == signal.SIGINT and came[-1][1] - came[0][1] > 3:
             os._exit(128 + number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -741,17 +726,16 @@ def last_words(run):
 
 def settings_of_run(cfg):
     """With --resume the settings of the newest checkpoint in out_dir -> dict; what is typed stands above."""
-    steps = models.find_checkpoints(cfg['out_dir']) if cfg['resume'] else []
-    for folder in reversed(steps):
+    if not cfg['resume']:
+        return {}
+    for folder in reversed(models.find_checkpoints(cfg['out_dir'])):
         with suppress(Damaged):                                 # load_checkpoint says it
             there = {'complementary': False, **models.read_checkpoint(folder, None)['config']}      # once unknown
             known = there.keys() & cfg.keys() - {'out_dir', 'force'}
             strange = [key for key in known if type(there[key]) is not type(cfg[key])]
             refuse([f'{folder}: not a checkpoint ({key} = {there[key]!r})' for key in strange])
             return {key: there[key] for key in known}
-    if cfg['resume'] and not steps:
-        raise Refused(f"{cfg['out_dir']}: no checkpoint to resume from")
-    return {}
+    raise Refused(f"{cfg['out_dir']}: no checkpoint to resume from, or only damaged ones")
 
 
 def open_data(cfg, procs):
@@ -766,7 +750,7 @@ def open_data(cfg, procs):
         raise Refused(f'vocab_size must hold the {tok.vocab_size} tokens of {cfg.dataset}, '
                       f'got {cfg.vocab_size}')
     cuts = dict(random_length=cfg.random_length, random_split=cfg.random_split, isolate=cfg.isolate,
-                times=1 + in_pairs(cfg), pad_group=cfg.pad_group or cfg.batch_size)
+                times=copies(cfg), pad_group=cfg.pad_group or cfg.batch_size)
     source = data.open_source(dataset, 'train', cfg.masking, tok, cfg.seq_len, cfg.seed, **cuts)
     held_out = data.open_source(dataset, 'val', cfg.masking, tok, cfg.seq_len)
     return source, held_out.held_out(cfg.eval_windows), tok
@@ -832,8 +816,8 @@ def main(config):
 
     with alone_in(run, procs):
         it = start(run, model, optimizers, cfg, tok, procs)
-        with Stop() as stop, last_words(run), progress_bar(it, cfg, rank) as bar:
-            log, meter, smooth = Log(run / 'log.jsonl', it, procs), Meter(cfg, model, procs), None
+        with noted_signals() as signals, last_words(run), progress_bar(it, cfg, rank) as bar:
+            log, meter = Log(run / 'log.jsonl', it, procs), Meter(cfg, model, source, procs)
             greet(run, it, cfg, model, procs, log)
             batches = prefetched(lambda i: questions(source, i, cfg, tok, procs), it)
             if net is not model:                                            # DDP
@@ -845,7 +829,7 @@ def main(config):
                     save_checkpoint(run, it, model, optimizers, cfg, source, procs)
                     entry = report(it, model, held_out, cfg, tok, procs, log)
                     meter.started += time.perf_counter() - began            # no part of the training speed
-                stopping = procs.any(stop.signal)
+                stopping = procs.any(bool(signals))
                 if it >= cfg.max_iters or stopping:
                     break
 
@@ -855,12 +839,10 @@ def main(config):
                 bar.update()
                 meter.count(asked, loss)
                 if it % cfg.log_interval == 0 or it >= cfg.max_iters:
-                    line = meter.read(it, norm, all_groups(optimizers)[-1]['lr'])
+                    line = meter.read(it, norm, optimizers[-1].param_groups[0]['lr'])
                     log.write(**line)
-                    first = smooth is None
-                    smooth = line['loss'] if first else 0.7 * smooth + 0.3 * line['loss']
                     if rank == 0:
-                        show(bar, line, smooth, source, cfg, first)
+                        meter.show(bar, line)
 
             if stopping and it:
                 save_checkpoint(run, it, model, optimizers, cfg, source, procs)
@@ -868,7 +850,7 @@ def main(config):
         dist.destroy_process_group()
     farewell(run, it, None if it < cfg.max_iters else entry, cfg, rank)
     if it < cfg.max_iters:
-        sys.exit(128 + (stop.signal or signal.SIGTERM))
+        sys.exit(128 + (signals[0][0] if signals else signal.SIGTERM))
 
 
 def farewell(run, it, entry, cfg, rank):
