@@ -20,7 +20,7 @@ import json
 import math
 import re
 import time
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,10 +99,15 @@ def check(cfg):
 
     with refusing():
         diffusion.sampler_of(cfg)
+        check_pattern('extract', cfg.extract)
+
+
+def check_pattern(name, pattern):
+    """ValueError unless it is a regular expression."""
     try:
-        re.compile(cfg.extract)
-    except re.error as error:
-        raise Refused(f'extract: not a regular expression ({error})') from None
+        re.compile(pattern)
+    except (re.error, TypeError, OverflowError) as error:
+        raise ValueError(f'{name}: not a regular expression ({error})') from None
 
 
 def load(name, cfg):
@@ -154,9 +159,10 @@ def table(rows, columns, out=''):
 
     lines = [list(map(shown, row)) for row in [columns, *rows]]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    for first, *others in lines:
-        right = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        print(clean('  '.join([first.ljust(widths[0]), *right])))
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths)]
+        cells[0] = line[0].ljust(widths[0])
+        print(clean('  '.join(cells)))
 
     if out:
         path = Path(out)
@@ -172,14 +178,14 @@ def table(rows, columns, out=''):
 
 def log_probs(run, groups, cfg):
     """log p of the maskable tokens of the rows of groups (x0, maskable): exact if causal, else Eq. 6 -> (N,)."""
-    n, parts, before = cfg.batch_size, [], 0
+    n, parts = cfg.batch_size, []
     batches = [pair for x0, maskable in groups for pair in zip(x0.split(n), maskable.split(n))]
     for x, m in tqdm(batches, desc=run.name, disable=None, leave=False):
+        before = sum(map(len, parts))
         with run.autocast:
             part = diffusion.log_prob_rows(run.model, x.to(run.device), m.to(run.device), run.tok, draws=cfg.draws,
                                            first=before, seed=cfg.seed, batch_size=n)
         parts.append(part.cpu())
-        before += len(x)
     return torch.cat(parts)
 
 
@@ -187,28 +193,27 @@ def bound(cfg):
     """Nats per token and bits per byte of held-out windows, or of the responses of held-out examples."""
     runs = [load(name, cfg) for name in cfg.checkpoints]
     dataset, tok = dataset_of(runs, cfg), runs[0].tok
-    kinds = {trained_with(run, 'masking', 'unified') for run in runs}
-    masking = kinds.pop() if len(kinds) == 1 else 'unified'
+    on_examples = all(trained_with(run, 'masking') == 'response' for run in runs)
+    masking = 'response' if on_examples else 'unified'
     T = cfg.seq_len or min(run.model.config.seq_len for run in runs)
     source = data.open_source(dataset, cfg.split, masking, tok, T)
     groups, n_bytes = source.held_out(cfg.windows)
     n_tokens = torch.cat([maskable.sum(1) for _, maskable in groups])
     say(f'{cfg.split}: {len(n_tokens)} rows of up to {groups[-1][0].shape[1]} tokens, {cfg.draws} masks each')
 
-    rows, first = [], None
+    rows, logps, paired = [], [], []
     for run in runs:
         began = time.perf_counter()
-        logp = log_probs(run, groups, cfg)
+        logps.append(log_probs(run, groups, cfg))
         seconds = round(time.perf_counter() - began, 1)
         kind, sign = ('autoregressive', ' =') if run.causal else ('diffusion', '<=')
-        numbers = diffusion.nats_and_bits(logp, n_tokens, n_bytes)
-        first = logp if first is None else first
+        numbers = diffusion.nats_and_bits(logps[-1], n_tokens, n_bytes)
         if len(runs) > 1:                               # on the same windows and masks: far surer than either
-            numbers += diffusion.nats_and_bits(logp - first, n_tokens, n_bytes)[2:]
+            paired = ['above the first', '+-']
+            numbers += diffusion.nats_and_bits(logps[-1] - logps[0], n_tokens, n_bytes)[2:]
         cells = [f'{number:.4f}' for number in numbers]
         rows.append([f'{run.name} ({kind})', run.meta['iteration'] or '', sign, *cells, seconds])
 
-    paired = ['above the first', '+-'] if len(runs) > 1 else []
     columns = ['checkpoint', 'iteration', '', 'nats/token', '+-', 'bits/byte', '+-', *paired, 'seconds']
     table(rows, columns, cfg.out)
 
@@ -225,10 +230,9 @@ def as_choice(row):
         raise ValueError('want a text as "question" or "context"')
     if 'context' not in row:
         context = f'Question: {context}\nAnswer:'
-    if not isinstance(choices, list) or not all(isinstance(text, str) and text for text in choices):
-        raise ValueError(f'want "choices", a list of texts that are not empty, got {json.dumps(choices)[:60]}')
-    if len(choices) < 2:
-        raise ValueError(f'want two or more "choices", got {choices}')
+    texts = choices if isinstance(choices, list) else []
+    if len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f'want "choices", two or more texts that are not empty, got {json.dumps(choices)[:60]}')
 
     if answer in choices:
         answer = choices.index(answer)
@@ -256,28 +260,29 @@ def score_pairs(run, pairs, cfg):
     """
     T, tok, scores = run.model.config.seq_len - cfg.pad_eos, run.tok, []
     for ids, n in tqdm(pairs, desc=f'{run.name}: scoring', disable=None, leave=False):
-        if n == len(ids):                                   # log p of nothing
+        new = ids[n:]
+        if not new:                                         # log p of nothing
             scores.append(0.0)
             continue
-        context = tok.cut(ids[:n], T - len(ids) + n)
-        x0 = torch.tensor([*context, *ids[n:]], device=run.device)
+        context = tok.cut(ids[:n], T - len(new))
+        x0 = torch.tensor([*context, *new], device=run.device)
         if len(x0) > T:
-            raise Refused(f'a continuation has {len(ids) - n} tokens, the context of {run.name} holds {T}')
-        maskable = torch.arange(len(x0), device=run.device) >= len(context)
-        key = ids[:n] if cfg.same_masks else ids
-        noise = diffusion.keyed_generator(cfg.seed, *key, device=run.device)
+            raise Refused(f'a continuation has {len(new)} tokens, the context of {run.name} holds {T}')
+        asked = run.model, x0, torch.arange(len(x0), device=run.device) >= len(context)
 
         with run.autocast:
             if run.causal:
-                score = diffusion.ar_log_likelihood(run.model, x0, maskable, bos_id=tok.eos_id)
+                score = diffusion.ar_log_likelihood(*asked, bos_id=tok.eos_id)
             elif cfg.method == 'confidence':
                 score = diffusion.confidence_score(
-                    run.model, x0, maskable, tok.mask_id,
+                    *asked, tok.mask_id,
                     cfg_scale=cfg.cfg_scale, eos_id=tok.eos_id if cfg.pad_eos else None)
 
             else:
+                key = ids[:n] if cfg.same_masks else ids
+                noise = diffusion.keyed_generator(cfg.seed, *key, device=run.device)
                 score = diffusion.log_likelihood(
-                    run.model, x0, maskable, tok.mask_id, mc_num=cfg.mc_num,
+                    *asked, tok.mask_id, mc_num=cfg.mc_num,
                     generator=noise, cfg_scale=cfg.cfg_scale, batch_size=cfg.batch_size)
         scores.append(score)
     return scores
@@ -290,7 +295,7 @@ def choice(cfg):
         raise Refused('choice needs --input=FILE')
     by = 'confidence' if cfg.method == 'confidence' else f'Eq. 6, {cfg.mc_num} masks'
     for name in cfg.checkpoints:
-        run, hits = load(name, cfg), {}
+        run, hits = load(name, cfg), defaultdict(list)
 
         for item in items:
             space = ' ' if item['context'] else ''
@@ -299,7 +304,7 @@ def choice(cfg):
             relative = [score / len(text.encode()) for score, text in zip(scores, item['choices'])]
             few = [n - len(ids) for ids, n in pairs]
             right = [best.index(max(best)) == item['answer'] for best in (scores, relative, few)]
-            hits.setdefault(item['file'], []).append(right)
+            hits[item['file']].append(right)
 
         for file, answers in with_all(hits):
             plain, per_byte, fewest = zip(*answers)
@@ -344,10 +349,7 @@ def as_question(row):
     row = data.as_record(row)
     if 'messages' not in row:
         raise ValueError('want "prompt" and "response", "question" and "answer", or "messages" with an answer')
-    try:
-        re.compile(row.setdefault('accept', ''))
-    except (re.error, TypeError, OverflowError) as error:
-        raise ValueError(f'"accept" is not a regular expression ({error})') from None
+    check_pattern('"accept"', row.setdefault('accept', ''))
     return row
 
 
@@ -402,11 +404,11 @@ def exact(cfg):
         ids, n = answers(run, prompts, new, cfg)
         rate = sum(map(len, ids)) / (time.perf_counter() - began)
 
-        by_task = {}
+        by_task = defaultdict(list)
         for i, (row, item) in enumerate(zip(ids, items)):
             text = run.tok.answer(row, cfg.stop)
             hit = right(text, item, cfg.extract)
-            by_task.setdefault(str(item.get('task', 'all')), []).append(hit)
+            by_task[str(item.get('task', 'all'))].append(hit)
             if i < cfg.show:
                 want = item['accept'] or item['messages'][-1]['content']
                 print(f'{"right" if hit else "WRONG"}: {text!r}, want {want!r}')
@@ -434,17 +436,18 @@ class Harness:
         where a document has one continuation (LAMBADA); of several no metric looks at it.
         """
         pairs, tok = [], self.run.tok
-        for context, continuation in (request.args for request in requests):
+        for request in requests:
+            context, continuation = request.args
             if self.cfg.instruct:
                 before = self.conversation(context)
                 pairs.append(([*before, *tok.encode(continuation)], len(before)))
             else:
                 pairs.append(encode_pair(context, continuation, tok))
 
-        asked = [(getattr(request, 'task_name', ''), getattr(request, 'doc_id', 0)) for request in requests]
-        many, scores = Counter(asked), score_pairs(self.run, pairs, self.cfg)
-        return [(score, many[key] == 1 and self.greedy(*pair))
-                for key, pair, score in zip(asked, pairs, scores)]
+        documents = [(request.task_name, request.doc_id) for request in requests]
+        many, scores = Counter(documents), score_pairs(self.run, pairs, self.cfg)
+        return [(score, many[document] == 1 and self.greedy(*pair))
+                for document, pair, score in zip(documents, pairs, scores)]
 
     def greedy(self, ids, n):
         """Whether the model, at temperature 0 and a token a step, writes ids[n:] after ids[:n]."""
@@ -467,8 +470,9 @@ class Harness:
     def generate_until(self, requests, disable_tqdm=False):
         """[(context, see wishes)] -> [text up to a stop string]; of a long context what comes first is cut."""
         run, T, block = self.run, self.run.model.config.seq_len, self.cfg.block_length or 1
-        asked = {}                                     # (length, stop strings, temperature) -> number: prompt
-        for number, (context, wish) in enumerate(request.args for request in requests):
+        asked = defaultdict(dict)                      # (length, stop strings, temperature) -> number: prompt
+        for number, request in enumerate(requests):
+            context, wish = request.args
             want, until, temperature = self.wishes(**wish)
             new = max(block, min(want, T // 2) // block * block)
             ids = [*run.tok.start, *run.tok.encode(context)]
@@ -481,7 +485,7 @@ class Harness:
             if new < want or kept != ids:
                 say(f'a context of {T} tokens: {new} of {want} will be written, and {len(ids) - len(kept)} of the '
                     'prompt are left out')
-            asked.setdefault((new, until, temperature), {})[number] = kept
+            asked[new, until, temperature][number] = kept
 
         out = [''] * len(requests)
         for (new, until, temperature), prompts in asked.items():
@@ -523,16 +527,8 @@ class Harness:
 
 def harness(run, cfg):
     """A run as an lm_eval.api.model.LM."""
-    return type('NanoLLaDA', (Harness, harness_package().LM), {})(run, cfg)
-
-
-def harness_package():
-    """lm_eval.api.model, if there is one."""
-    try:
-        import lm_eval.api.model
-    except ImportError:
-        raise Refused('this task needs one more package: pip install lm_eval') from None
-    return lm_eval.api.model
+    from lm_eval.api.model import LM
+    return type('NanoLLaDA', (Harness, LM), {})(run, cfg)
 
 
 def lm_eval(cfg):
@@ -549,26 +545,31 @@ def lm_eval(cfg):
 
 def task_manager(tasks):
     """lm_eval's index of tasks, with those of our .yaml files; what it does not know is refused."""
-    harness_package()
-    from lm_eval.tasks import TaskManager
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise Refused('this task needs one more package: pip install lm_eval') from None
 
     files = [task.partition(':')[0] for task in tasks]
     folders = {str(Path(file).parent) for file in files if file.endswith('.yaml')}
     manager = TaskManager(include_path=sorted(folders) or None)
-    unknown = [file for file in files if Path(file).name.removesuffix('.yaml') not in manager.all_tasks]
+    unknown = [file for file in files if task_name(file) not in manager.all_tasks]
     refuse([f'tasks: lm_eval knows no {file!r}' for file in unknown])
     return manager
+
+
+def task_name(file):
+    """What lm_eval calls a task, given by its name or as a .yaml file."""
+    return Path(file).name.removesuffix('.yaml')
 
 
 def results_of(lm, task, manager, cfg):
     """One task, perhaps with :N for N examples in its prompts -> rows [task, metric, value, standard error]."""
     import lm_eval
 
-    task, _, shots = task.partition(':')
-    if task.endswith('.yaml'):
-        task = Path(task).stem
+    name, _, shots = task.partition(':')
     result = lm_eval.simple_evaluate(
-        model=lm, tasks=[task], task_manager=manager,
+        model=lm, tasks=[task_name(name)], task_manager=manager,
         num_fewshot=int(shots) if shots else None, limit=cfg.limit or None,
         apply_chat_template=cfg.instruct, fewshot_as_multiturn=cfg.instruct,
         random_seed=cfg.seed, bootstrap_iters=100, confirm_run_unsafe_code=cfg.unsafe_code)
