@@ -82,24 +82,21 @@ def read_prompts(name):
     if name != '-' and not name.endswith(('.txt', '.jsonl')):
         raise Refused(f'prompt_file must be a .txt, a .jsonl or - for stdin, got {name}')
     raw, found = sys.stdin.buffer.read() if name == '-' else Path(name).read_bytes(), []
-    try:
-        lines = raw.decode('utf-8-sig').split('\n')
-    except UnicodeDecodeError as error:
-        line = raw.count(b'\n', 0, error.start) + 1
-        raise Refused(f'{name}:{line}: not UTF-8 (byte {raw[error.start]})') from None
+    for number, line in enumerate(raw.removeprefix(codecs.BOM_UTF8).split(b'\n'), 1):
+        where = f'{"stdin" if name == "-" else name}:{number}'
+        try:
+            entry = line.decode().rstrip('\r')
+            if not entry.strip():
+                continue
+            if name.endswith('.jsonl') or name == '-' and entry.startswith('{'):
+                entry = json.loads(entry)
+        except UnicodeDecodeError as error:
+            raise Refused(f'{where}: not UTF-8 (byte {line[error.start]})') from None
+        except (ValueError, RecursionError) as error:
+            raise Refused(f'{where}: not JSON ({error})') from None
 
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where, entry = f'{"stdin" if name == "-" else name}:{number}', line.rstrip('\r')
-        if name.endswith('.jsonl') or name == '-' and line.startswith('{'):
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise Refused(f'{where}: not JSON ({error})') from None
-
-            if isinstance(entry, dict):
-                entry = entry.get('prompt', entry.get('messages', entry.get('ids')))
+        if isinstance(entry, dict):
+            entry = entry.get('prompt', entry.get('messages', entry.get('ids')))
         found.append((where, entry))
     if not found:
         raise Refused(f'{name}: no prompt in it')
@@ -110,6 +107,8 @@ def to_ids(entry, where, tok, cfg, vocab_size, gap):
     """A prompt (text, messages or ids) as ids, with `gap` masks for each ___ of a text."""
     if isinstance(entry, str) and not entry.strip():
         raise Refused(f'{where}: the prompt is empty (without any prompt, samples come out of nothing)')
+    if not entry or not isinstance(entry, (str, list)):
+        raise Refused(f'{where}: want "prompt" (text), "messages" (role and content) or "ids"')
     if isinstance(entry, str) and cfg.instruct:
         entry = [{'role': 'user', 'content': entry}]
 
@@ -120,11 +119,9 @@ def to_ids(entry, where, tok, cfg, vocab_size, gap):
             ids += [*tok.encode(part.removesuffix(' ')), *[tok.mask_id] * gap]
         ids += tok.encode(last)
 
-    elif isinstance(entry, list) and entry and all(type(i) is int for i in entry):
+    elif all(type(i) is int for i in entry):
         ids = entry
     else:
-        if not isinstance(entry, list) or not entry:
-            raise Refused(f'{where}: want "prompt" (text), "messages" (role and content) or "ids"')
         try:
             messages = list(map(data.as_message, entry))
         except ValueError as error:
@@ -219,7 +216,8 @@ class Trace:
     """What --html draws: when each position of the first row came to be and was written, how sure, what else."""
 
     def __init__(self, tok):
-        self.tok, self.step, self.ids, self.born, self.written, self.sure = tok, 0, [], [], [], []
+        self.tok, self.step, self.ids = tok, 0, []
+        self.marks = []                                         # of each position: [born, written, how sure]
         self.guesses, self.chances = [], {}                     # before each step; position -> p (V,)
 
     def look(self, logits, x, masked):
@@ -235,19 +233,16 @@ class Trace:
 
     def __call__(self, x, committed):
         self.step, self.ids = self.step + 1, x[0].tolist()
-        for i, (token, now) in enumerate(zip(self.ids, committed[0].tolist())):
-            if i == len(self.born):                             # a new block, or all of it at the first step
-                self.born.append(self.step - 1)
-                self.written.append(10 ** 9 if token == self.tok.mask_id or now else 0)
-                self.sure.append(None)
-            if now:
-                self.written[i] = self.step
-            if now and i in self.chances:
-                self.sure[i] = round(100 * self.chances[i][token].item())
+        for i in range(len(self.marks), len(self.ids)):         # a new block, or all of it at the first step
+            hidden = i in self.chances or self.ids[i] == self.tok.mask_id
+            self.marks.append([self.step - 1, 10 ** 9 if hidden else 0, None])
+        for i in committed[0].nonzero()[:, 0].tolist():
+            sure = self.chances[i][self.ids[i]].item()
+            self.marks[i][1:] = self.step, round(100 * sure)
 
     def page(self, title):
         """The page: one file without anything from elsewhere; the text is data, and cannot become markup."""
-        tokens = list(zip(pieces_of(self.ids, self.tok), self.born, self.written, self.sure))
+        tokens = [(piece, *mark) for piece, mark in zip(pieces_of(self.ids, self.tok), self.marks)]
         told = {'TITLE': title, 'STEPS': self.step, 'TOKENS': tokens, 'GUESSES': self.guesses}
         return re.sub('|'.join(told), lambda m: json.dumps(told[m[0]]).replace('<', '\\u003c'), PAGE)
 
