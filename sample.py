@@ -82,6 +82,7 @@ def read_prompts(name):
     if name != '-' and not name.endswith(('.txt', '.jsonl')):
         raise Refused(f'prompt_file must be a .txt, a .jsonl or - for stdin, got {name}')
     raw, found = sys.stdin.buffer.read() if name == '-' else Path(name).read_bytes(), []
+
     for number, line in enumerate(raw.removeprefix(codecs.BOM_UTF8).split(b'\n'), 1):
         where = f'{"stdin" if name == "-" else name}:{number}'
         try:
@@ -147,7 +148,7 @@ def best_fit(model, variants, rows, tok, cfg):
     """
     rows, kept = iter(rows), []
     for tried in variants:
-        pairs = [(ids, next(rows)) for ids in tried]
+        pairs = list(zip(tried, rows))
         if len(pairs) > 1:
             pairs.sort(key=lambda pair: diffusion.fit(model, *pair, tok.mask_id, seed=cfg.seed))
         kept.append(pairs[-1])
@@ -156,21 +157,21 @@ def best_fit(model, variants, rows, tok, cfg):
 
 def plan(cfg, prompts, tok, config):
     """How many tokens are to be written behind a prompt, or in its gaps; Refused if that cannot be."""
-    n_gaps, longest = [ids.count(tok.mask_id) for ids in prompts], max(map(len, prompts))
-    if any(n_gaps) and not all(n_gaps):
-        raise Refused(f'either all prompts have a {GAP} or none')
-    if config.causal and (any(n_gaps) or cfg.variable_length):
-        raise Refused(f'an autoregressive model cannot fill a {GAP} or grow a canvas: it sees what stands before')
-    if any(n_gaps):
-        if cfg.block_length or cfg.variable_length or cfg.gen_length or cfg.stop:
-            raise Refused('block_length, variable_length, gen_length and stop are for prompts to continue, not gaps')
-        new, length = max(n_gaps), longest
+    n_gaps, length = [ids.count(tok.mask_id) for ids in prompts], max(map(len, prompts))
+    new = max(n_gaps)
 
-    else:
-        new = cfg.gen_length or max(1, min(64, config.seq_len - longest))
+    if new and not all(n_gaps):
+        raise Refused(f'either all prompts have a {GAP} or none')
+    if config.causal and (new or cfg.variable_length):
+        raise Refused(f'an autoregressive model cannot fill a {GAP} or grow a canvas: it sees what stands before')
+    if new and (cfg.block_length or cfg.variable_length or cfg.gen_length or cfg.stop):
+        raise Refused('block_length, variable_length, gen_length and stop are for prompts to continue, not gaps')
+
+    if not new:
+        new = cfg.gen_length or max(1, min(64, config.seq_len - length))
         if cfg.variable_length and not cfg.gen_length:
             new -= new % cfg.block_length
-        length = longest + new
+        length += new
     if length > config.seq_len:
         raise Refused(f'gen_length: prompt and answer take {length} tokens, the context holds {config.seq_len}')
     with refusing():
@@ -197,19 +198,21 @@ class Screen:
 
     def __call__(self, x, committed):
         self.step += 1
-        ids, shown = x[-1].tolist(), []                         # the last row of a batch has no padding
-        if not self.live and self.tok.mask_id in ids and (self.step - 1) % max(1, self.total // 8):
-            return
+        ids, begin = x[-1].tolist(), f'{self.step:4d} | '       # the last row of a batch has no padding
         pieces = [piece.replace('\n', '\N{RETURN SYMBOL}') for piece in pieces_of(ids, self.tok)]
-        for piece, new in zip(pieces, committed[-1].tolist()):
-            shown.append(f'\x1b[1;32m{piece}\x1b[0m' if new and self.live else piece)
+        plain = begin + ''.join(pieces)
+        if not self.live:
+            if self.tok.mask_id not in ids or (self.step - 1) % max(1, self.total // 8) == 0:
+                print(plain, flush=True)
+            return
 
-        if self.live and self.drawn:
+        for i in committed[-1].nonzero()[:, 0].tolist():
+            pieces[i] = f'\x1b[1;32m{pieces[i]}\x1b[0m'
+        if self.drawn:
             sys.stdout.write(f'\x1b[{self.drawn}F\x1b[J')       # back to where the last frame began
-        print(f'{self.step:4d} | ' + ''.join(shown), flush=True)
-        self.drawn = -(-(len(''.join(pieces)) + 7) // shutil.get_terminal_size().columns)
-        if self.live:
-            time.sleep(0.05)
+        print(begin + ''.join(pieces), flush=True)
+        self.drawn = -(-len(plain) // shutil.get_terminal_size().columns)
+        time.sleep(0.05)
 
 
 class Trace:
@@ -436,10 +439,9 @@ def main(config):
     given = [('--prompt', text) for text in cfg.prompt]
     if cfg.prompt_file:
         given += read_prompts(cfg.prompt_file)
-    entries = [entry for _, entry in given] or [None] * cfg.num_samples
-    variants = [[list(tok.start)]] * cfg.num_samples
-    if given:
-        variants = [lengths_of(entry, at, tok, cfg, model.config) for at, entry in given]
+    variants = [lengths_of(entry, at, tok, cfg, model.config) for at, entry in given]
+    if not given:
+        given, variants = [('', None)] * cfg.num_samples, [[list(tok.start)]] * cfg.num_samples
     prompts = [ids for tried in variants for ids in tried]
     new = plan(cfg, prompts, tok, model.config)
 
@@ -454,15 +456,14 @@ def main(config):
     starts = range(0, len(variants), cfg.batch_size if cfg.gap_length else 1)
     for i in tqdm(starts, disable=None if len(starts) > 1 else True):
         tried = variants[i:i + starts.step]
-        part = [ids for prompt in tried for ids in prompt]
         screen = Screen(tok, cfg.steps or new) if cfg.show else None
         with autocast:
-            rows, n = diffusion.complete(model, part, new, tok, first=i, on_step=both(trace, screen),
+            rows, n = diffusion.complete(model, sum(tried, []), new, tok, first=i, on_step=both(trace, screen),
                                          adjust=trace and trace.look, **how)
             kept = best_fit(model, tried, rows, tok, cfg)
         forwards += n
 
-        for entry, (ids, row) in zip(entries[i:], kept):
+        for (_, entry), (ids, row) in zip(given[i:], kept):
             made += ids.count(tok.mask_id) or len(row) - len(ids)
             text, answer = texts_of(row, ids, tok, cfg.stop)
             if cfg.instruct or isinstance(entry, list):
