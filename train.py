@@ -170,9 +170,9 @@ def check(cfg, world):
 def in_order(points):
     """Whether points are [tokens, rate] or [tokens, rate, 'cosine'], tokens never falling."""
     for point in points:
-        if not isinstance(point, list) or point[2:] not in ([], ['cosine']):
+        if not isinstance(point, list) or len(point) < 2 or point[2:] not in ([], ['cosine']):
             return False
-        if [type(x) in (int, float) and x >= 0 for x in point[:2]] != [True, True]:
+        if not all(type(x) in (int, float) and x >= 0 for x in point[:2]):
             return False
     return points == sorted(points, key=lambda point: point[0])
 
@@ -217,7 +217,7 @@ def lr_factor(it, cfg):
 
 
 def make_optimizers(model, cfg, device):
-    """[AdamW], or [Muon for the blocks' matrices, AdamW for what is left]; peaks in group['peak']."""
+    """[AdamW], or [Muon for the blocks' matrices, AdamW for what is left], at their peaks."""
     muon, optimizers, decay = [], [], cfg.weight_decay
     if cfg.optimizer == 'muon':
         muon = [p for p in model.blocks.parameters() if p.dim() == 2]
@@ -232,9 +232,6 @@ def make_optimizers(model, cfg, device):
     fused = True if device in ('cuda', 'cpu') else None
     betas = (cfg.beta1, cfg.beta2)
     optimizers.append(torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group['peak'] = group['lr']
     return optimizers
 
 
@@ -332,11 +329,10 @@ def build(cfg, procs, vocab_size):
     if procs.sharded:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        k = procs.world if cfg.fsdp < 0 else cfg.fsdp
         mesh = init_device_mesh(procs.device, (procs.world,))
-        if k < procs.world:
-            names = ('replicate', 'shard')
-            mesh = init_device_mesh(procs.device, (procs.world // k, k), mesh_dim_names=names)
+        if 0 < cfg.fsdp < procs.world:
+            sizes = procs.world // cfg.fsdp, cfg.fsdp
+            mesh = init_device_mesh(procs.device, sizes, mesh_dim_names=('replicate', 'shard'))
 
         # inputs are not cast: rotary angles and loss weights stay float32
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if procs.bf16 else None,
@@ -440,10 +436,10 @@ def train_step(net, optimizers, asked, lr_factor, cfg, procs):
 
 
 def step(optimizers, lr_factor):
-    """Changes the weights by their gradients, at this part of each peak."""
+    """Changes the weights by their gradients, at this part of the learning rates' peaks."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group['lr'] = group['peak'] * lr_factor
+            group['lr'] = optimizer.defaults['lr'] * lr_factor
         optimizer.step()
         optimizer.zero_grad()
 
@@ -731,10 +727,10 @@ def settings_of_run(cfg):
     for folder in reversed(models.find_checkpoints(cfg['out_dir'])):
         with suppress(Damaged):                                 # load_checkpoint says it
             there = {'complementary': False, **models.read_checkpoint(folder, None)['config']}      # once unknown
-            known = there.keys() & cfg.keys() - {'out_dir', 'force'}
-            strange = [key for key in known if type(there[key]) is not type(cfg[key])]
-            refuse([f'{folder}: not a checkpoint ({key} = {there[key]!r})' for key in strange])
-            return {key: there[key] for key in known}
+            found = {key: there[key] for key in there.keys() & cfg.keys() - {'out_dir', 'force'}}
+            refuse([f'{folder}: not a checkpoint ({key} = {value!r})' for key, value in found.items()
+                    if type(value) is not type(cfg[key])])
+            return found
     raise Refused(f"{cfg['out_dir']}: no checkpoint to resume from, or only damaged ones")
 
 
@@ -749,9 +745,10 @@ def open_data(cfg, procs):
     if 0 < cfg.vocab_size < tok.vocab_size:
         raise Refused(f'vocab_size must hold the {tok.vocab_size} tokens of {cfg.dataset}, '
                       f'got {cfg.vocab_size}')
-    cuts = dict(random_length=cfg.random_length, random_split=cfg.random_split, isolate=cfg.isolate,
-                times=copies(cfg), pad_group=cfg.pad_group or cfg.batch_size)
-    source = data.open_source(dataset, 'train', cfg.masking, tok, cfg.seq_len, cfg.seed, **cuts)
+    source = data.open_source(
+        dataset, 'train', cfg.masking, tok, cfg.seq_len, cfg.seed,
+        random_length=cfg.random_length, random_split=cfg.random_split, isolate=cfg.isolate,
+        times=copies(cfg), pad_group=cfg.pad_group or cfg.batch_size)
     held_out = data.open_source(dataset, 'val', cfg.masking, tok, cfg.seq_len)
     return source, held_out.held_out(cfg.eval_windows), tok
 
@@ -829,8 +826,7 @@ def main(config):
                     save_checkpoint(run, it, model, optimizers, cfg, source, procs)
                     entry = report(it, model, held_out, cfg, tok, procs, log)
                     meter.started += time.perf_counter() - began            # no part of the training speed
-                stopping = procs.any(bool(signals))
-                if it >= cfg.max_iters or stopping:
+                if it >= cfg.max_iters or procs.any(bool(signals)):
                     break
 
                 asked = next(batches)
@@ -844,7 +840,7 @@ def main(config):
                     if rank == 0:
                         meter.show(bar, line)
 
-            if stopping and it:
+            if it:
                 save_checkpoint(run, it, model, optimizers, cfg, source, procs)
     if world > 1:
         dist.destroy_process_group()
