@@ -502,7 +502,7 @@ class Harness:
         if unknown or do_sample and (top_p != 1 or top_k):
             raise Refused(f'a task asks for what no sampler here has: {sorted(unknown) or "top_p, top_k"}')
         until = [until] if isinstance(until, str) else until or ()
-        until = tuple(text for text in until if text)       # an empty one would end every answer at once
+        until = tuple(filter(None, until))                  # an empty one would end every answer at once
         want = self.cfg.gen_length or max(lengths.values(), default=256)
         return want, until, float(temperature) if do_sample else self.cfg.temperature
 

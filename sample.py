@@ -441,7 +441,8 @@ def main(config):
         given += read_prompts(cfg.prompt_file)
     variants = [lengths_of(entry, at, tok, cfg, model.config) for at, entry in given]
     if not given:
-        given, variants = [('', None)] * cfg.num_samples, [[list(tok.start)]] * cfg.num_samples
+        given = [('', None)] * cfg.num_samples
+        variants = [[list(tok.start)]] * cfg.num_samples
     prompts = [ids for tried in variants for ids in tried]
     new = plan(cfg, prompts, tok, model.config)
 

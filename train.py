@@ -154,7 +154,7 @@ def check(cfg, world):
         (cfg.tied and cfg.emb_std, f'a tied head is as large as the embedding: emb_std=0, got {cfg.emb_std}'),
 
         ((cfg.causal or cfg.masking == 'response') and (cfg.random_length or cfg.random_split or cfg.isolate),
-         "random_length, random_split and isolate are for diffusion on windows: not for causal, nor for examples"),
+         "random_length, random_split and isolate are for diffusion on windows, not causal nor masking = 'response'"),
         (cfg.random_length + cfg.random_split > 1,
          'random_length and random_split are shares of the same windows: together at most 1'),
         (cfg.pad_group % max(cfg.batch_size, 1),
@@ -225,14 +225,14 @@ def make_optimizers(model, cfg, device):
                                        adjust_lr_fn='match_rms_adamw')]
         decay = 0.0
 
-    taken = {id(p) for p in muon}
-    rest = [p for p in model.parameters() if id(p) not in taken]
+    taken = set(muon)
+    rest = [p for p in model.parameters() if p not in taken]
     groups = [{'params': [p for p in rest if p.dim() == 2], 'weight_decay': decay},
               {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
     fused = True if device in ('cuda', 'cpu') else None
     betas = (cfg.beta1, cfg.beta2)
-    optimizers.append(torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused))
-    return optimizers
+    adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused)
+    return [*optimizers, adamw]
 
 
 # ----------------------------------------------------------------------------------------------------------
