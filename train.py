@@ -826,7 +826,8 @@ def main(config):
                     save_checkpoint(run, it, model, optimizers, cfg, source, procs)
                     entry = report(it, model, held_out, cfg, tok, procs, log)
                     meter.started += time.perf_counter() - began            # no part of the training speed
-                if it >= cfg.max_iters or procs.any(bool(signals)):
+                stopping = procs.any(bool(signals))
+                if it >= cfg.max_iters or stopping:
                     break
 
                 asked = next(batches)
@@ -840,7 +841,7 @@ def main(config):
                     if rank == 0:
                         meter.show(bar, line)
 
-            if it:
+            if stopping and it:
                 save_checkpoint(run, it, model, optimizers, cfg, source, procs)
     if world > 1:
         dist.destroy_process_group()
