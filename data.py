@@ -80,12 +80,12 @@ GPT2_PATTERN = PATTERN.replace(r'\p{N}|', r'\p{N}+|')
 LONGEST_PIECE = 400_000                                 # tiktoken gives up on about a million spaces in a row
 LONGEST_WORD = 200                              # merges are learned from words; longer ones are cut up
 TWO_MEANINGS = r'\}\+|[$^]'                      # possessive or repeated, of a text or a line: engines differ
-# The two chat formats known here, as the texts that a template may put around a message: LLaDA's as released,
-# and the one drawn in its guideline. What stands between header and message is the difference.
+# The two chat formats known here, LLaDA's as released and the one drawn in its guideline: the texts that a
+# template puts around a message -> what stands between header and message.
 CHAT_FORMATS = {
-    '\n\n': {'<|start_header_id|>', '<|end_header_id|>\n\n', '<|eot_id|>',
-             '<|start_header_id|>assistant<|end_header_id|>\n\n'},
-    '\n': {'<start_id>', '<end_id>\n', '<eot_id>', '<start_id>assistant<end_id>\n'}}
+    frozenset({'<|start_header_id|>', '<|end_header_id|>\n\n', '<|eot_id|>',
+               '<|start_header_id|>assistant<|end_header_id|>\n\n'}): '\n\n',
+    frozenset({'<start_id>', '<end_id>\n', '<eot_id>', '<start_id>assistant<end_id>\n'}): '\n'}
 
 
 class Tokenizer:
@@ -97,15 +97,13 @@ class Tokenizer:
     template puts between header and message, None if it is not known. `spec` is what a checkpoint stores.
     """
 
-    def __init__(self, pattern, id_of, specials, spec, others=(), chat='\n\n', complete=True):
+    def __init__(self, pattern, id_of, specials, spec, others, chat='\n\n', complete=True):
         self.spec, self.chat, self.pattern, self.id_of = str(spec), chat, pattern, id_of
         self.start = []                                     # ids that plain text begins with
-        ranks = dict(zip(id_of, count()))
         self.encoding = tiktoken.Encoding(
-            self.spec, pat_str=pattern, special_tokens={}, mergeable_ranks=ranks)
+            self.spec, pat_str=pattern, special_tokens={}, mergeable_ranks=dict(zip(id_of, count())))
         self._id_of_rank = list(id_of.values())
-        self._bytes = {i: token for token, i in id_of.items()}
-        self._bytes.update(others)
+        self._bytes = {i: token for token, i in id_of.items()} | others
 
         specials = dict(specials)
         for role, names in NAMES.items():
@@ -141,7 +139,7 @@ class Tokenizer:
 
     def ended(self, ids, stop=()):
         """Whether generated ids hold an end token or a stop string."""
-        return not {self.eos_id, self.eot_id}.isdisjoint(ids) or any(s in self.decode(ids) for s in stop)
+        return self.answer(ids, stop) != self.decode(ids)
 
     def answer(self, ids, stop=()):
         """The text of generated ids, up to the first end token or stop string."""
@@ -167,9 +165,9 @@ class Tokenizer:
 
     def encode_begun(self, messages):
         """encode_chat, but what the assistant has begun in a last message is left open, to be continued."""
-        *before, last = messages or [{'role': ''}]
-        if last['role'] != 'assistant':
+        if not messages or messages[-1]['role'] != 'assistant':
             return self.encode_chat(messages)
+        *before, last = messages
         return self.encode_chat(before) + self.encode(last['content'].strip())
 
     def cut(self, ids, room):
@@ -310,7 +308,7 @@ def check_kind(file, demand):
         return GPT2_PATTERN
 
     split, = splits
-    pattern = (split.get('pattern') or {}).get('Regex')
+    pattern = split['pattern'].get('Regex')
     demand(pattern, 'Split without a regex')
     bare = re.sub(r'\\[pP]\{[^}]*\}|\\.|\[(\\.|[^\]])*\]', 'x', pattern)         # without classes and escapes
     demand(not re.search(TWO_MEANINGS, bare), f'its regex means different things to different engines: {pattern}')
@@ -340,7 +338,7 @@ def convert_merges(model, names, demand):
 
     lacking = byte_of.keys() - raw.keys()
     demand(not lacking, f'{len(lacking)} of the 256 single bytes have no token')
-    used = [vocab[token] for token in raw] + list(names.values())
+    used = (vocab | names).values()
     whole = all(type(i) is int and 0 <= i < 2 ** 31 for i in used)
     demand(whole, 'an id is not a whole number below 2^31')
     demand(len(set(used)) == len(used), 'two tokens share an id')
@@ -369,10 +367,7 @@ def chat_format(path, roles):
 
     quoted = re.findall(r"""(['"])(.*?)\1""", template, re.S)
     texts = {text.replace('\\n', '\n') for _, text in quoted} - {'role', 'content', ''}
-    for gap, known in CHAT_FORMATS.items():
-        if texts == known and 'bos_token' in template:
-            return gap
-    return None
+    return CHAT_FORMATS.get(frozenset(texts)) if 'bos_token' in template else None
 
 
 def train_bpe(text, n_merges):
@@ -433,7 +428,7 @@ def save_bpe(path, merges):
 
     off = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
     special = [names[0] for names in NAMES.values() if names]
-    added = [{'id': len(vocab) + i, 'content': text, 'special': True, **off} for i, text in enumerate(special)]
+    added = [{'id': i, 'content': text, 'special': True, **off} for i, text in enumerate(special, len(vocab))]
 
     split = {'type': 'Split', 'pattern': {'Regex': PATTERN}, 'behavior': 'Isolated', 'invert': False}
     byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
@@ -504,20 +499,25 @@ def shakespeare_text():
 DATASETS = {        # name -> (records, default tokenizer, what it is)
     'docs': (docs_text, 'bpe-4096', 'documentation that every Python carries; needs no network'),
     'shakespeare': (shakespeare_text, 'bpe-1024', 'tiny Shakespeare, 1.1 MB; downloaded, or --input=FILE')}
-LAB = ('world', 'instruct', 'facts')                        # written by tests/lab/worlds.py
+MADE_BY = {name: f'data.py {name}' for name in DATASETS}
+MADE_BY.update(dict.fromkeys(('world', 'instruct', 'facts'), 'tests/lab/worlds.py'))
 
 
-def read_records(path, accept=None):
+def read_records(source, accept=None):
     """(where, record) of a file: .txt is one document, .jsonl(.gz), .json and .parquet hold a record a row.
 
-    accept(row) -> record, or ValueError, which is Refused with file and line; default: as_record.
+    accept(row) -> record, or ValueError, which is Refused with file and line; default: as_record. What is no
+    path is a list of such pairs already.
     """
-    path = Path(path)
+    if not isinstance(source, (str, Path)):
+        yield from source
+        return
+
+    path = Path(source)
     kind = ''.join(path.suffixes[-2:]) if path.suffix == '.gz' else path.suffix
     if kind not in READERS:
         raise Refused(f'{path}: input must be one of {", ".join(READERS)}')
-    if not path.is_file():
-        raise FileNotFoundError(ENOENT, 'no such file', str(path))
+    path.stat()                                             # a file that is not there says so
 
     where = None
     for where, row in READERS[kind](path):
@@ -591,7 +591,9 @@ READERS = {'.txt': _text_pieces, '.jsonl': _lines, '.jsonl.gz': _lines, '.json':
 
 # What others call the two sides of an example (TRL, Alpaca), the list of messages (ShareGPT), and who speaks
 PAIRS = ('prompt', 'response'), ('question', 'answer'), ('prompt', 'completion'), ('instruction', 'output')
-LISTS = 'conversations', 'conversation'
+LISTS = 'messages', 'conversations', 'conversation'
+IDS = 'prompt_ids', 'response_ids'
+CONTENT = {'text', *LISTS, *IDS}.union(*PAIRS)
 SPEAKERS = {'human': 'user', 'gpt': 'assistant'}
 
 
@@ -617,7 +619,7 @@ def as_message(said):
 
 def as_messages(row):
     """The messages of a row that has some, or a prompt and a response, by whatever names; else None."""
-    for key in ('messages', *LISTS):
+    for key in LISTS:
         said = row.get(key)
         if isinstance(said, list):
             return list(map(as_message, said))
@@ -630,9 +632,10 @@ def as_messages(row):
             if prompt == 'instruction' and row.get('input'):
                 texts = [as_message({'role': 'user', 'content': text}) for text in (asked, row['input'])]
                 asked = '\n\n'.join(said['content'] for said in texts)
-            before = asked if isinstance(asked, list) else [{'role': 'user', 'content': asked}]
-            after = answer if isinstance(answer, list) else [{'role': 'assistant', 'content': answer}]
-            return list(map(as_message, before + after))
+            messages = []
+            for role, said in (('user', asked), ('assistant', answer)):
+                messages += said if isinstance(said, list) else [{'role': role, 'content': said}]
+            return list(map(as_message, messages))
     return None
 
 
@@ -643,32 +646,29 @@ def as_record(row):
     "response_ids" are for templates that Tokenizer does not know. A row that is several of these is the first
     of them: messages, ids, text. An example may be of 2^20 characters.
     """
-    said, ids = as_messages(row), ('prompt_ids', 'response_ids')
-    if said is not None:
-        kept, texts = {'messages': said}, [message['content'] for message in said]
-        roles = [message['role'] for message in said]
+    messages = as_messages(row)
+    if messages is not None:
+        kept, roles = {'messages': messages}, [message['role'] for message in messages]
         if roles[-1:] != ['assistant'] or 'user' not in roles:
             raise ValueError(f'"messages" must end with an answer by "assistant" to a "user", got {roles[:9]}')
 
-    elif all(key in row for key in ids):
-        kept = {key: row[key] for key in ids}
-        texts = list(map(json.dumps, kept.values()))
-        if not all(re.fullmatch(r'\[\d+(, \d+)*\]', text) for text in texts):
+    elif all(key in row for key in IDS):
+        kept = {key: row[key] for key in IDS}
+        if not all(re.fullmatch(r'\[\d+(, \d+)*\]', json.dumps(ids)) for ids in kept.values()):
             raise ValueError('"prompt_ids" and "response_ids" must be lists of ids that are not empty')
 
     elif 'text' in row or 'response' in row:
         key = 'text' if 'text' in row else 'response'
-        kept, texts = {key: row[key]}, [row[key]]
+        kept = {key: row[key]}
         if not isinstance(row[key], str) or not row[key].strip():
             raise ValueError(f'want a text that is not empty, got {json.dumps(row[key])[:60]}')
     else:
         raise ValueError(f'want "text", "prompt" and "response", or "messages"; got the keys {list(row)[:9]}')
 
-    length = sum(map(len, texts))
-    if length > 1 << 20 and 'text' not in kept:
+    length = 0 if 'text' in kept else len(text_of(kept))
+    if length > 1 << 20:
         raise ValueError(f'an example of {length:,} characters; the limit is {1 << 20:,}')
-    others = {'messages', *LISTS, *ids, 'text'}.union(*PAIRS) - kept.keys()
-    return {key: value for key, value in (row | kept).items() if key not in others}
+    return {key: value for key, value in (row | kept).items() if key in kept or key not in CONTENT}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -685,42 +685,34 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
     pieces. A process a file. The folder is whole or not there; after an interruption or a bad line the same
     call takes up the files that are finished.
     """
-    out = Path(out)
+    out, all_sources = Path(out), [*sources, *val]
     if not out.name:
         raise Refused(f'out must name a folder, got {str(out)!r}')
-    empty = not out.exists() or out.is_dir() and not any(out.iterdir())
-    if not empty and not (out / 'manifest.json').is_file():
+    if out.exists() and any(out.iterdir()) and not (out / 'manifest.json').is_file():
         raise Refused(f'{out}: something else is here; choose another --out')
     # what is broken at once is said at once
-    firsts = [next(iter(records_of(source))) for source in (*sources, *val)]
+    firsts = [next(read_records(source)) for source in all_sources]
     if len({'text' in record for _, record in firsts}) > 1:
         raise Refused('some of the files hold documents ("text"), some examples: prepare them apart')
 
+    aside = out.with_name(f'.{out.name}.unfinished')        # takes the place of `out` when it is whole
     with alone(out.with_name(f'.{out.name}.lock')):
-        prepare_aside(sources, out, tokenizer, val, val_every, workers)
+        aside.mkdir(exist_ok=True)
+        try:
+            if val:
+                val_every = 0                               # of the other sources nothing is held out
+            spec = place_tokenizer(tokenizer, sources, val_every, aside)
+            shares = [val_every] * len(sources) + [1] * len(val)
+            jobs = [(number, *job, aside, spec) for number, job in enumerate(zip(all_sources, shares))]
+            write_manifest(aside, collect(run_jobs(jobs, workers), aside, spec))
+        except BaseException:
+            if not any(aside.glob('part_*')):               # nothing to take up
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(aside, out)
     return read_manifest(out, None)
-
-
-def prepare_aside(sources, out, tokenizer, val, val_every, workers):
-    """The work of prepare, in a folder beside `out` that takes its place when it is whole."""
-    aside = out.with_name(f'.{out.name}.unfinished')
-    aside.mkdir(parents=True, exist_ok=True)
-
-    try:
-        training = 'train' if val else None                 # None: some of it is held out
-        spec = place_tokenizer(tokenizer, sources, training, aside, val_every)
-        splits = [training] * len(sources) + ['val'] * len(val)
-        jobs = [(number, source, split, aside, spec, val_every)
-                for number, (source, split) in enumerate(zip((*sources, *val), splits))]
-        parts = run_jobs(jobs, workers)
-        write_manifest(aside, collect(parts, aside, spec))
-    except BaseException:
-        if not any(aside.glob('part_*')):                   # nothing to take up
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(aside, out)
 
 
 def run_jobs(jobs, workers):
@@ -745,58 +737,49 @@ def collect(parts, folder, spec):
             raise Refused(f'too little text: some of its pieces of 4 kB, or of the first questions of its examples, '
                           f'are held out, and none is left for {split}; --val_input=FILE says what to hold out')
 
-    names = {shard['name'] for shards in splits.values() for shard in shards}
+    kept = {'tokenizer', 'tokenizer_config'}
+    kept.update(shard['name'] for shards in splits.values() for shard in shards)
     for file in folder.iterdir():
-        if not file.name.startswith('tokenizer') and file.name.split('.')[0] not in names:
+        if file.name.split('.')[0] not in kept:
             file.unlink()
-    vocab_size = stored_tokenizer(folder, spec).vocab_size
+    vocab_size = get_tokenizer(own_tokenizer(spec, folder)).vocab_size
     return {'format': 'nanollada data 2', 'tokenizer': spec, 'vocab_size': vocab_size, 'splits': splits}
 
 
-def stored_tokenizer(folder, spec):
-    """The tokenizer that the manifest of a data set names."""
-    return get_tokenizer(own_tokenizer(spec, folder))
-
-
-def records_of(source):
-    """(where, record) of a path or of a list."""
-    return read_records(source) if isinstance(source, (str, Path)) else source
-
-
-def place_tokenizer(tokenizer, sources, split, out, val_every):
+def place_tokenizer(tokenizer, sources, val_every, out):
     """Learns or copies the tokenizer into the data set, unless it is well known -> what the manifest says."""
     for old in out.glob('tokenizer*'):                      # of an interrupted call with another one
         old.unlink()
     if tokenizer in tiktoken.list_encoding_names():         # kept, so that nobody needs the network again
-        kept = out / 'tokenizer.tiktoken'
-        kept.write_text(json.dumps(tiktoken_facts(tokenizer)))
-        return kept.name
+        (out / 'tokenizer.tiktoken').write_text(json.dumps(tiktoken_facts(tokenizer)))
+        return 'tokenizer.tiktoken'
     if not tokenizer.startswith('bpe-'):
         get_tokenizer(tokenizer)                            # refuse before anything is written
         return copy_tokenizer(tokenizer, out)
 
+    size = tokenizer.removeprefix('bpe-')
     least = 256 + sum(map(bool, NAMES.values()))
-    n = int(tokenizer[4:]) if tokenizer[4:].isdecimal() else 0
-    if not least <= n <= 65536:
-        raise Refused(f'tokenizer bpe-N: N must lie between {least} and 65536, got {tokenizer[4:]!r}')
+    if not size.isdecimal() or not least <= int(size) <= 65536:
+        raise Refused(f'tokenizer bpe-N: N must lie between {least} and 65536, got {size!r}')
 
-    sample, size = [], 0
-    for text in training_texts(sources, split, val_every):
-        sample.append(text)
-        size += len(text)
-        if size > 50_000_000:                               # enough to learn words from
-            break
-
-    save_bpe(out / 'tokenizer.json', train_bpe('\n'.join(sample), n - least))
+    sample = '\n'.join(training_texts(sources, val_every))
+    save_bpe(out / 'tokenizer.json', train_bpe(sample, int(size) - least))
     return 'tokenizer.json'
 
 
-def training_texts(sources, split, val_every):
-    """The texts of all sources that tokenize_source will put into the training split."""
+def training_texts(sources, val_every, room=50_000_000):
+    """The texts of all sources that tokenize_source will put into the training split.
+
+    About `room` characters of them, which is enough to learn words from.
+    """
     for number, source in enumerate(sources):
-        for _, name, piece in placed(records_of(source), split, number, val_every):
-            if name == 'train':
-                yield piece if isinstance(piece, str) else text_of(piece)
+        for _, split, piece in placed(read_records(source), number, val_every):
+            if split == 'train':
+                text = piece if isinstance(piece, str) else text_of(piece)
+                yield text
+                room -= len(text)
+            if room < 0:
+                return
 
 
 def text_of(record):
@@ -825,10 +808,10 @@ class Shard:
         self.path = folder / f'{split}_{number:05d}.bin'
         self.file = self.path.open('wb')
         self.dtype = 'uint16' if tok.vocab_size <= 2 ** 16 else 'uint32'
-        self.tokens, self.bytes, self.rows, self.held_out = 0, 0, [], []
+        self.tokens, self.bytes, self.rows = 0, 0, []
 
     def write(self, ids, n_bytes=0):
-        self.file.write(np.array(ids, self.dtype).tobytes())
+        self.file.write(np.array(ids, self.dtype))
         self.tokens += len(ids)
         self.bytes += n_bytes
 
@@ -837,62 +820,67 @@ class Shard:
         self.file.close()
         if self.rows:
             np.save(self.path.with_suffix('.rows.npy'), np.array(self.rows, np.int64))
-        if self.held_out:
-            text = ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in self.held_out)
-            self.path.with_suffix('.jsonl').write_text(text, encoding='utf-8')
         return {'name': self.path.stem, 'dtype': self.dtype, 'tokens': self.tokens, 'bytes': self.bytes,
                 'examples': len(self.rows)}
 
 
 def tokenize_source(job):
     """Tokenizes one source into a shard for each split -> {split: its entry in the manifest}."""
-    number, source, split, folder, spec, val_every = job
-    tok = stored_tokenizer(folder, spec)
+    number, source, val_every, folder, spec = job
+    tok = get_tokenizer(own_tokenizer(spec, folder))
     done, made_from = folder / f'part_{number:05d}.json', None
     if isinstance(source, (str, Path)):
-        vocabulary, state = [tok.fingerprint(), tok.specials], Path(source).stat()
-        made_from = [str(source), state.st_size, state.st_mtime_ns, split, val_every, vocabulary]
+        state = Path(source).stat()
+        made_from = [str(source), state.st_size, state.st_mtime_ns, val_every, tok.fingerprint(), tok.specials]
         before = read_json(done)
         if before.pop('made_from', None) == made_from:      # by a call before this one
             return before
 
-    shards = {name: Shard(folder, name, number, tok) for name in ('train', 'val')}
-    records = progress(records_of(source), desc='tokenizing', disable=number > 0 or None)
-    dialogues = 0
-    for (where, name), run in groupby(placed(records, split, number, val_every), key=itemgetter(0, 1)):
+    shards = {split: Shard(folder, split, number, tok) for split in ('train', 'val')}
+    records = progress(read_records(source), desc='tokenizing', disable=number > 0 or None)
+    dialogues, held_out = 0, ''
+    for (where, split), run in groupby(placed(records, number, val_every), key=itemgetter(0, 1)):
         for _, _, piece in run:
             if isinstance(piece, str):
-                shards[name].write(tok.encode(piece), len(piece.encode()))
-            else:
-                write_example(shards[name], piece, where, dialogues, tok)
-                dialogues += 1
+                shards[split].write(tok.encode(piece), len(piece.encode()))
+                continue
+            write_example(shards[split], piece, where, dialogues, tok)
+            dialogues += 1
+            if split == 'val':
+                held_out += json.dumps(piece, ensure_ascii=False) + '\n'
         if not dialogues:                                   # a document ends, or its next piece is elsewhere
-            shards[name].write([tok.eos_id])
+            shards[split].write([tok.eos_id])
 
-    entry = {name: shard.close() for name, shard in shards.items()}
+    entry = {split: shard.close() for split, shard in shards.items()}
+    if held_out:
+        (folder / f'val_{number:05d}.jsonl').write_text(held_out, encoding='utf-8')
     if made_from:
         done.write_text(json.dumps({**entry, 'made_from': made_from}), encoding='utf-8')
     return entry
 
 
-def placed(records, split, number, val_every):
-    """Where records go: yields (where, split, piece of a document's text or whole example)."""
+def placed(records, number, val_every):
+    """Where records go: yields (where, split, piece of a document's text or whole example).
+
+    Held out is every val_every-th: 1 all, 0 none. Pieces are counted from `number` on.
+    """
     kinds = set()
     for where, record in records:
         kinds.add('text' in record)
         if len(kinds) > 1:
             raise Refused(f'{where}: a file holds documents ("text") or examples, not both')
 
-        if 'text' not in record:
-            yield where, split or split_of(record, val_every), record
-            continue
-        for text in chunks(record['text']):
-            number += 1
-            yield where, split or ('train' if number % val_every else 'val'), text
+        if 'text' in record:
+            pieces = enumerate(chunks(record['text']), number + 1)
+        else:
+            pieces = [(checksum(record), record)]
+        for number, piece in pieces:
+            held_out = val_every and number % val_every == 0
+            yield where, 'val' if held_out else 'train', piece
 
 
-def split_of(record, val_every):
-    """Where an example goes, by its first question, so that none is in both splits.
+def checksum(record):
+    """The number of an example, by its first question: a question is not in both splits.
 
     (But where several answers are right there may be few questions: those go by the whole record.)
     """
@@ -901,37 +889,38 @@ def split_of(record, val_every):
     elif 'prompt_ids' in record:
         key = str(record['prompt_ids'])
     elif 'messages' in record:
-        key = next(said['content'] for said in record['messages'] if said['role'] == 'user').strip()
+        key = next(said['content'] for said in record['messages'] if said['role'] == 'user')
     else:
-        key = record['response'].strip()
-    return 'train' if zlib.crc32(key.encode()) % val_every else 'val'
+        key = record['response']
+    return zlib.crc32(key.strip().encode())
 
 
 def write_example(shard, record, where, dialogue, tok):
-    """A dialogue of n answers is n examples, each with the whole history as its prompt (LLaDA, App. B.1).
-
-    BOS also stands before what has no prompt: a canvas of masks alone looks the same from everywhere, and
-    needs an edge to count from. One EOS ends each.
-    """
-    turns, said = [], record.get('messages', ())
-    if 'response' in record:
-        turns.append(([tok.bos_id], tok.encode(record['response'].strip())))
-    if 'prompt_ids' in record:
-        turns.append((record['prompt_ids'], record['response_ids']))
-    for i, message in enumerate(said):
-        if i and message['role'] == 'assistant':
-            turns.append((tok.encode_chat(said[:i]), tok.encode(message['content'].strip())))
-
+    """A dialogue of n answers is n examples, each with the whole history as its prompt (LLaDA, App. B.1)."""
     special = set(tok.specials.values())
-    for prompt, response in turns:
+    for prompt, response in turns_of(record, tok):
         start, ids = shard.tokens, [*prompt, *response, tok.eos_id]
         if max(ids) >= tok.vocab_size:
             raise Refused(f'{where}: an id is not below {tok.vocab_size}, the size of the vocabulary')
         text = tok.decode_bytes(i for i in ids if i not in special)
         shard.write(ids, len(text))
         shard.rows.append((start, start + len(prompt), shard.tokens, dialogue))
-    if shard.path.name.startswith('val'):
-        shard.held_out.append(record)
+
+
+def turns_of(record, tok):
+    """Yields what stands before each answer of an example, and the answer, as ids.
+
+    BOS also stands before what has no prompt: a canvas of masks alone looks the same from everywhere, and
+    needs an edge to count from.
+    """
+    if 'response' in record:
+        yield [tok.bos_id], tok.encode(record['response'].strip())
+    if 'prompt_ids' in record:
+        yield record['prompt_ids'], record['response_ids']
+    said = record.get('messages', ())
+    for i, message in enumerate(said):
+        if i and message['role'] == 'assistant':
+            yield tok.encode_chat(said[:i]), tok.encode(message['content'].strip())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -942,23 +931,17 @@ class Corpus:
     """A prepared folder, its shards mapped into memory. share: what is compared, see read_manifest."""
 
     def __init__(self, folder, share=(0, 1)):
-        self.folder, name = Path(folder), Path(folder).name
+        self.folder = Path(folder)
         if not (self.folder / 'manifest.json').is_file():
-            how = f'data.py --input=FILE --out={folder}'
-            if name in DATASETS:
-                how = f'data.py {name}'
-            if name in LAB:
-                how = 'tests/lab/worlds.py'
+            how = MADE_BY.get(self.folder.name, f'data.py --input=FILE --out={folder}')
             raise FileNotFoundError(ENOENT, f'no data set here; run: python {how}', str(folder))
 
         self.manifest = read_manifest(self.folder, share)
         if self.manifest.get('format') != 'nanollada data 2':
             raise Refused(f'{folder}: a data set of another version; prepare it again')
-        self.shards, self.rows = {}, {}
+        self.shards = {}
         for split, entries in self.manifest['splits'].items():
             self.shards[split] = [self._open(entry) for entry in entries]
-            files = [f"{entry['name']}.rows.npy" for entry in entries if entry['examples']]
-            self.rows[split] = [np.load(self.folder / file) for file in files]
 
     def _open(self, entry):
         path = self.folder / f"{entry['name']}.bin"
@@ -969,7 +952,7 @@ class Corpus:
 
     def tokenizer(self):
         """The tokenizer that made it."""
-        return stored_tokenizer(self.folder, self.manifest['tokenizer'])
+        return get_tokenizer(own_tokenizer(self.manifest['tokenizer'], self.folder))
 
     def count(self, split, what):
         """How many 'tokens', 'bytes' of text or 'examples' a split has."""
@@ -979,10 +962,19 @@ class Corpus:
         """Tokens start .. start+length of a split, as if its shards were one array: (length,) int64."""
         parts = []
         for shard in self.shards[split]:
-            if -length < start < len(shard):
-                parts.append(shard[max(0, start):start + length])
+            parts.append(shard[max(0, start):max(0, start + length)])
             start -= len(shard)
         return np.concatenate(parts, dtype=np.int64)
+
+    def rows(self, split):
+        """Where its examples are, likewise: (n, 4) start, response, end, number of the dialogue."""
+        tables, at, dialogue = [], 0, 0
+        for entry in self.manifest['splits'][split]:
+            rows = np.load(self.folder / f"{entry['name']}.rows.npy")
+            tables.append(rows + [at, at, at, dialogue])
+            at += entry['tokens']
+            dialogue += 1 + rows[-1, 3]
+        return np.concatenate(tables)
 
 
 def open_dataset(name, share=(0, 1)):
@@ -1123,20 +1115,21 @@ class Windows:
 
     def batch(self, it, rows, size):
         """Rows `rows` (a range) of the `size` windows of iteration `it` -> Batch. Every window once an epoch."""
-        x0 = np.stack([self.window((it * size + row) // self.asked.times) for row in rows])
+        windows = [self.window((it * size + row) // self.asked.times) for row in rows]
+        x0 = torch.from_numpy(np.stack(windows))
         keep, border = (cut[rows.start:rows.stop] for cut in self.cuts(it, size))
         maskable = torch.arange(self.T) < torch.from_numpy(keep)[:, None]
         if not self.asked.isolate and border.min() == self.T:
-            return Batch(torch.from_numpy(x0), maskable, None)
+            return Batch(x0, maskable, None)
 
-        starts = np.arange(0, x0.size + 1, self.T)
+        starts = np.arange(0, x0.numel() + 1, self.T)
         borders = np.union1d(starts, starts[:-1] + border)
         n = 2 * len(x0) + 1                                 # few different sizes: few graphs to compile
         if self.asked.isolate:
             borders = np.union1d(borders, np.flatnonzero(x0 == self.tok.eos_id) + 1)
             n = -(-len(borders) // 64) * 64
         borders = np.pad(borders, (0, n - len(borders)), 'edge')
-        return Batch(torch.from_numpy(x0), maskable, torch.from_numpy(borders).int())
+        return Batch(x0, maskable, torch.from_numpy(borders).int())
 
     def held_out(self, limit=0):
         """The split in order, less a last partial window: [(x0, maskable)], (n, T) both, bytes of text in a row."""
@@ -1163,25 +1156,21 @@ class Examples:
     def __init__(self, dataset, split, tok, seq_len, seed=0, cuts=WHOLE):
         self.corpus, self.split, self.tok, self.seed = dataset.parts[0], split, tok, seed
         self.T, self.asked = seq_len, cuts
-        if len(dataset.parts) > 1 or not self.corpus.rows[split]:
+        self.examples = self.corpus.count(split, 'examples')
+        if len(dataset.parts) > 1 or not self.examples:
             raise Refused(f"{self.corpus.folder}: masking = 'response' needs one set of examples, made of "
                           '"messages" or "prompt" and "response"')
 
-        tables, at, dialogue = [], 0, 0
-        for shard, rows in zip(self.corpus.shards[split], self.corpus.rows[split]):
-            tables.append(rows + [at, at, at, dialogue])
-            at += len(shard)
-            dialogue += 1 + int(rows[-1, 3])
-        table = np.concatenate(tables)                      # (n, 4): start, response, end, dialogue
-
-        short = table[:, 2] - table[:, 0] <= seq_len
-        what = f'{(~short).sum()} of {len(table)} examples of {split} are longer than seq_len = {seq_len}'
+        rows = self.corpus.rows(split)
+        short = rows[:, 2] - rows[:, 0] <= seq_len
+        told = (f'{self.corpus.folder}: {(~short).sum()} of {len(rows)} examples of {split} are longer than '
+                f'seq_len = {seq_len}')
         if not short.any():
-            raise Refused(f'{self.corpus.folder}: {what}')
+            raise Refused(told)
         if not short.all() and os.environ.get('RANK', '0') == '0':
-            say(f'{self.corpus.folder}: {what} and left out')
+            say(f'{told} and left out')
 
-        self.rows, self.examples = table[short], len(table)
+        self.rows = rows[short]
         begins = np.diff(self.rows[:, 3], prepend=-1)       # not 0: the first turn of a dialogue
         self.borders = np.append(np.flatnonzero(begins), len(self.rows))
 
@@ -1224,10 +1213,9 @@ class Examples:
         length = np.minimum(length, self.T)
         groups = [self.padded(rows[length == T], int(T)) for T in np.unique(length)]
 
-        ends, size = (self.tok.eos_id, self.tok.pad_id), 0
-        for x0, maskable in groups:
-            size += len(self.tok.decode_bytes(i for i in x0[maskable].tolist() if i not in ends))
-        return groups, size / len(rows)
+        ends = (self.tok.eos_id, self.tok.pad_id)
+        answers = (i for x0, maskable in groups for i in x0[maskable].tolist() if i not in ends)
+        return groups, len(self.tok.decode_bytes(answers)) / len(rows)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1236,15 +1224,16 @@ class Examples:
 def files_of(patterns):
     """File names and patterns, list of str -> list of file names."""
     found = []
-    for pattern in patterns:
+    for pattern in filter(None, patterns):
         found += sorted(glob.glob(pattern)) or [pattern]
     return found
 
 
 def main(config):
     cfg = SimpleNamespace(**config)
+    sources, held_out = files_of(cfg.input.split(',')), files_of(cfg.val_input.split(','))
     own = 'for your own text: --input=FILE --out=data/my'
-    if not cfg.name and not cfg.input:
+    if not cfg.name and not sources:
         lines = [f'  {name:<12} {what}' for name, (_, _, what) in DATASETS.items()]
         print('data sets:', *lines, f'{own}; see --help', sep='\n')
         return
@@ -1254,20 +1243,18 @@ def main(config):
     if not cfg.name and not cfg.out:
         raise Refused('--input needs --out=FOLDER')
     if cfg.val_every < 2 or cfg.workers < 0:
-        raise Refused('val_every must be 2 or more and workers 0 or more, got '
-                      f'{cfg.val_every} and {cfg.workers}')
+        raise Refused(f'val_every must be 2 or more and workers 0 or more, got {cfg.val_every} and {cfg.workers}')
 
     records, tokenizer, _ = DATASETS.get(cfg.name, (None, 'bpe-1024', ''))
-    sources, held_out = (files_of(filter(None, text.split(','))) for text in (cfg.input, cfg.val_input))
-    sources, out = sources or [list(records())], cfg.out or f'data/{cfg.name}'
-    prepare(sources, out, cfg.tokenizer or tokenizer, val=held_out, val_every=cfg.val_every,
-            workers=cfg.workers or os.cpu_count() or 1)
+    out = cfg.out or f'data/{cfg.name}'
+    prepare(sources or [list(records())], out, cfg.tokenizer or tokenizer, val=held_out,
+            val_every=cfg.val_every, workers=cfg.workers or os.cpu_count() or 1)
 
     corpus = Corpus(out, None)
     for split, shards in corpus.shards.items():
         tokens, size = corpus.count(split, 'tokens'), corpus.count(split, 'bytes')
         print(f'{out}/{split}: {tokens:,} tokens, {size / tokens:.2f} bytes each, {len(shards)} shard(s)')
-    how = ' --masking=response' if corpus.rows['train'] else ''
+    how = ' --masking=response' if corpus.count('train', 'examples') else ''
     print(f'train on it:  python train.py --dataset={out}{how} --out_dir=out/{Path(out).name}')
 
 

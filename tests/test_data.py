@@ -547,7 +547,7 @@ def test_a_vocabulary_is_learnt_from_what_is_trained_on(tmp_path):
         (tmp_path / f'{i}.txt').write_text('\n'.join(line[k:k + 60] for k in range(0, len(line), 60)))
     sources = [tmp_path / '0.txt', tmp_path / '1.txt']
     data.prepare(sources, tmp_path / 'out', 'bytes', val_every=3)
-    trained = ''.join(data.training_texts(sources, None, 3))
+    trained = ''.join(data.training_texts(sources, 3))
     tok = data.get_tokenizer('bytes')
     ids = data.open_dataset(str(tmp_path / 'out')).parts[0]
     stored = [int(i) for shard in ids.shards['train'] for i in shard if i != tok.eos_id]

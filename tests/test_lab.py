@@ -169,7 +169,7 @@ def test_one_command_writes_what_the_configs_name(tmp_path, monkeypatch, capsys)
     worlds.main({'poems': 'poems.json', 'out': 'data'})
     for name, n in (('world', 200), ('instruct', 200), ('facts', 2 * 96), ('poems', 18)):
         corpus = data.Corpus(f'data/{name}')
-        counted = sum(len(set(rows[:, 3].tolist())) for split in ('train', 'val') for rows in corpus.rows[split])
+        counted = sum(len(set(corpus.rows(split)[:, 3].tolist())) for split in ('train', 'val'))
         assert counted == n
     tok = data.Corpus('data/poems').tokenizer()
     assert len(tok.encode('ab1\n\u6f22')) == 5                       # one token a character
