@@ -20,7 +20,6 @@ import ast
 import glob
 import gzip
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -253,9 +252,9 @@ def tokenizer_for(meta, mask_id=None):
 
 
 def byte_symbols():
-    """GPT-2's printable character for each byte, in which tokenizer.json files spell tokens: list of 256 str."""
+    """GPT-2's printable character for each byte, in which tokenizer.json files spell tokens: str -> byte."""
     others = count(256)
-    return [chr(b if chr(b).isprintable() and chr(b) != ' ' else next(others)) for b in range(256)]
+    return {chr(b if chr(b).isprintable() and chr(b) != ' ' else next(others)): b for b in range(256)}
 
 
 def read_bpe(path, complete):
@@ -270,8 +269,8 @@ def read_bpe(path, complete):
         names, roles = special_tokens(path)
         id_of, others = convert_merges(file['model'], names, demand)
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        what = f'{type(error).__name__}: {error}'
-        raise Refused(f'{path}: not a tokenizer.json with a BPE model ({what})') from None
+        raise Refused(f'{path}: not a tokenizer.json with a BPE model '
+                      f'({type(error).__name__}: {error})') from None
 
     chat = chat_format(path, roles)
     try:
@@ -314,8 +313,7 @@ def check_kind(file, demand):
     demand(not re.search(TWO_MEANINGS, bare), f'its regex means different things to different engines: {pattern}')
 
     behavior, inverted = split.get('behavior'), bool(split.get('invert'))
-    kept = (behavior, inverted) in (('Isolated', False), ('Removed', True))
-    demand(kept, f'Split is {behavior}, inverted: {inverted}')
+    demand(behavior == ('Removed' if inverted else 'Isolated'), f'Split is {behavior}, inverted: {inverted}')
     if inverted:
         return pattern                                      # read_bpe looks whether it leaves nothing out
     return f'{pattern}|(?:(?!{pattern})[\\s\\S])+'          # what lies between matches is a piece of its own
@@ -329,12 +327,12 @@ def convert_merges(model, names, demand):
     and for those that list all ways to make a token one after the other (Llama 3).
     """
     vocab = model['vocab']
-    byte_of = dict(zip(byte_symbols(), count()))
+    byte_of = byte_symbols()
     raw = {}                                                # token as spelled -> its bytes
     for token in vocab:
         if token not in names:
             demand(set(token) <= byte_of.keys(), f'token {token!r} is not spelled in bytes')
-            raw[token] = bytes([byte_of[c] for c in token])
+            raw[token] = bytes(byte_of[c] for c in token)
 
     lacking = byte_of.keys() - raw.keys()
     demand(not lacking, f'{len(lacking)} of the 256 single bytes have no token')
@@ -363,7 +361,7 @@ def chat_format(path, roles):
     config = read_json(path.with_name('tokenizer_config.json'))
     template = str(config.get('chat_template') or '')
     if not template:                                # our own file, or a release whose tokens are all there
-        return '\n\n' if not config or {'start_header', 'end_header', 'eot'} <= set(roles) else None
+        return '\n\n' if not config or {'start_header', 'end_header', 'eot'} <= roles.keys() else None
 
     quoted = re.findall(r"""(['"])(.*?)\1""", template, re.S)
     texts = {text.replace('\\n', '\n') for _, text in quoted} - {'role', 'content', ''}
@@ -417,12 +415,12 @@ def merged(word, pair):
 
 def save_bpe(path, merges):
     """Writes merges as a Hugging Face tokenizer.json, which serves get_tokenizer and other programs alike."""
-    symbol = byte_symbols()
+    vocab = byte_symbols()                                  # the single bytes come first
+    symbol = list(vocab)
 
     def spell(raw):
         return ''.join(symbol[b] for b in raw)
 
-    vocab = dict(zip(symbol, count()))
     for a, b in merges:
         vocab[spell(a + b)] = len(vocab)
 
@@ -539,7 +537,7 @@ def _text_pieces(path):
     """A .txt file: pieces of 64 kB or more, cut at line ends."""
     number = 1
     with path.open('rb') as file:
-        for lines in iter(lambda: file.readlines(1 << 16), []):
+        while lines := file.readlines(1 << 16):
             raw = b''.join(lines)
             try:
                 text = raw.decode('utf-8-sig' if number == 1 else 'utf-8')
@@ -594,6 +592,7 @@ PAIRS = ('prompt', 'response'), ('question', 'answer'), ('prompt', 'completion')
 LISTS = 'messages', 'conversations', 'conversation'
 IDS = 'prompt_ids', 'response_ids'
 CONTENT = {'text', *LISTS, *IDS}.union(*PAIRS)
+LONGEST_EXAMPLE = 1 << 20
 SPEAKERS = {'human': 'user', 'gpt': 'assistant'}
 
 
@@ -644,7 +643,7 @@ def as_record(row):
 
     "prompt" and "response", by this or another of the names in PAIRS, become messages; "prompt_ids" and
     "response_ids" are for templates that Tokenizer does not know. A row that is several of these is the first
-    of them: messages, ids, text. An example may be of 2^20 characters.
+    of them: messages, ids, text.
     """
     messages = as_messages(row)
     if messages is not None:
@@ -665,9 +664,8 @@ def as_record(row):
     else:
         raise ValueError(f'want "text", "prompt" and "response", or "messages"; got the keys {list(row)[:9]}')
 
-    length = 0 if 'text' in kept else len(text_of(kept))
-    if length > 1 << 20:
-        raise ValueError(f'an example of {length:,} characters; the limit is {1 << 20:,}')
+    if 'text' not in kept and len(text_of(kept)) > LONGEST_EXAMPLE:
+        raise ValueError(f'an example of {len(text_of(kept)):,} characters; the limit is {LONGEST_EXAMPLE:,}')
     return {key: value for key, value in (row | kept).items() if key in kept or key not in CONTENT}
 
 
@@ -702,8 +700,8 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
             if val:
                 val_every = 0                               # of the other sources nothing is held out
             spec = place_tokenizer(tokenizer, sources, val_every, aside)
-            shares = [val_every] * len(sources) + [1] * len(val)
-            jobs = [(number, *job, aside, spec) for number, job in enumerate(zip(all_sources, shares))]
+            jobs = [(number, source, val_every if number < len(sources) else 1, aside, spec)
+                    for number, source in enumerate(all_sources)]
             write_manifest(aside, collect(run_jobs(jobs, workers), aside, spec))
         except BaseException:
             if not any(aside.glob('part_*')):               # nothing to take up
@@ -793,10 +791,10 @@ def chunks(text, size=4096):
     """A text in pieces of about `size` characters, cut at line ends, else at spaces, else anywhere."""
     start = 0
     while start < len(text):
-        window = (start + size, start + 2 * size)
-        end = text.find('\n', *window) + 1 or text.find(' ', *window)
+        least, most = start + size, start + 2 * size
+        end = text.find('\n', least, most) + 1 or text.find(' ', least, most)
         if end < 1:
-            end = start + 2 * size
+            end = most
         yield text[start:end]
         start = end
 
@@ -810,10 +808,10 @@ class Shard:
         self.dtype = 'uint16' if tok.vocab_size <= 2 ** 16 else 'uint32'
         self.tokens, self.bytes, self.rows = 0, 0, []
 
-    def write(self, ids, n_bytes=0):
+    def write(self, ids, text=b''):
         self.file.write(np.array(ids, self.dtype))
         self.tokens += len(ids)
-        self.bytes += n_bytes
+        self.bytes += len(text)
 
     def close(self):
         """-> its entry in the manifest."""
@@ -842,7 +840,7 @@ def tokenize_source(job):
     for (where, split), run in groupby(placed(records, number, val_every), key=itemgetter(0, 1)):
         for _, _, piece in run:
             if isinstance(piece, str):
-                shards[split].write(tok.encode(piece), len(piece.encode()))
+                shards[split].write(tok.encode(piece), piece.encode())
                 continue
             write_example(shards[split], piece, where, dialogues, tok)
             dialogues += 1
@@ -902,8 +900,7 @@ def write_example(shard, record, where, dialogue, tok):
         start, ids = shard.tokens, [*prompt, *response, tok.eos_id]
         if max(ids) >= tok.vocab_size:
             raise Refused(f'{where}: an id is not below {tok.vocab_size}, the size of the vocabulary')
-        text = tok.decode_bytes(i for i in ids if i not in special)
-        shard.write(ids, len(text))
+        shard.write(ids, tok.decode_bytes(i for i in ids if i not in special))
         shard.rows.append((start, start + len(prompt), shard.tokens, dialogue))
 
 
@@ -939,9 +936,8 @@ class Corpus:
         self.manifest = read_manifest(self.folder, share)
         if self.manifest.get('format') != 'nanollada data 2':
             raise Refused(f'{folder}: a data set of another version; prepare it again')
-        self.shards = {}
-        for split, entries in self.manifest['splits'].items():
-            self.shards[split] = [self._open(entry) for entry in entries]
+        splits = self.manifest['splits']
+        self.shards = {split: list(map(self._open, entries)) for split, entries in splits.items()}
 
     def _open(self, entry):
         path = self.folder / f"{entry['name']}.bin"
@@ -962,7 +958,8 @@ class Corpus:
         """Tokens start .. start+length of a split, as if its shards were one array: (length,) int64."""
         parts = []
         for shard in self.shards[split]:
-            parts.append(shard[max(0, start):max(0, start + length)])
+            if -length < start < len(shard):
+                parts.append(shard[max(0, start):start + length])
             start -= len(shard)
         return np.concatenate(parts, dtype=np.int64)
 
@@ -986,7 +983,7 @@ def open_dataset(name, share=(0, 1)):
             weights = list(map(float, weights))
         except ValueError:
             weights = [0.0]
-        if not all(0 < weight < math.inf for weight in weights):
+        if not all(0 < weight < np.inf for weight in weights):
             raise Refused('dataset: a mixture is written name:weight,name:weight, weights above 0; got '
                           f'{name!r}')
 
@@ -1117,7 +1114,7 @@ class Windows:
         """Rows `rows` (a range) of the `size` windows of iteration `it` -> Batch. Every window once an epoch."""
         windows = [self.window((it * size + row) // self.asked.times) for row in rows]
         x0 = torch.from_numpy(np.stack(windows))
-        keep, border = (cut[rows.start:rows.stop] for cut in self.cuts(it, size))
+        keep, border = (cut[rows] for cut in self.cuts(it, size))
         maskable = torch.arange(self.T) < torch.from_numpy(keep)[:, None]
         if not self.asked.isolate and border.min() == self.T:
             return Batch(x0, maskable, None)
@@ -1171,8 +1168,8 @@ class Examples:
             say(f'{told} and left out')
 
         self.rows = rows[short]
-        begins = np.diff(self.rows[:, 3], prepend=-1)       # not 0: the first turn of a dialogue
-        self.borders = np.append(np.flatnonzero(begins), len(self.rows))
+        _, first_turns = np.unique(self.rows[:, 3], return_index=True)
+        self.borders = np.append(first_turns, len(self.rows))                # where each dialogue begins
 
     def drawn(self, samples):
         """Examples by number in an endless stream, (n, 4): every dialogue once an epoch, of each a turn by chance.
