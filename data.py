@@ -76,6 +76,7 @@ progress = partial(tqdm, disable=None, leave=False)         # nothing where nobo
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"    # GPT-2's, digits alone
 GPT2_PATTERN = PATTERN.replace(r'\p{N}|', r'\p{N}+|')
+ADDED = [names[0] for names in NAMES.values() if names]         # special tokens of a learned vocabulary
 LONGEST_PIECE = 400_000                                 # tiktoken gives up on about a million spaces in a row
 LONGEST_WORD = 200                              # merges are learned from words; longer ones are cut up
 TWO_MEANINGS = r'\}\+|[$^]'                      # possessive or repeated, of a text or a line: engines differ
@@ -425,8 +426,7 @@ def save_bpe(path, merges):
         vocab[spell(a + b)] = len(vocab)
 
     off = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
-    special = [names[0] for names in NAMES.values() if names]
-    added = [{'id': i, 'content': text, 'special': True, **off} for i, text in enumerate(special, len(vocab))]
+    added = [{'id': i, 'content': text, 'special': True, **off} for i, text in enumerate(ADDED, len(vocab))]
 
     split = {'type': 'Split', 'pattern': {'Regex': PATTERN}, 'behavior': 'Isolated', 'invert': False}
     byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
@@ -567,7 +567,8 @@ def _json_items(path):
         raise Refused(f'{path}: not JSON ({error})') from None
     if not isinstance(items, list):
         raise Refused(f'{path}: a .json file must be one list; a file of lines is called .jsonl')
-    return ((f'{path}, item {number}', item) for number, item in enumerate(items, 1))
+    for number, item in enumerate(items, 1):
+        yield f'{path}, item {number}', item
 
 
 def _parquet_rows(path):
@@ -689,8 +690,8 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
     if out.exists() and any(out.iterdir()) and not (out / 'manifest.json').is_file():
         raise Refused(f'{out}: something else is here; choose another --out')
     # what is broken at once is said at once
-    firsts = [next(read_records(source)) for source in all_sources]
-    if len({'text' in record for _, record in firsts}) > 1:
+    kinds = {'text' in next(read_records(source))[1] for source in all_sources}
+    if len(kinds) > 1:
         raise Refused('some of the files hold documents ("text"), some examples: prepare them apart')
 
     aside = out.with_name(f'.{out.name}.unfinished')        # takes the place of `out` when it is whole
@@ -700,6 +701,7 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
             if val:
                 val_every = 0                               # of the other sources nothing is held out
             spec = place_tokenizer(tokenizer, sources, val_every, aside)
+
             jobs = [(number, source, val_every if number < len(sources) else 1, aside, spec)
                     for number, source in enumerate(all_sources)]
             write_manifest(aside, collect(run_jobs(jobs, workers), aside, spec))
@@ -756,7 +758,7 @@ def place_tokenizer(tokenizer, sources, val_every, out):
         return copy_tokenizer(tokenizer, out)
 
     size = tokenizer.removeprefix('bpe-')
-    least = 256 + sum(map(bool, NAMES.values()))
+    least = 256 + len(ADDED)
     if not size.isdecimal() or not least <= int(size) <= 65536:
         raise Refused(f'tokenizer bpe-N: N must lie between {least} and 65536, got {size!r}')
 
@@ -802,9 +804,8 @@ def chunks(text, size=4096):
 class Shard:
     """A file of tokens being written; of examples also where each is: (start, response, end, dialogue)."""
 
-    def __init__(self, folder, split, number, tok):
-        self.path = folder / f'{split}_{number:05d}.bin'
-        self.file = self.path.open('wb')
+    def __init__(self, path, tok):
+        self.path, self.file = path, path.open('wb')
         self.dtype = 'uint16' if tok.vocab_size <= 2 ** 16 else 'uint32'
         self.tokens, self.bytes, self.rows = 0, 0, []
 
@@ -834,7 +835,7 @@ def tokenize_source(job):
         if before.pop('made_from', None) == made_from:      # by a call before this one
             return before
 
-    shards = {split: Shard(folder, split, number, tok) for split in ('train', 'val')}
+    shards = {split: Shard(folder / f'{split}_{number:05d}.bin', tok) for split in ('train', 'val')}
     records = progress(read_records(source), desc='tokenizing', disable=number > 0 or None)
     dialogues, held_out = 0, ''
     for (where, split), run in groupby(placed(records, number, val_every), key=itemgetter(0, 1)):
@@ -842,6 +843,7 @@ def tokenize_source(job):
             if isinstance(piece, str):
                 shards[split].write(tok.encode(piece), piece.encode())
                 continue
+
             write_example(shards[split], piece, where, dialogues, tok)
             dialogues += 1
             if split == 'val':
@@ -851,7 +853,7 @@ def tokenize_source(job):
 
     entry = {split: shard.close() for split, shard in shards.items()}
     if held_out:
-        (folder / f'val_{number:05d}.jsonl').write_text(held_out, encoding='utf-8')
+        shards['val'].path.with_suffix('.jsonl').write_text(held_out, encoding='utf-8')
     if made_from:
         done.write_text(json.dumps({**entry, 'made_from': made_from}), encoding='utf-8')
     return entry
@@ -1048,7 +1050,7 @@ def nth(sample, n, seed, slack=1):
     epoch, index = divmod(int(sample), n)
     rng = philox(seed, epoch, 1)
     offset = int(rng.integers(slack))
-    key = [int(k) for k in rng.integers(2 ** 63, size=4)]
+    key = rng.integers(2 ** 63, size=4).tolist()
     return epoch, shuffled(index, n, key), offset
 
 
