@@ -515,7 +515,8 @@ def read_records(source, accept=None):
     kind = ''.join(path.suffixes[-2:]) if path.suffix == '.gz' else path.suffix
     if kind not in READERS:
         raise Refused(f'{path}: input must be one of {", ".join(READERS)}')
-    path.stat()                                             # a file that is not there says so
+    if not path.is_file():
+        raise FileNotFoundError(ENOENT, 'no such file', str(path))
 
     where = None
     for where, row in READERS[kind](path):
