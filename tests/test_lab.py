@@ -52,6 +52,8 @@ def test_every_experiment_runs(desk, monkeypatch, capsys):
                           (['by_t', 'out/text', 'out/sft', '--windows=8'], 'a hidden token'),
                           (['world', 'out/world'], 'x the source'),
                           (['ahead', 'out/world', '--windows=2'], 'passes'), (['flood', 'out/sft', 'out/uni'], '128'),
+                          (['commit', 'out/world', '--windows=2'], 'still'),
+                          (['commit', 'out/sft', '--gen_length=4'], 'same tokens %'),
                           (['reversal', 'out/facts', 'out/facts_ar'], 'unstated %'),
                           (['reversal', 'out/facts', '--poems=poems.json'], 'unstated %'),
                           (['scaling', 'out/text', 'out/text_ar'], 'autoregressive')):
@@ -96,6 +98,40 @@ def test_guessing_ahead_changes_no_token(seed):
         assert torch.equal(got, want.x)
         passes.append(more)
     assert passes[0] == 19 and passes == sorted(passes, reverse=True)
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_a_rule_that_allows_nothing_writes_one_token_a_pass(seed):
+    model = tiny_model(seed)
+    x = torch.randint(0, 39, (1, 24), generator=torch.Generator().manual_seed(seed))
+    x[:, 5:] = 39
+    want = diffusion.generate(model, x, 39, steps=19)
+    for rule, most in ((experiments.threshold, 2.0), (experiments.factor, 0.0), (experiments.still, 0.0)):
+        got, passes = experiments.written_by(rule, most, model, x, 39)
+        assert torch.equal(got, want.x) and passes == 19, rule.__name__
+    by_threshold = diffusion.generate(model, x, 39, steps=19, threshold=0.1)
+    got, passes = experiments.written_by(experiments.threshold, 0.1, model, x, 39)
+    assert torch.equal(got, by_threshold.x) and passes == by_threshold.n_forward
+
+
+def test_what_each_rule_allows():
+    """By hand: two coins that are 0.9 and 0.8 on one side, and one that is fair."""
+    p = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
+    h = torch.special.entr(p.double()).sum(-1)                              # 0.33, 0.50, 0.69 nats
+    for rule, most, want in (
+            (experiments.threshold, 0.91, 0), (experiments.threshold, 0.8, 2), (experiments.threshold, 0.5, 3),
+            (experiments.factor, 0.19, 0), (experiments.factor, 0.21, 1), (experiments.factor, 0.59, 1),
+            (experiments.factor, 0.61, 2), (experiments.factor, 2.1, 3),    # 2 * 0.1, 3 * 0.2, 4 * 0.5
+            (experiments.entropy, 0.0, 1), (experiments.entropy, h[0] + 1e-6, 2),
+            (experiments.entropy, h[0] + h[1] - 1e-6, 2), (experiments.entropy, h[0] + h[1] + 1e-6, 3)):
+        trust, n = rule(p, None, most)
+        assert int(n) == want and trust.argsort(descending=True).tolist() == [0, 1, 2], (rule.__name__, most)
+
+    before = torch.tensor([[0.5, 0.5], [0.2, 0.8], [0.5, 0.5]])
+    trust, n = experiments.still(p, before, 0.1, least=0.7)                 # the first one was moved by 0.37 nats
+    assert int(n) == 1 and int(trust.argmax()) == 1
+    trust, n = experiments.still(p, before, 0.4, least=0.7)
+    assert int(n) == 2 and int(trust.argmax()) == 0
 
 
 def test_who_is_sure_of_everything_needs_two_passes():

@@ -4,6 +4,7 @@
     python tests/lab/experiments.py by_t out/docs --out=out/by_t.csv    # what a token costs, by how much is hidden
     python tests/lab/experiments.py world out/world out/world_ar        # stories: bound against the source, grades
     python tests/lab/experiments.py ahead out/world out/docs            # fewer passes, the same tokens
+    python tests/lab/experiments.py commit out/sft_toy --gen_length=8   # how many tokens to write at once
     python tests/lab/experiments.py flood out/sft_toy out/sft_toy_unified   # EOS on canvases longer than the answer
     python tests/lab/experiments.py gaps out/world                      # words left out, length unknown
     python tests/lab/experiments.py reversal out/reversal_facts out/reversal_facts_ar
@@ -202,6 +203,124 @@ def ahead(cfg):
             seconds = time.perf_counter() - began
             rows.append([name, n, len(done), passes, *evaluate.percent(same), round(seconds, 1)])
     evaluate.table(rows, ['checkpoint', 'guessed ahead', 'rows', 'passes', 'same tokens %', '+-', 'seconds'], cfg.out)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Commit rules: how many of the proposals of one pass may be written at once
+#
+# A rule gets the distributions p (M, V) of the masked positions, and those of the pass before (None in the first);
+# it says how much it trusts each (M,), and how many of the most trusted ones to write.
+
+
+def threshold(p, before, least):
+    """All that are this probable: what --threshold does."""
+    sure = p.amax(-1)
+    return sure, (sure >= least).sum()
+
+
+def factor(p, before, most):
+    """The n most probable, as long as (n + 1)(1 - the last one's probability) is less (Fast-dLLM, arXiv 2505.22618)."""
+    sure = p.amax(-1)
+    doubt = 1 - sure.sort(descending=True).values
+    n = torch.arange(1, len(doubt) + 1, device=p.device)
+    return sure, ((n + 1) * doubt < most).sum()
+
+
+def entropy(p, before, most):
+    """As long as all that they could tell about each other, their entropies but the largest, is not more, in nats.
+
+    (The entropy bound of arXiv 2505.24857, the most certain ones first.)
+    """
+    h = torch.special.entr(p.double()).sum(-1)
+    rising = h.sort().values
+    return -h, (rising.cumsum(0) - rising <= most).sum()
+
+
+def still(p, before, most, least=0.9):
+    """Those of probability `least` whose distribution the last pass has not moved, by its KL divergence in nats.
+
+    (KLASS, arXiv 2511.05664, which looks back further than one pass.)
+    """
+    sure = p.amax(-1)
+    if before is None:
+        return sure, 0
+    moved = (p * (p.log() - before.log())).sum(-1)
+    ready = (sure >= least) & (moved < most)
+    return sure + ready, ready.sum()                            # the ready ones before all others
+
+
+RULES = [
+    ('one a pass', threshold, 2.0),
+    *(('threshold', threshold, least) for least in (0.99, 0.95, 0.9, 0.8, 0.7, 0.5)),
+    *(('factor', factor, most) for most in (0.1, 0.25, 0.5, 1.0)),
+    *(('entropy', entropy, most) for most in (0.001, 0.03, 0.1, 0.3, 1.0)),
+    *(('0.9 and still', still, most) for most in (0.001, 0.01, 0.1, 1.0))]
+
+
+def written_by(rule, most, model, x, mask_id, never=()):
+    """Fills a canvas x (1, T) at temperature 0, a pass as much as a rule allows, at least one token -> (x, passes)."""
+    how = diffusion.Rules(0.0, 'low_confidence', [mask_id, *never], [], None)
+    passes, last = 0, None
+    while (x == mask_id).any():
+        masked = x == mask_id
+        logits = diffusion.logits_of(model, x, masked)
+        guess, _ = diffusion.propose(logits, masked, how)
+        p = logits.float().softmax(-1).clamp_min(1e-30)                                 # (M, V)
+        p[:, how.never] = 1e-30
+        trust, n = rule(p, None if last is None else last[masked[0]], most)
+
+        last = p.new_zeros(x.shape[1], p.shape[1])
+        last[masked[0]] = p
+        x, _ = diffusion.write(x, masked, guess, trust, [max(1, int(n))], None)
+        passes += 1
+    return x, passes
+
+
+def canvases_of(run, cfg):
+    """What a run is to write: canvases (1, T), and what takes the finished rows and says which of them are right.
+
+    With gen_length the answers to held-out questions, else the last three quarters of held-out stories.
+    """
+    tok = run.tok
+    if cfg.gen_length:
+        items, prompts = evaluate.questions_of(run, cfg)
+        masks = [tok.mask_id] * cfg.gen_length
+        canvases = [torch.tensor([[*ids, *masks]], device=run.device) for ids in prompts]
+
+        def right(rows):
+            answers = [tok.answer(row[len(ids):]) for row, ids in zip(rows, prompts)]
+            return [evaluate.right(*pair) for pair in zip(answers, items)]
+        return canvases, right
+
+    source = data.open_source(evaluate.dataset_of([run], cfg), 'val', 'response', tok, run.model.config.seq_len)
+    groups, _ = source.held_out(cfg.windows or 200)
+    canvases = [row.to(run.device) for x0, _ in groups for row in x0.split(1)]
+    for x in canvases:
+        x[:, x.shape[1] // 4:] = tok.mask_id
+    return canvases, lambda rows: [bool(worlds.readings(tok.answer(row[len(tok.start):]))) for row in rows]
+
+
+def commit(cfg):
+    """Passes, tokens that are the same as one a pass, and what is right, of every rule for committing many at once."""
+    rows = []
+    for name in cfg.checkpoints:
+        run = evaluate.load(name, cfg)
+        never = run.tok.unused(run.model.config.vocab_size)
+        canvases, right = canvases_of(run, cfg)
+        masks = [x == run.tok.mask_id for x in canvases]
+        n_tokens = int(sum(map(torch.sum, masks)))
+        exact = []
+
+        for label, rule, most in RULES:
+            with run.autocast, torch.no_grad():
+                done = [written_by(rule, most, run.model, x, run.tok.mask_id, never) for x in canvases]
+            written, passes = [x for x, _ in done], sum(n for _, n in done)
+            exact = exact or written
+            same = sum(int((x == best)[mask].sum()) for x, best, mask in zip(written, exact, masks))
+            rows.append([name, label, most, len(done), passes, f'{n_tokens / passes:.2f}',
+                         f'{100 * same / n_tokens:.1f}', *evaluate.percent(right(x[0].tolist() for x in written))])
+    evaluate.table(rows, ['checkpoint', 'rule', 'at', 'rows', 'passes', 'tokens a pass', 'same tokens %', 'right %',
+                          '+-'], cfg.out)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -489,7 +608,7 @@ def by_t(cfg):
     draw(cfg, points, 'nats a hidden token')
 
 
-TASKS = {f.__name__: f for f in (log, by_t, world, flood, gaps, ahead, reversal, curves, scaling)}
+TASKS = {f.__name__: f for f in (log, by_t, world, flood, gaps, ahead, commit, reversal, curves, scaling)}
 
 
 def main(config):
