@@ -299,9 +299,11 @@ def nats_and_bits(logp, n_tokens, n_bytes):
     for values in (-logp / n_tokens, -logp / n_bytes / math.log(2)):
         numbers.append(values.mean().item())
         if len(values) >= 64:                            # neighbouring windows of a text are alike: by eights
-            values = values[:len(values) // 8 * 8].view(-1, 8).mean(1)
-        spread = values.std().item() if len(values) > 1 else math.nan
-        numbers.append(spread / len(values) ** 0.5)
+            whole = len(values) // 8 * 8
+            values = values[:whole].view(-1, 8).mean(1)
+        n = len(values)
+        spread = values.std().item() if n > 1 else math.nan
+        numbers.append(spread / n ** 0.5)
     return numbers
 
 
@@ -629,7 +631,7 @@ def generate(model, x, mask_id, *,
     rules = Rules(temperature, remasking, [mask_id, *suppress], last, generator)
     given = x != mask_id if prompt is None else prompt
     visible = None if visible is None or visible.all() else visible
-    kv = [model.new_kv(*x.shape) if cache else None for _ in range(1 + bool(cfg_scale))]
+    kv = [model.new_kv(*x.shape) if cache else None for _ in range(2 if cfg_scale else 1)]
     blocks = block_plan(x, mask_id, gen_start, block_length, steps)
     n_steps = 0
 
@@ -648,8 +650,8 @@ def generate(model, x, mask_id, *,
             columns = recomputed_rows(cache, x.shape[1], (start, end), step, n_steps)
             pos = torch.tensor(columns, device=x.device)
             logits = guided_logits(
-                model, x[:, pos], given[:, pos], cfg_scale, mask_id,
-                rows=masked[:, pos], visible=visible, kv=kv, pos=pos if cache else None)    # (M, V)
+                model, x[:, pos], given[:, pos], cfg_scale, mask_id, rows=masked[:, pos],
+                visible=visible, kv=kv, pos=pos if cache else None)                 # (M, V)
             if adjust is not None:
                 logits = adjust(logits, x, masked)
             logits = forbid(logits, [eos_id] if logits_eos_inf else [])
@@ -754,7 +756,9 @@ def complete(model, prompts, gen_length, tok, *,
         part = by_length[start:start + batch_size]
         rows = [prompts[k] for k in part]
         noise = [keyed_generator(seed, first + k, device=device) for k in part]
-        how = dict(temperature=temperature, generator=noise, eos_id=tok.eos_id, suppress=never)
+        how = dict(
+            temperature=temperature, generator=noise,
+            eos_id=tok.eos_id, suppress=never)
         more = dict(settings, eot_id=tok.eot_id)
         if think_boost:
             ids = tok.encode('</think>')
@@ -800,6 +804,8 @@ def end_think(begin, gen_length, ids, boost=100.0, power=3.0, before=None):
     block; progress is how far that position lies in the gen_length columns from `begin` on. before: a hook
     that comes first.
     """
+    n = len(ids)
+
     def adjust(logits, x, masked):
         logits = before(logits, x, masked) if before else logits
         logits = logits.clone()
@@ -808,10 +814,10 @@ def end_think(begin, gen_length, ids, boost=100.0, power=3.0, before=None):
         first = 0                                               # number of the row's first mask
 
         for row, hidden in zip(rows, holes):
-            said = any(row[k:k + len(ids)] == ids for k in range(len(row)))
+            said = any(row[k:k + n] == ids for k in range(len(row)))
             if any(hidden) and not said:
                 at = hidden.index(True)
-                k = len(ids) - 1                                # tokens of it that stand before the mask
+                k = n - 1                                       # tokens of it that stand before the mask
                 while row[max(at - k, 0):at] != ids[:k]:
                     k -= 1
                 progress = min(1.0, (at + 1) / gen_length)
@@ -877,7 +883,9 @@ def ar_generate(model, prompt, n_new,
     visible (B, P) bool: False on left padding. suppress: ids never taken; sampling: temperature, generator.
     """
     x = prompt
-    kv = model.new_kv(len(x), x.shape[1] + n_new) if hasattr(model, 'new_kv') else None
+    kv = None
+    if hasattr(model, 'new_kv'):
+        kv = model.new_kv(len(x), x.shape[1] + n_new)
     if visible is not None:
         visible = F.pad(visible, (0, n_new), value=True)
     ended = torch.zeros_like(x[:, :1], dtype=torch.bool)
