@@ -159,10 +159,9 @@ def table(rows, columns, out=''):
 
     lines = [list(map(shown, row)) for row in [columns, *rows]]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        cells = [cell.rjust(width) for cell, width in zip(line, widths)]
-        cells[0] = line[0].ljust(widths[0])
-        print(clean('  '.join(cells)))
+    for first, *others in lines:
+        right = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        print(clean('  '.join([first.ljust(widths[0]), *right])))
 
     if out:
         path = Path(out)
@@ -268,21 +267,21 @@ def score_pairs(run, pairs, cfg):
         x0 = torch.tensor([*context, *new], device=run.device)
         if len(x0) > T:
             raise Refused(f'a continuation has {len(new)} tokens, the context of {run.name} holds {T}')
-        asked = run.model, x0, torch.arange(len(x0), device=run.device) >= len(context)
+        maskable = torch.arange(len(x0), device=run.device) >= len(context)
 
         with run.autocast:
             if run.causal:
-                score = diffusion.ar_log_likelihood(*asked, bos_id=tok.eos_id)
+                score = diffusion.ar_log_likelihood(run.model, x0, maskable, bos_id=tok.eos_id)
             elif cfg.method == 'confidence':
                 score = diffusion.confidence_score(
-                    *asked, tok.mask_id,
+                    run.model, x0, maskable, tok.mask_id,
                     cfg_scale=cfg.cfg_scale, eos_id=tok.eos_id if cfg.pad_eos else None)
 
             else:
                 key = ids[:n] if cfg.same_masks else ids
                 noise = diffusion.keyed_generator(cfg.seed, *key, device=run.device)
                 score = diffusion.log_likelihood(
-                    *asked, tok.mask_id, mc_num=cfg.mc_num,
+                    run.model, x0, maskable, tok.mask_id, mc_num=cfg.mc_num,
                     generator=noise, cfg_scale=cfg.cfg_scale, batch_size=cfg.batch_size)
         scores.append(score)
     return scores
@@ -423,7 +422,7 @@ def exact(cfg):
 
 
 class Harness:
-    """What lm_eval asks of a model (its lm_eval.api.model.LM is mixed in below); requests carry .args."""
+    """What lm_eval asks of a model (its lm_eval.api.model.LM is mixed in below); requests are lm_eval's."""
 
     def __init__(self, run, cfg):
         super().__init__()
@@ -547,8 +546,8 @@ def task_manager(tasks):
     """lm_eval's index of tasks, with those of our .yaml files; what it does not know is refused."""
     try:
         from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise Refused('this task needs one more package: pip install lm_eval') from None
+    except ImportError as error:
+        raise Refused(f'this task needs one more package: pip install lm_eval ({error})') from None
 
     files = [task.partition(':')[0] for task in tasks]
     folders = {str(Path(file).parent) for file in files if file.endswith('.yaml')}

@@ -148,7 +148,7 @@ def best_fit(model, variants, rows, tok, cfg):
     """
     rows, kept = iter(rows), []
     for tried in variants:
-        pairs = list(zip(tried, rows))
+        pairs = list(zip(tried, rows))                          # (in this order: no row is lost)
         if len(pairs) > 1:
             pairs.sort(key=lambda pair: diffusion.fit(model, *pair, tok.mask_id, seed=cfg.seed))
         kept.append(pairs[-1])
@@ -158,7 +158,7 @@ def best_fit(model, variants, rows, tok, cfg):
 def plan(cfg, prompts, tok, config):
     """How many tokens are to be written behind a prompt, or in its gaps; Refused if that cannot be."""
     n_gaps, length = [ids.count(tok.mask_id) for ids in prompts], max(map(len, prompts))
-    new = max(n_gaps)
+    new = max(n_gaps)                                           # none: see below
 
     if new and not all(n_gaps):
         raise Refused(f'either all prompts have a {GAP} or none')
@@ -216,7 +216,10 @@ class Screen:
 
 
 class Trace:
-    """What --html draws: when each position of the first row came to be and was written, how sure, what else."""
+    """What --html draws: when each position of the first row came to be and was written, how sure, what else.
+
+    `look` is the adjust of the run whose on_step this is.
+    """
 
     def __init__(self, tok):
         self.tok, self.step, self.ids = tok, 0, []

@@ -154,7 +154,8 @@ def check(cfg, world):
         (cfg.tied and cfg.emb_std, f'a tied head is as large as the embedding: emb_std=0, got {cfg.emb_std}'),
 
         ((cfg.causal or cfg.masking == 'response') and (cfg.random_length or cfg.random_split or cfg.isolate),
-         "random_length, random_split and isolate are for diffusion on windows, not causal nor masking = 'response'"),
+         "random_length, random_split and isolate are for diffusion on windows: not causal, nor masking = 'response', "
+         'which has one example a row'),
         (cfg.random_length + cfg.random_split > 1,
          'random_length and random_split are shares of the same windows: together at most 1'),
         (cfg.pad_group % max(cfg.batch_size, 1),
@@ -208,6 +209,7 @@ def lr_factor(it, cfg):
         tokens = (it + 1) * update_size(cfg) * cfg.seq_len
         return lr_at(tokens, cfg.lr_points) / cfg.learning_rate
 
+    # in the warmup update `it` is number it + 1 of warmup_iters; a run may end before it does
     end = max(cfg.max_iters, cfg.warmup_iters)
     decay, bend = end - cfg.warmup_iters, ['cosine']
     if cfg.schedule == 'wsd':
@@ -514,7 +516,7 @@ def read_log(path):
 
 
 class Meter:
-    """Counts between two lines of the log."""
+    """What is counted between two lines of the log, and the line that shows it."""
 
     def __init__(self, cfg, model, source, procs):
         self.cfg, self.model, self.source, self.procs = cfg, model, source, procs
@@ -724,14 +726,19 @@ def settings_of_run(cfg):
     """With --resume the settings of the newest checkpoint in out_dir -> dict; what is typed stands above."""
     if not cfg['resume']:
         return {}
+    damaged = ''
     for folder in reversed(models.find_checkpoints(cfg['out_dir'])):
-        with suppress(Damaged):                                 # load_checkpoint says it
+        try:
             there = {'complementary': False, **models.read_checkpoint(folder, None)['config']}      # once unknown
-            found = {key: there[key] for key in there.keys() & cfg.keys() - {'out_dir', 'force'}}
-            refuse([f'{folder}: not a checkpoint ({key} = {value!r})' for key, value in found.items()
-                    if type(value) is not type(cfg[key])])
-            return found
-    raise Refused(f"{cfg['out_dir']}: no checkpoint to resume from, or only damaged ones")
+        except Damaged as error:
+            damaged = f' ({error})'
+            continue
+
+        found = {key: there[key] for key in there.keys() & cfg.keys() - {'out_dir', 'force'}}
+        refuse([f'{folder}: not a checkpoint ({key} = {value!r})' for key, value in found.items()
+                if type(value) is not type(cfg[key])])
+        return found
+    raise Refused(f"{cfg['out_dir']}: no checkpoint to resume from{damaged}")
 
 
 def open_data(cfg, procs):

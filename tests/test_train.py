@@ -485,12 +485,15 @@ def test_resume_refuses_what_is_no_run_before_anything_is_made(straight, tmp_pat
     monkeypatch.chdir(tmp_path)
     shutil.copytree(straight, tmp_path / 'run')
     sealed(tmp_path / 'run' / 'iter_0000040', lambda m: m['config'].update(batch_size='x'))
-    for name, says in (('tpyo', 'tpyo: no checkpoint to resume from'), ('run', "not a checkpoint (batch_size = 'x')")):
+    (tmp_path / 'broken' / 'iter_0000001').mkdir(parents=True)
+    (tmp_path / 'broken' / 'iter_0000001' / 'manifest.json').write_text('{"a": 1}')
+    for name, says in (('tpyo', 'tpyo: no checkpoint to resume from'), ('run', "not a checkpoint (batch_size = 'x')"),
+                       ('broken', 'iter_0000001/manifest.json: damaged')):
         with pytest.raises(SystemExit) as e:
             script('train', '--resume', f'--out_dir={name}')
         err = capsys.readouterr().err
         assert e.value.code == 2 and says in err and err.count('\n') == 1
-    assert [path.name for path in tmp_path.iterdir()] == ['run']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['broken', 'run']
 
 
 def test_a_run_older_than_a_setting_goes_on_without_it(straight, tmp_path):

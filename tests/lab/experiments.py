@@ -213,13 +213,13 @@ def ahead(cfg):
 
 
 def threshold(p, before, least):
-    """All that are this probable: what --threshold does."""
+    """All that are this probable: what --threshold does (which compares in the dtype of the logits)."""
     sure = p.amax(-1)
     return sure, (sure >= least).sum()
 
 
 def factor(p, before, most):
-    """The n most probable, as long as (n + 1)(1 - the last one's probability) is less (Fast-dLLM, arXiv 2505.22618)."""
+    """The n most probable, as long as (n + 1)(1 - p of the last) is below `most` (Fast-dLLM, arXiv 2505.22618)."""
     sure = p.amax(-1)
     doubt = 1 - sure.sort(descending=True).values
     n = torch.arange(1, len(doubt) + 1, device=p.device)
@@ -227,19 +227,19 @@ def factor(p, before, most):
 
 
 def entropy(p, before, most):
-    """As long as all that they could tell about each other, their entropies but the largest, is not more, in nats.
+    """The most certain, as long as the sum of their entropies less the largest is at most `most` nats.
 
-    (The entropy bound of arXiv 2505.24857, the most certain ones first.)
+    (The entropy bound, arXiv 2505.24857: the sum bounds what they could tell about each other.)
     """
-    h = torch.special.entr(p.double()).sum(-1)
+    h = torch.special.entr(p).sum(-1)
     rising = h.sort().values
     return -h, (rising.cumsum(0) - rising <= most).sum()
 
 
 def still(p, before, most, least=0.9):
-    """Those of probability `least` whose distribution the last pass has not moved, by its KL divergence in nats.
+    """Those of probability `least` that the last pass has moved by less than `most` nats, KL(now || before).
 
-    (KLASS, arXiv 2511.05664, which looks back further than one pass.)
+    (KLASS, arXiv 2511.05664, which asks that of two passes.)
     """
     sure = p.amax(-1)
     if before is None:
@@ -279,7 +279,8 @@ def written_by(rule, most, model, x, mask_id, never=()):
 def canvases_of(run, cfg):
     """What a run is to write: canvases (1, T), and what takes the finished rows and says which of them are right.
 
-    With gen_length the answers to held-out questions, else the last three quarters of held-out stories.
+    With --gen_length the answers to held-out questions, else the last three quarters of held-out stories, with the
+    EOS that pads them.
     """
     tok = run.tok
     if cfg.gen_length:
