@@ -253,7 +253,7 @@ RULES = [
     ('one a pass', threshold, 2.0),
     *(('threshold', threshold, least) for least in (0.99, 0.95, 0.9, 0.8, 0.7, 0.5)),
     *(('factor', factor, most) for most in (0.1, 0.25, 0.5, 1.0)),
-    *(('entropy', entropy, most) for most in (0.001, 0.03, 0.1, 0.3, 1.0)),
+    *(('entropy', entropy, most) for most in (-1.0, 0.001, 0.03, 0.1, 0.3, 1.0)),      # -1: one a pass
     *(('0.9 and still', still, most) for most in (0.001, 0.01, 0.1, 1.0))]
 
 
