@@ -229,7 +229,8 @@ class Trace:
     def look(self, logits, x, masked):
         """A hook for `adjust`: notes the three likeliest tokens for every mask of the first row."""
         places = masked[0].nonzero()[:, 0].tolist()
-        chances = logits[:len(places)].float().softmax(-1)
+        never = [self.tok.mask_id, *self.tok.unused(logits.shape[-1])]
+        chances = diffusion.forbid(logits[:len(places)].float(), never).softmax(-1)
         self.chances, best = dict(zip(places, chances)), chances.topk(3)
         self.guesses.append({})
         for i, ids, shares in zip(places, best.indices.tolist(), best.values.tolist()):

@@ -402,6 +402,21 @@ def test_a_page_of_a_boosted_end_has_its_guesses(run, tmp_path):
     assert [len(step) for step in guesses] == [8, 7, 6, 5, 4, 3, 2, 1]
 
 
+def test_a_page_offers_only_what_may_be_written(run):
+    """Neither [MASK] nor a row of the head that stands for no token is a guess, however likely; the rest adds up to 1."""
+    _, meta = M.load_model(run)
+    tok = data.tokenizer_for(meta)
+    logits = torch.zeros(2, tok.vocab_size + 3)
+    logits[:, [tok.mask_id, tok.vocab_size + 1]] = 9.0
+    logits[1, ord('a')] = 20.0
+    trace = sample.Trace(tok)
+    x = torch.tensor([[ord('x'), tok.mask_id, tok.mask_id]])
+    assert trace.look(logits, x, x == tok.mask_id) is logits
+    assert trace.guesses[0][2][0] == ['a', 100]
+    for chances in trace.chances.values():
+        assert chances.sum() == pytest.approx(1) and chances[[tok.mask_id, tok.vocab_size + 1]].tolist() == [0, 0]
+
+
 def test_end_think_ends_a_thought():
     model = tiny_model(5).eval()
     prompts, ids = [[1, 2], [3, 4, 5]], [30, 31]
