@@ -403,7 +403,7 @@ def test_a_page_of_a_boosted_end_has_its_guesses(run, tmp_path):
 
 
 def test_a_page_offers_only_what_may_be_written(run):
-    """Neither [MASK] nor a row of the head that stands for no token is a guess, however likely; the rest adds up to 1."""
+    """Neither [MASK] nor a row of the head without a token is guessed, however likely; the others add up to 1."""
     _, meta = M.load_model(run)
     tok = data.tokenizer_for(meta)
     logits = torch.zeros(2, tok.vocab_size + 3)
