@@ -6,7 +6,7 @@
 
 Nothing here imports the network. A mask predictor is any callable `model(ids) -> logits (B, T, V)`: a lookup
 table will do, which is how tests/ checks every formula to machine precision. (Only `complete` and
-`log_prob_rows`, which serve the scripts, want a model.Transformer.)
+`log_prob_rows`, which serve the scripts, need a model.Transformer.)
 
     >>> def abc(ids):                           # is sure of token 0 in the first place, 1 in the second, ...
     ...     return 9 * torch.eye(ids.shape[1], 8).expand(len(ids), -1, -1)
@@ -42,7 +42,7 @@ def sample_t(batch_size, eps=1e-3, stratified=True,
 
     stratified: one t in each of B equal slices, so that the loss of a batch is less noisy, and every
     micro-batch and every rank gets an even mixture of easy and hard rows. False: i.i.d., as in LLaDA.
-    logit_normal: above 0 t is sigmoid(logit_normal * z), z normal, on the same interval: more of middle t.
+    logit_normal: above 0, t is sigmoid(logit_normal * z), z normal, on the same interval: more of middle t.
     """
     u = torch.rand(batch_size, generator=generator, device=device)
     if stratified:
@@ -61,8 +61,8 @@ def forward_process(x0, t, mask_id, maskable=None, generator=None,
                     *, exact=False, u=None):
     """Hides tokens: x0 (B, T) int64, t (B,) -> xt (B, T) int64, masked (B, T) bool.           Eq. 7-8
 
-    Only maskable (B, T) bool positions are hidden (default: all). `masked` is what was drawn: a token of the
-    data that happens to be mask_id is not in it. u (B, T): the noise, uniform on [0, 1); else it is drawn.
+    Only maskable (B, T) bool positions are hidden (default: all). `masked` marks the tokens hidden here, not
+    data tokens that happen to equal mask_id. u (B, T): noise to use, uniform on [0, 1); drawn if not given.
     exact: hide exactly ceil(t L) of the L maskable tokens; for a uniform t their number is uniform on 1..L,
     the count form of the same objective (Eq. 6, Eq. 14).
 
@@ -91,7 +91,7 @@ def forward_process(x0, t, mask_id, maskable=None, generator=None,
 def row_noise(seed, iteration, rows, T):
     """Uniform noise (len(rows), T) float32 for global rows: a function of (seed, iteration, row) alone.
 
-    So the same tokens of a training row are hidden, however the batch is split over passes and ranks.
+    The same tokens of a training row are hidden however the batch is split over passes and ranks.
     """
     noise = []
     key = np.array([seed, iteration], np.uint64)
@@ -103,21 +103,21 @@ def row_noise(seed, iteration, rows, T):
 
 
 def keyed_generator(*key, device='cpu'):
-    """A torch.Generator for a key of whole numbers; hashed, for it looks at 32 bits of its seed only."""
+    """A torch.Generator seeded by a key of integers, hashed because torch uses only 32 bits of a seed."""
     seed = zlib.crc32(repr(key).encode())
     return torch.Generator(device).manual_seed(seed)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Training losses: a question for the model, and what its answers cost
+# Training losses: a question for the model, and the loss of its answers
 
 
 def question(x0, xt, masked, maskable, t,
              *, cu_seqlens=None, **form):
-    """What x0 (B, T) was at the masked places of xt (B, T) -> Question; form: see question_weights.
+    """Asks what x0 (B, T) was at the masked positions of xt (B, T) -> Question. form: see question_weights.
 
-    A Question asks for `targets` (M,) at `rows` (M,), flat indices into ids (B, T); each is worth `weights`.
-    Made on the host: choosing rows by a mask on the GPU would make the host wait for it.
+    A Question asks for `targets` (M,) at `rows` (M,), flat indices into ids (B, T), with loss `weights` (M,).
+    Made on the host: selecting rows by a mask on the GPU would make the host wait for the GPU.
     """
     weight = question_weights(maskable, masked, t, **form)                          # (B,)
     rows = masked.flatten().nonzero()[:, 0]                                         # (M,)
@@ -128,7 +128,7 @@ def question(x0, xt, masked, maskable, t,
 
 def question_weights(maskable, masked, t,
                      per='token', exact=False, total=None):
-    """What one guess in each row is worth, (B,) float32. per, exact, total: see diffusion_loss."""
+    """The loss weight of a masked token in each row, (B,) float32. per, exact, total: see diffusion_loss."""
     n = maskable.sum(1)                                                             # (B,)
     if exact:
         weight = n / masked.sum(1).clamp(min=1)                                     # Eq. 14: L / l
@@ -145,7 +145,7 @@ def question_weights(maskable, masked, t,
 def weighted_loss(model, question):
     """Sum of weights * cross-entropy of the targets of a Question, a scalar: what training minimises."""
     ids, rows, targets, weights, cu_seqlens = question
-    if takes(model, 'targets'):                                 # head and loss fused: M x V need not exist
+    if takes(model, 'targets'):                                 # head and loss fused: no M x V logits
         return model(ids, rows=rows, targets=targets, weights=weights, cu_seqlens=cu_seqlens)
     logp = log_prob(logits_of(model, ids, rows), targets)                           # (M,)
     return -(logp * weights).sum()
@@ -156,9 +156,9 @@ def diffusion_loss(model, x0, maskable, mask_id,
                    t=None, masked=None, generator=None, cu_seqlens=None):
     """The training loss, a scalar, from x0 (B, T) int64 and maskable (B, T) bool; train.py calls its parts.
 
-    per='token' (Eq. 3, Alg. 1): cross-entropy of the masked tokens over t, summed, divided by the number of
-        maskable tokens of the batch: all b L in pre-training, never only the masked ones (no bound then).
-    per='sequence' (Eq. 5, SFT): each row by its own number of maskable tokens, then the mean over rows.
+    per='token' (Eq. 3, Alg. 1): cross-entropy / t, summed over the masked tokens, divided by the number of
+        maskable tokens in the batch: all b L in pre-training, never only the masked ones (not a bound).
+    per='sequence' (Eq. 5, SFT): each row divided by its number of maskable tokens, then the mean over rows.
     t (B,), masked (B, T): noise to use. exact: the count form, weight L/l instead of 1/t.
     total: divide by this instead (tokens or rows of the global batch, of which this is a part).
     """
@@ -194,7 +194,7 @@ def masked_log_prob(model, x0, masked, mask_id,
 
 
 def eq6(model, x0, maskable, masked, mask_id, **options):
-    """A term of Eq. 6 for each row, (B,): l of L maskable tokens are masked; L/l times their log p."""
+    """One term of Eq. 6 for each row, (B,): L/l times the log p of the l masked out of L maskable tokens."""
     logp = masked_log_prob(model, x0, masked, mask_id, **options)
     return logp * maskable.sum(1) / masked.sum(1).clamp(min=1)                      # Eq. 6
 
@@ -202,7 +202,7 @@ def eq6(model, x0, maskable, masked, mask_id, **options):
 def eq6_masks(maskable, mc_num, generator=None):
     """Masks (n, T) for one sequence, maskable (T,), and the share (n,) float64 of each in the mean of Eq. 6.
 
-    All 2^L - 1 masks of its L maskable tokens, if they are no more than mc_num: the mean is then exact. Else
+    All 2^L - 1 masks of its L maskable tokens, if there are at most mc_num: the mean is then exact. Otherwise
     mc_num draws of l, stratified and exactly uniform on 1..L (the official rounding is not).
     """
     L = int(maskable.sum())
@@ -233,7 +233,7 @@ def log_likelihood(model, x0, maskable, mask_id,
                    *, mc_num=128, generator=None, **options):
     """Eq. 6 for one sequence: x0 (T,) int64, maskable (T,) bool -> float <= log p(maskable | rest).
 
-    mc_num evaluations, or fewer and then exact, see eq6_masks. options: batch_size=16, cfg_scale=0.
+    mc_num evaluations, or all masks if fewer, then exact: see eq6_masks. options: batch_size=16, cfg_scale=0.
     """
     masks, shares = eq6_masks(maskable, mc_num, generator)
     x0 = x0.expand_as(masks)
@@ -262,16 +262,16 @@ def bound_per_row(model, x0, maskable, mask_id,
     """Eq. 6 for many rows: x0 (N, T), maskable (N, T) -> lower bounds on log p, (N,) float64.
 
     The noise is fixed by the seed: two checkpoints are compared on the same masks. t is stratified over the draws
-    of a row and over the rows, a lattice turned at random. first: number of the first row in a longer list.
+    of a row and over the rows, by a randomly shifted lattice. first: number of the first row in a longer list.
     options: batch_size=16.
     """
-    number = first * draws + torch.arange(len(x0) * draws)      # of the masks, row by row
+    number = first * draws + torch.arange(len(x0) * draws)      # numbers of the masks, row by row
     row = number // draws
     draw = number % draws
     turn = torch.rand(1, generator=keyed_generator(seed), dtype=torch.float64)
-    place = (row.double() * GOLDEN + turn) % 1             # in the slice of the draw
+    place = (row.double() * GOLDEN + turn) % 1             # within the draw's slice
     t = 1 - (draw + place) / draws
-    noise = row_noise(seed, 2 ** 63, number.tolist(), x0.shape[1])      # a key that no iteration has
+    noise = row_noise(seed, 2 ** 63, number.tolist(), x0.shape[1])      # a key that no iteration uses
 
     x0 = x0[row - first]
     maskable = maskable[row - first]
@@ -284,9 +284,9 @@ def bound_per_row(model, x0, maskable, mask_id,
 
 def log_prob_rows(model, x0, maskable, tok,
                   *, batch_size, **which):
-    """log p of the maskable tokens of each row (N, T): exact of a causal model, else a lower bound -> (N,).
+    """log p of the maskable tokens of each row (N, T): exact for a causal model, else a lower bound -> (N,).
 
-    model: a Transformer, for its configuration is asked. which: draws, seed, first, see bound_per_row.
+    model: a Transformer, since its configuration is read. which: draws, seed, first, see bound_per_row.
     """
     if model.config.causal:
         return ar_log_prob(model, x0, maskable, bos_id=tok.eos_id, batch_size=batch_size)
@@ -298,7 +298,7 @@ def nats_and_bits(logp, n_tokens, n_bytes):
     numbers = []
     for values in (-logp / n_tokens, -logp / n_bytes / math.log(2)):
         numbers.append(values.mean().item())
-        if len(values) >= 64:                            # neighbouring windows of a text are alike: by eights
+        if len(values) >= 64:                            # neighbouring windows are correlated: blocks of 8
             whole = len(values) // 8 * 8
             values = values[:whole].view(-1, 8).mean(1)
         n = len(values)
@@ -327,10 +327,10 @@ def chain_rule(model, x0, maskable, mask_id, choose, cfg_scale=0.):
 
 
 def fit(model, prompt, filled, mask_id, *, seed=0):
-    """How well the gaps of a prompt are filled, lists of ids: nats per token, a lower bound on log p -> float.
+    """How well `filled` fills the gaps of `prompt`, both ids: a lower bound on log p, nats per token -> float.
 
-    Two tokens on each side are scored too: given its length nearly any filling looks well by itself, and what
-    a wrong length spoils is its neighbours.
+    Two tokens on each side are scored too: at its given length almost any filling looks good by itself, and a
+    wrong length shows in its neighbours.
     """
     device = device_of(model)
     gap = torch.tensor([prompt], device=device) == mask_id
@@ -363,8 +363,8 @@ def confidence_score(model, x0, maskable, mask_id,
                      *, eos_id=None, cfg_scale=0.):
     """iLLaDA's multiple-choice score of a candidate: x0 (T,), maskable (T,) -> float.
 
-    The chain rule along the order in which the candidate's own tokens are most probable, which it chooses
-    for itself: neither a bound nor normalised over candidates. eos_id: a visible EOS follows, not scored.
+    The chain rule, revealing the most probable of the candidate's hidden tokens next: neither a bound nor
+    normalised over candidates. eos_id: a visible EOS follows, not scored.
     """
     if eos_id is not None:
         x0 = F.pad(x0, (0, 1), value=eos_id)
@@ -413,10 +413,10 @@ def num_transfer_tokens(n_masked, steps):
 
 
 def step_sizes(n_masked, steps, threshold=None):
-    """How many tokens each row commits: yields a list (B,) a step, without end. By a threshold one, or all above it."""
+    """Yields, without end, how many tokens each row commits in a step, list (B,): with a threshold, at least 1."""
     if not threshold:
         yield from num_transfer_tokens(n_masked, steps).T.tolist()
-    while True:                                                 # if on_step puts some back
+    while True:                                                 # in case on_step puts masks back
         yield [1] * len(n_masked)
 
 
@@ -424,8 +424,8 @@ def guided_logits(model, x, prompt, cfg_scale, mask_id,
                   *, rows=None, kv=(None, None), **options):
     """Logits (M, V) of `rows` (default: the masks of x) with unsupervised classifier-free guidance.
 
-    The second opinion sees the same canvas with the prompt (B or 1, T, bool) hidden as well (Sec. 2.4);
-    scale 0 does not ask it. kv: a cache for each of the two.
+    The unconditional pass sees the same canvas with the prompt (B or 1, T, bool) hidden as well (Sec. 2.4);
+    cfg_scale 0 skips it. kv: a cache for each of the two passes.
     """
     rows = x == mask_id if rows is None else rows
     conditional = logits_of(model, x, rows, kv=kv[0], **options)
@@ -471,7 +471,7 @@ def confidence(logits, x0_hat, remasking, *, u=None, generator=None):
 def select(confidence, masked, n, threshold=None):
     """Which proposals to write down: confidence (B, T), masked (B, T), n (list of B) -> committed (B, T).
 
-    The n[b] most confident of the masked ones of row b; with a threshold, all at or above it too.
+    The n[b] most confident masked positions of row b and, with a threshold, all at or above it.
 
     >>> sure, masked = torch.tensor([[0.9, 0.2, 0.8, 0.7]]), torch.tensor([[False, True, True, True]])
     >>> select(sure, masked, [1]).tolist(), select(sure, masked, [1], threshold=0.6).tolist()
@@ -487,7 +487,7 @@ def select(confidence, masked, n, threshold=None):
 
 
 def forbid(logits, ids):
-    """The logits (..., V) with no chance for `ids`."""
+    """The logits (..., V) with `ids` ruled out (-inf)."""
     if not ids:
         return logits
     ids = torch.tensor(ids, device=logits.device)
@@ -497,7 +497,7 @@ def forbid(logits, ids):
 def uniform(rows, columns, generator):
     """Uniform noise for the True positions of rows (B, T), row by row: (M, columns) float64.
 
-    generator: one torch.Generator, or a list of one for each row of the batch, so that what a row draws does
+    generator: one torch.Generator, or a list with one for each row of the batch, so that what a row draws does
     not depend on its neighbours: a batch then equals its rows sampled one by one.
     """
     counts = rows.sum(1).tolist()
@@ -511,13 +511,13 @@ def uniform(rows, columns, generator):
 
 
 def draw(logits, rows, never=(), temperature=1., generator=None):
-    """A token for each True position of rows (B, T), by logits (M, V): -> (M,). never: ids that are not taken."""
+    """Draws a token for each True position of rows (B, T) from logits (M, V) -> (M,). never: ids not drawn."""
     u = uniform(rows, logits.shape[1], generator) if temperature > 0 else None
     return gumbel_argmax(forbid(logits, never), temperature, u=u)
 
 
 def propose(logits, masked, rules):
-    """For the True positions of masked (B, T), by logits (M, V): a token (M,), how far it is trusted (M,)."""
+    """For each True position of masked (B, T), from logits (M, V): a token (M,) and the trust in it (M,)."""
     guess = draw(logits, masked, rules.never, rules.temperature, rules.generator)
     u = None
     if rules.remasking == 'random':
@@ -535,9 +535,9 @@ def write(x, masked, guess, trust, n, threshold):
 
 
 def block_plan(x, mask_id, gen_start, block_length, steps):
-    """Blocks of the canvas, left to right, as (start, end, steps of its own): an equal part of `steps` each.
+    """Blocks of the canvas, left to right, as (start, end, its steps): each has an equal share of `steps`.
 
-    Gaps before gen_start are a block before the first, with as many steps as the first, beyond `steps`.
+    Gaps before gen_start form an extra block in front, with as many steps as the first, on top of `steps`.
     """
     T = x.shape[1]
     columns = (x == mask_id).any(0).tolist()
@@ -562,7 +562,7 @@ def block_plan(x, mask_id, gen_start, block_length, steps):
 
 
 def masks_between(x, mask_id, start, end):
-    """The masks of x (B, T) in the columns from start to end, (B, T) bool."""
+    """The masks of x (B, T) in columns start to end, (B, T) bool."""
     masked = x == mask_id
     masked[:, :start] = False
     masked[:, end:] = False
@@ -570,12 +570,12 @@ def masks_between(x, mask_id, start, end):
 
 
 def recomputed_rows(cache, T, block, step, n_steps):
-    """The columns that step `step` of a block computes anew, in order; n_steps: those made before, in all blocks.
+    """The columns that step `step` of a block recomputes, in order. n_steps: steps so far, in all blocks.
 
-    Attention looks both ways, so every commit changes every row, and any cache is an approximation. 'prefix'
+    Attention is bidirectional, so every commit changes every row, and any cache is an approximation. 'prefix'
     recomputes from the block to the end and 'dual' the block alone, with a full pass when a block begins
-    (Fast-dLLM, arXiv 2505.22618); 'roll' makes one full pass, then the block and as many others, in turn (which,
-    depends on the width of the batch, padding included).
+    (Fast-dLLM, arXiv 2505.22618); 'roll' makes one full pass, then recomputes the block and as many other
+    columns, in rotation (which ones depends on the width of the batch, padding included).
     """
     start, end = block
     if not cache or (n_steps if cache == 'roll' else step) == 0:
@@ -588,7 +588,7 @@ def recomputed_rows(cache, T, block, step, n_steps):
 
 
 def check_sampler(remasking, cache, threshold, **numbers):
-    """Settings of a sampler, refused in one sentence before the first forward pass. numbers: 0 or more."""
+    """Refuses bad sampler settings in one sentence, before the first forward pass. numbers: 0 or more."""
     for name, value in numbers.items():
         if not 0 <= value < math.inf:
             raise ValueError(f'{name} must be 0 or more, got {value}')
@@ -610,18 +610,18 @@ def generate(model, x, mask_id, *,
              until_end=False, adjust=None, on_step=None):
     """Fills every [MASK] of the canvas x (B, T) int64, wherever it stands -> Generated(x, n_forward).
 
-    steps: denoising steps for the whole canvas, shared out over its blocks; each commits an equal part.
+    steps: denoising steps for the whole canvas, divided among its blocks; each step commits an equal share.
     block_length: None is pure diffusion; less is semi-autoregressive: blocks are finished from left to right,
-        later ones stay in view as masks. They begin at gen_start (default: the first mask).
-    temperature: of the proposals. generator: see uniform. remasking: which of them survive a step,
-        'low_confidence' the most probable (Alg. 5: it seeks modes), 'random' any (Alg. 4 with a fixed count).
-    threshold: above 0, parallel decoding: commits every proposal this probable, in as many steps as it takes.
+        with later ones visible as masks. They begin at gen_start (default: the first mask).
+    temperature: of the proposals. generator: see uniform. remasking: which proposals survive a step,
+        'low_confidence' the most probable (Alg. 5: seeks the mode), 'random' any (Alg. 4 with a fixed count).
+    threshold: above 0, parallel decoding: commits all proposals at least this probable, in as many steps as it takes.
     cfg_scale, prompt (B, T) bool: guidance away from the canvas without its prompt (default: what is given).
     visible (B, T) bool: False on left padding. suppress: ids never written; [MASK] never is.
     cache: None or '' is exact; 'prefix', 'dual', 'roll': see recomputed_rows; the model needs new_kv.
     logits_eos_inf: EOS is never written. confidence_eos_eot_inf: EOS and EoT are written last (App. B.4).
-    until_end: leave as soon as finished blocks of every row hold EOS or EoT, the rest EOS: the text is the same.
-    adjust(logits (M, V), x, masked) -> logits: see end_think. on_step(x, committed): after each step, may write on x.
+    until_end: stop once finished blocks of every row hold EOS or EoT; the rest becomes EOS: the same text.
+    adjust(logits (M, V), x, masked) -> logits: see end_think. on_step(x, committed): after each step, may edit x.
     """
     check_sampler(remasking, cache, threshold, temperature=temperature, cfg_scale=cfg_scale)
     if (logits_eos_inf or confidence_eos_eot_inf) and eos_id is None:
@@ -672,7 +672,7 @@ def generate_variable_length(model, prompts, mask_id, eos_id,
 
     prompts: lists of ids -> (prompt + generated ids of each, to the end of the block that stopped it;
     n_forward). Blocks of masks are appended and denoised in steps_per_block steps each, at most max_length
-    tokens in whole blocks, until EOS, or `stop(generated ids) -> bool`, is found in every row.
+    tokens in whole blocks, until every row has EOS or satisfies `stop(generated ids) -> bool`.
     block_length=1 is the autoregressive sampling of the paper's Table 7. Earlier blocks count as prompt.
     """
     if not 0 < block_length <= max_length:
@@ -701,14 +701,14 @@ def generate_variable_length(model, prompts, mask_id, eos_id,
     return rows, n_forward
 
 
-# how complete writes, by the names that these have among a script's settings
+# the settings of a script that complete takes, by name
 SETTINGS = (
     'steps block_length variable_length stop temperature remasking threshold cache cfg_scale logits_eos_inf '
     'confidence_eos_eot_inf think_boost think_power').split()
 
 
 def sampler_of(cfg):
-    """What complete takes from the settings of a script -> dict. ValueError for what cannot be."""
+    """What complete takes from the settings of a script -> dict. ValueError if they are invalid."""
     if cfg.variable_length and not cfg.block_length:
         raise ValueError('variable_length needs a block_length')
     if not all(isinstance(text, str) and text for text in cfg.stop):
@@ -739,9 +739,9 @@ def complete(model, prompts, gen_length, tok, *,
              batch_size=64, seed=0, first=0,
              steps=0, block_length=0, variable_length=False, stop=(),
              temperature=0., think_boost=0., think_power=3., **settings):
-    """Prompts, lists of ids, continued (or their gaps filled) -> (lists of ids, prompt included; n_forward).
+    """Continues prompts, lists of ids, or fills their gaps -> (lists of ids, prompt included; n_forward).
 
-    model: a Transformer. tok: a data.Tokenizer. steps and block_length 0: one token a step, the whole canvas.
+    model: a Transformer. tok: a data.Tokenizer. steps and block_length 0: one token per step, the whole canvas.
     stop: texts that end a canvas of variable length, as EOS and EoT do. think_boost, think_power: see
     end_think. settings: of generate. A causal model writes from left to right, at this temperature.
     The noise of prompt k depends on (seed, first + k) alone, not on its neighbours in the batch.
@@ -800,9 +800,9 @@ def complete(model, prompts, gen_length, tok, *,
 def end_think(begin, gen_length, ids, boost=100.0, power=3.0, before=None):
     """A hook for `adjust`: makes the tokens `ids` of "</think>" ever more likely (iLLaDA's evaluation).
 
-    Until they stand in a row, the next of them gains boost * progress^power at the row's first mask in the
-    block; progress is how far that position lies in the gen_length columns from `begin` on. before: a hook
-    that comes first.
+    Until a row contains them, the next of them gains boost * progress^power at the row's first mask in the
+    block; progress is how far that position lies into the gen_length columns after `begin`. before: a hook to
+    call first.
     """
     n = len(ids)
 
@@ -811,13 +811,13 @@ def end_think(begin, gen_length, ids, boost=100.0, power=3.0, before=None):
         logits = logits.clone()
         rows = x[:, begin:].tolist()
         holes = masked[:, begin:].tolist()
-        first = 0                                               # number of the row's first mask
+        first = 0                                               # index of the row's first mask in logits
 
         for row, hidden in zip(rows, holes):
             said = any(row[k:k + n] == ids for k in range(len(row)))
             if any(hidden) and not said:
                 at = hidden.index(True)
-                k = n - 1                                       # tokens of it that stand before the mask
+                k = n - 1                                       # how many of its tokens precede the mask
                 while row[max(at - k, 0):at] != ids[:k]:
                     k -= 1
                 progress = min(1.0, (at + 1) / gen_length)
@@ -833,10 +833,10 @@ def end_think(begin, gen_length, ids, boost=100.0, power=3.0, before=None):
 
 
 def ar_question(x0, maskable, bos_id=None, **form):
-    """The next token everywhere -> Question, weighted as by Eq. 3 or Eq. 5 without 1/t.
+    """Asks for the next token everywhere -> Question, weighted as in Eq. 3 or Eq. 5 without 1/t.
 
-    With bos_id before the row every token is predicted, else all but the first. (Any id will do that stands
-    for a beginning: train.py gives EOS, which ends what was before.) form: per, total.
+    With bos_id put before the row every token is predicted, otherwise all but the first. (Any id can mark the
+    beginning: train.py passes EOS, which ends the text before.) form: per, total.
     """
     before = x0[:, :-1]
     if bos_id is None:
@@ -880,7 +880,7 @@ def ar_generate(model, prompt, n_new,
     """Continues prompt (B, P) int64 by n_new tokens -> Generated(x (B, P + n_new), n_forward).
 
     Keys and values are cached, so each token costs one row. Rows that produced eos_id keep repeating it.
-    visible (B, P) bool: False on left padding. suppress: ids never taken; sampling: temperature, generator.
+    visible (B, P) bool: False on left padding. suppress: ids never written. sampling: temperature, generator.
     """
     x = prompt
     kv = None
@@ -893,7 +893,7 @@ def ar_generate(model, prompt, n_new,
     for k in range(n_new):
         ids = x
         pos = None
-        if k and kv is not None:                                # it holds all but the newest
+        if k and kv is not None:                                # the cache holds all but the newest
             ids = x[:, -1:]
             pos = torch.tensor([x.shape[1] - 1], device=x.device)
         newest = torch.zeros_like(ids, dtype=torch.bool)
@@ -909,7 +909,7 @@ def ar_generate(model, prompt, n_new,
 
 
 # ----------------------------------------------------------------------------------------------------------
-# How any mask predictor is asked: model.Transformer understands every option, a lookup table none
+# How any mask predictor is called: model.Transformer takes every option, a lookup table none
 
 
 def takes(model, name):
@@ -948,5 +948,5 @@ def widest(device):
 
 
 def device_of(model):
-    """Where the parameters of a model are; a table has none."""
+    """The device of a model's parameters; a table has none."""
     return next(model.parameters()).device if hasattr(model, 'parameters') else 'cpu'
