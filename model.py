@@ -1,14 +1,14 @@
-"""The mask predictor: a LLaMA-style Transformer that sees the whole canvas, and one door to weights on disk.
+"""The mask predictor: a LLaMA-style Transformer that sees the whole canvas, and its weights on disk.
 
 LLaDA (arXiv 2502.09992v3, Sec. 2.2 and App. B.2): pre-norm blocks, RMSNorm, SwiGLU, rotary positions, no
-biases, and attention without a causal mask. Logit i predicts token i (no shift). The network is not told the
+biases, and attention without a causal mask. Logit i predicts token i (no shift). The network is not given the
 mask ratio t: it can count the masks. `causal=True` turns the same module into the autoregressive baseline.
 
     logits = Transformer(ModelConfig(...))(ids)             # (B, W) int64 -> (B, W, V)
     model, meta = load_model('out/docs')                    # a run of train.py, or released weights
 
 Letters: B batch, W window (the tokens given), T canvas (the keys attended to; T = W without a cache), V
-vocabulary, C channels (d_model), H heads, D head size, M rows that are read out, N packed tokens.
+vocabulary, C channels (d_model), H heads, D head size, M rows read out, N packed tokens.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ class ModelConfig:
     d_ff: int
     rope_theta: float = 500000.0
     norm_eps: float = 1e-5
-    tied: bool = False              # the head reads the embedding matrix (iLLaDA)
+    tied: bool = False              # the head shares the embedding matrix (iLLaDA)
     causal: bool = False            # the autoregressive baseline
     rope_fp32: bool = True          # rotate in float32 (LLaDA); False: in the dtype of q and k (iLLaDA)
 
@@ -113,13 +113,13 @@ def apply_rope(x, cos, sin):
 def attention(q, k, v, *, causal=False, may_see=None, cu_seqlens=None):
     """softmax(q k^T / sqrt(D)) v; q (B, H, W, D), k and v (B, Hkv, T, D) -> (B, H, W, D).
 
-    may_see: bool, broadcastable to (B, 1, W, T), whether this query looks at this key. causal: only at itself
-    and earlier ones (W = T then). cu_seqlens (n+1,) int32, CUDA only: see Transformer.forward.
+    may_see: bool, broadcastable to (B, 1, W, T): whether a query attends to a key. causal: a query attends
+    only to itself and earlier keys (then W = T). cu_seqlens (n+1,) int32, CUDA only: see Transformer.forward.
     """
     if cu_seqlens is not None:
         return packed_attention(q, k, v, cu_seqlens)
 
-    # In training on short canvases torch's fused CPU kernel loses to plain lines: a 4x slower bfloat16 backward
+    # In training on short canvases plain code beats torch's fused CPU kernel, whose bfloat16 backward is 4x slower
     if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.requires_grad and k.shape[2] <= 256:
         k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
         scores = Scores.apply(q, k) * q.shape[-1] ** -0.5                               # (B, H, W, T) float32
@@ -135,7 +135,7 @@ def attention(q, k, v, *, causal=False, may_see=None, cu_seqlens=None):
 
 
 class Scores(torch.autograd.Function):
-    """q k^T in float32 (a softmax multiplies the rounding of scores); gradients in the dtype of q and k."""
+    """q k^T in float32 (softmax amplifies rounding errors of scores); gradients in the dtype of q and k."""
 
     @staticmethod
     def forward(ctx, q, k):
@@ -156,7 +156,7 @@ def repeat_heads(z, H):
 
 
 def packed_attention(q, k, v, cu_seqlens):
-    """Attention inside each segment of a packed batch, by CUDA's kernel for segments of different length."""
+    """Attention inside each segment of a packed batch, by CUDA's kernel for variable-length segments."""
     from torch.nn.attention.varlen import varlen_attn
 
     B, H, W, D = q.shape
@@ -184,7 +184,7 @@ class Attention(nn.Module):
         k = apply_rope(self.heads(self.k(x)), cos, sin)                                     # (B, Hkv, W, D)
         v = self.heads(self.v(x))
 
-        if kv is not None:                                 # refresh rows pos of the cache, look at all T rows
+        if kv is not None:                                 # update rows pos of the cache, attend to all T
             k = kv[0].index_copy_(2, pos, k.to(kv.dtype)).to(q.dtype)                       # (B, Hkv, T, D)
             v = kv[1].index_copy_(2, pos, v.to(kv.dtype)).to(q.dtype)
         y = attention(q, k, v, **limits)
@@ -212,15 +212,15 @@ class Block(nn.Module):
 
     def forward(self, x, rows=None, **context):
         x = x + self.attn(self.attn_norm(x), **context)
-        if rows is not None:                                # of the last block: nobody looks at the others again
+        if rows is not None:                                # last block: nothing reads the other rows again
             x = x[rows] if rows.dtype == torch.bool else x.flatten(0, 1)[rows]              # (M, C)
         return x + self.ff(self.ff_norm(x))
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """sum_i weights_i * CE(h_i W^T, targets_i), a few rows at a time: M x V in float32 never exists.
+    """sum_i weights_i * CE(h_i W^T, targets_i), a few rows at a time: no float32 M x V matrix exists.
 
-    The gradients are made in forward, while the logits of a chunk are at hand: backward only scales them.
+    The gradients are computed in forward, while the logits of a chunk are at hand; backward only scales them.
     """
 
     @staticmethod
@@ -256,8 +256,8 @@ class FusedCrossEntropy(torch.autograd.Function):
 def weighted_cross_entropy(h, weight, targets, weights, chunk=None):
     """sum_i weights_i * CE(h_i W^T, targets_i): h (M, C), weight (V, C), targets (M,), weights (M,) -> ().
 
-    Cross-entropy in float32 at least: a weight of 1/t multiplies its rounding by up to 1000. chunk: rows at a
-    time, by default what stays in a cache, on a GPU 2048.
+    Cross-entropy in at least float32: a weight of 1/t multiplies its rounding error by up to 1000. chunk:
+    rows at a time, by default 2048 on a GPU, elsewhere what fits into a cache.
     """
     if chunk is None:
         chunk = 2048 if h.is_cuda else max(128, 10 ** 6 // len(weight))
@@ -278,15 +278,15 @@ class Transformer(nn.Module):
                 weights=None):
         """ids (B, W) int64 -> logits (B, W, V).
 
-        pos (W,) int64: where the ids stand on the canvas (default 0 .. W-1; packed: counted per segment).
+        pos (W,) int64: positions of the ids on the canvas (default 0 .. W-1; packed: counted per segment).
         kv (n_layer, 2, B, n_kv_head, T, D): cached keys (rotated) and values; rows `pos` are overwritten.
-        visible (B, T) bool: keys that may be looked at; False hides left padding.
-        cu_seqlens (n+1,) int32: the batch, read row by row, is n segments end to end; none goes on in the
-            next row, and nobody looks across their borders.
-        rows (M,) int64 flat indices, or (B, W) bool: return only these, (M, V). (The head is the widest
-            matrix.)
+        visible (B, T) bool: keys that may be attended to; False hides left padding.
+        cu_seqlens (n+1,) int32: the batch, read row by row, is n segments end to end; none continues in the
+            next row, and attention does not cross their borders.
+        rows (M,) int64 flat indices, or (B, W) bool: return only these, (M, V), as the head is the widest
+            matrix.
         targets (M,) int64, weights (M,): return the scalar sum of weights * cross-entropy over those rows
-            instead. (FSDP has the head gathered inside this forward only.)
+            instead. (Under FSDP the head is gathered inside this forward only.)
         """
         x = self.embed(ids)                                                                 # (B, W, C)
         x = x.to(dtype_of_pass(x))                         # a narrow residual stream: half the memory traffic
@@ -315,7 +315,7 @@ class Transformer(nn.Module):
         return F.linear(x, head)
 
     def _limits(self, x, pos, kv, visible, cu_seqlens):
-        """What attention is told of who may see whom: a mask only if nothing shorter says it. x (B, W, C)."""
+        """Tells attention who may see whom, by a mask only if nothing shorter will do. x (B, W, C)."""
         causal = self.config.causal
         device = x.device
         if cu_seqlens is None:
@@ -324,24 +324,24 @@ class Transformer(nn.Module):
         elif visible is not None or kv is not None:
             raise ValueError('cu_seqlens cannot be combined with visible or kv')
         elif x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and not causal:
-            return dict(cu_seqlens=cu_seqlens)              # the kernel for segments knows these only
+            return dict(cu_seqlens=cu_seqlens)              # the kernel for segments takes only these
 
         W = x.shape[1]
         T = W if kv is None else kv.shape[-2]
         may_see = torch.ones(1, 1, W, T, dtype=torch.bool, device=device)
-        if visible is not None:                             # nobody looks at padding
+        if visible is not None:                             # padding is never attended to
             may_see = may_see & visible[:, None, None, :]                                   # (B, 1, W, T)
 
-        if cu_seqlens is not None:                          # only at the own segment
+        if cu_seqlens is not None:                          # attend only within the segment
             segment, _ = segments(len(x), W, cu_seqlens)                                    # (B, 1, W)
             may_see = segment[..., :, None] == segment[..., None, :]                        # (B, 1, W, W)
 
-        if causal:                                          # only at what stands before on the canvas
+        if causal:                                          # attend only to what comes before on the canvas
             keys = torch.arange(T, device=device)
             now = keys if kv is None else pos
             may_see = may_see & (keys <= now[:, None])
 
-        nobody = ~may_see.any(-1, keepdim=True)             # who may see nobody sees all: else a row of NaN
+        nobody = ~may_see.any(-1, keepdim=True)             # a query that may see no key sees all: else NaN
         return dict(may_see=may_see | nobody)
 
     def new_kv(self, batch_size, length):
@@ -360,9 +360,9 @@ class Transformer(nn.Module):
     def flops_per_token(self, masked_fraction=1.0, length=None):
         """FLOPs per token of one forward and backward pass; the head counts only for the rows it computes.
 
-        The attention term is the full square, also under a causal mask, and the last block has all its rows, though
-        its feed-forward computes only those that are read out (of 8B 1 % less). length: of the segments that attend
-        to each other, default seq_len; of a mixture sum(length^2) / sum(length).
+        The attention term counts the full square even under a causal mask, and the last block counts all rows,
+        though its feed-forward computes only those read out (1 % less for 8B). length: of the segments that
+        attention is confined to, default seq_len; for a mixture of lengths, sum(length^2) / sum(length).
         """
         c = self.config
         blocks = self.num_params(non_embedding=True) - (2 * c.n_layer + 1) * c.d_model      # without norms
@@ -371,8 +371,8 @@ class Transformer(nn.Module):
 
 
 def segments(B, W, cu_seqlens):
-    """Of B * W packed tokens the number of the segment, and the place in it: two tensors (B, 1, W)."""
-    if not cu_seqlens.is_cuda and cu_seqlens[-1] != B * W:  # (a GPU would have to be waited for)
+    """For B * W packed tokens, the number of the segment and the position in it: two tensors (B, 1, W)."""
+    if not cu_seqlens.is_cuda and cu_seqlens[-1] != B * W:  # (would make the host wait for a GPU)
         raise ValueError(f'cu_seqlens must end at the {B * W} tokens of the batch, got {int(cu_seqlens[-1])}')
     at = torch.arange(B * W, dtype=cu_seqlens.dtype, device=cu_seqlens.device).view(B, 1, W)
     number = torch.bucketize(at, cu_seqlens[1:], right=True)
@@ -380,7 +380,7 @@ def segments(B, W, cu_seqlens):
 
 
 def dtype_of_pass(z):
-    """What autocast computes in, where z is; without autocast the dtype of z."""
+    """The dtype in which autocast computes on z's device; without autocast the dtype of z."""
     kind = z.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else z.dtype
 
@@ -391,11 +391,11 @@ def dtype_of_pass(z):
 
 @torch.no_grad()
 def init_weights(model, seed=0, emb_std=None, device=None):
-    """Fills a fresh model; each matrix from its own generator, by seed and name, whatever is sharded where.
+    """Fills a fresh model; each matrix from its own generator, keyed by seed and name, however it is sharded.
 
     The scheme is the one named in the released LLaDA config ("mitchell"; that pre-training used it is
-    unconfirmed): a normal cut at three sigma with std 1/sqrt(fan_in), divided by sqrt(2 * layer) for the two
-    matrices of a block that write to the residual stream; the embedding has std 1/sqrt(C) unless `emb_std`
+    unconfirmed): a normal truncated at three sigma with std 1/sqrt(fan_in), divided by sqrt(2 * layer) for the
+    two matrices of a block that write to the residual stream; the embedding has std 1/sqrt(C) unless `emb_std`
     says otherwise. device: where matrices are drawn.
     """
     for name, p in model.named_parameters():
@@ -416,16 +416,16 @@ def init_weights(model, seed=0, emb_std=None, device=None):
 
 @torch.no_grad()
 def put(parameter, full):
-    """Copies a whole matrix, which every rank has, into a parameter; of a DTensor each takes its shard."""
+    """Copies a full matrix, present on every rank, into a parameter; of a DTensor each takes its shard."""
     if hasattr(parameter, 'placements'):
         from torch.distributed.tensor import distribute_tensor
         full = distribute_tensor(full.to(parameter.device), parameter.device_mesh, parameter.placements,
-                                 src_data_rank=None)        # nothing is sent: it is everywhere already
+                                 src_data_rank=None)        # nothing is sent: every rank has it
     parameter.copy_(full)
 
 
 def pick_device(device, dtype):
-    """-> (device, whether to compute in bfloat16: by default only where the hardware multiplies it)."""
+    """-> (device, whether to compute in bfloat16: by default only where the hardware supports it)."""
     found = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     here = [kind for kind in found if found[kind]]
     if device == 'auto':
@@ -450,7 +450,7 @@ def pick_device(device, dtype):
 def open_model(path, device='auto', dtype='auto'):
     """load_model for a script's settings: -> (model, meta, device, context manager for the forward pass).
 
-    Weights of train.py are float32, narrowed for each pass; released ones stay as stored, unless told so.
+    Weights of train.py are float32, cast for each pass; released ones stay as stored unless dtype is set.
     """
     released = (Path(path) / 'config.json').is_file()
     device, bf16 = pick_device(device, dtype)
@@ -460,14 +460,14 @@ def open_model(path, device='auto', dtype='auto'):
 
 
 def load_model(path, device='cpu', dtype=None):
-    """One door to all weights: -> (model in eval mode, meta).
+    """Loads weights of any kind -> (model in eval mode, meta).
 
     path: a step folder or a run folder of train.py (its newest step), or a Hugging Face style folder
     (config.json and *.safetensors) of LLaDA or iLLaDA. dtype None keeps the stored one.
-    meta: mask_id, eos_id, pad_id, bos_id, eot_id (None where the folder does not tell), tokenizer (a spec for
-    data.get_tokenizer, or None), folder; config, iteration, examples (how many its data held): of train.py,
-    None for released weights.
-    Nothing is unpickled but tensors, no code is run, every shape is checked. Raises Refused or OSError.
+    meta: mask_id, eos_id, pad_id, bos_id, eot_id (None if the folder does not say), tokenizer (a spec for
+    data.get_tokenizer, or None), folder; config, iteration and examples (how many its data held) of
+    a run of train.py, None for released weights.
+    Only tensors are unpickled, no code is run, every shape is checked. Raises Refused or OSError.
     """
     folder = weights_in(path)
     manifest = {}
@@ -486,7 +486,7 @@ def load_model(path, device='cpu', dtype=None):
 
 
 def weights_in(path):
-    """The folder that has the weights: `path`, or the newest step in it. FileNotFoundError without."""
+    """The folder with the weights: `path`, or the newest step in it. FileNotFoundError if there is none."""
     path = Path(path)
     if any((path / name).is_file() for name in ('config.json', 'manifest.json')):
         return path
@@ -508,11 +508,11 @@ def find_checkpoints(run):
     return sorted(f for f in Path(run).glob('iter_' + '[0-9]' * 7) if (f / 'manifest.json').is_file())
 
 
-ASKED_FOR = {'masking', 'optimizer', 'batch_size', 'global_batch', 'seq_len', 'dataset'}      # by those who load it
+ASKED_FOR = {'masking', 'optimizer', 'batch_size', 'global_batch', 'seq_len', 'dataset'}      # by its callers
 
 
 def read_checkpoint(folder, share=(0, 1)):
-    """The manifest of a step folder. share: which files are compared with their checksums, see read_manifest."""
+    """The manifest of a step folder. share: which files are verified by checksum, see read_manifest."""
     manifest = read_manifest(folder, share)
     path = folder / 'manifest.json'
     if manifest.get('format') != 'nanollada 3':
@@ -530,7 +530,7 @@ def read_checkpoint(folder, share=(0, 1)):
 
 
 class _OnlyTensors(pickle.Unpickler):
-    """torch.distributed.checkpoint keeps its table of contents as a pickle: this reads it, builds nothing else."""
+    """Reads the table of contents of torch.distributed.checkpoint, a pickle, and builds nothing else."""
 
     allowed = {
         'torch.distributed.checkpoint.metadata':
@@ -543,7 +543,7 @@ class _OnlyTensors(pickle.Unpickler):
         'pathlib._local': 'PosixPath WindowsPath'}
 
     def find_class(self, module, name):
-        if (module, name) == ('builtins', 'getattr'):       # some Pythons write members of an enumeration so
+        if (module, name) == ('builtins', 'getattr'):       # how some Pythons pickle members of an enum
             return self.member
         if name not in self.allowed.get(module, '').split():
             raise ValueError(f'it asks for {module}.{name}')
@@ -556,7 +556,7 @@ class _OnlyTensors(pickle.Unpickler):
 
 
 def stored_tensors(folder):
-    """What a step folder holds: name -> torch.Size. Anything but whole tensors in files beside it is refused."""
+    """The tensors in a step folder: name -> torch.Size. Anything but whole tensors in its files is refused."""
     path = folder / '.metadata'
     sizes = {}
     try:
@@ -577,7 +577,7 @@ def stored_tensors(folder):
 
 
 def covers(chunks, size):
-    """Whether chunks are the rows of a tensor of this size, each once, as FSDP cuts it. (A number is one chunk.)"""
+    """Whether chunks are the rows of a tensor of this size, each once, as FSDP cuts it. (A scalar: one chunk.)"""
     end, (rows, *rest) = 0, size or (1,)
     for chunk in sorted(chunks, key=lambda chunk: chunk.offsets):
         start, *corner = chunk.offsets or (0,)
@@ -589,7 +589,7 @@ def covers(chunks, size):
 
 
 def read_tensors(folder, state):
-    """Fills the tensors of `state` (name -> tensor or DTensor), whoever saved them on however many ranks."""
+    """Fills the tensors of `state` (name -> tensor or DTensor), saved on any number of ranks."""
     import torch.distributed.checkpoint as dcp
     sizes = stored_tensors(folder)
     for name, tensor in state.items():
@@ -602,7 +602,7 @@ def read_tensors(folder, state):
 
 @contextmanager
 def one_line(folder, what):
-    """Around torch.distributed.checkpoint: no warnings; its own exception, a BaseException, becomes OSError."""
+    """Wraps torch.distributed.checkpoint: no warnings; its own exception, a BaseException, becomes OSError."""
     from torch.distributed.checkpoint.api import CheckpointException
     try:
         with warnings.catch_warnings():
@@ -611,18 +611,18 @@ def one_line(folder, what):
     except CheckpointException as error:
         cause = error.__cause__ or error
         last_line = (str(cause).splitlines() or [''])[-1]
-        free = shutil.disk_usage(folder.parent).free / 1e6      # a full disk has many names in there
+        free = shutil.disk_usage(folder.parent).free / 1e6      # a full disk goes by many names there
         why = f'{type(cause).__name__}: {last_line[:150]}; {free:,.1f} MB are free there'
         raise OSError(EIO, f'{what} ({why})', str(folder)) from None
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Weights on disk: the released layouts. LLaDA's gate is `ff_proj` (SiLU goes through it), and `ff_out` is two
-# different matrices.
+# Weights on disk: the released layouts. LLaDA's gate is `ff_proj` (SiLU is applied to it), and `ff_out` names
+# two different matrices.
 
 KINDS = {'llada': 'LLaDAModelLM', 'illada': 'ILLaDAForCausalLM'}         # model_type -> class
 
-# What the two call our parts, and the fields of ModelConfig in config.json
+# What the two releases call our modules and, in config.json, the fields of ModelConfig
 PARTS = '''
 ours                   llada                                    illada
 embed                  model.transformer.wte                    model.embed_tokens
@@ -653,13 +653,13 @@ tied            weight_tying            tie_word_embeddings
 rope_fp32       rope_full_precision
 '''
 
-PLAIN = {           # what the two architectures are, as far as config.json can say otherwise
+PLAIN = {           # what the two architectures fix, where config.json could say otherwise
     'llada': dict(
         activation_type='silu', block_type='llama', layer_norm_type='rms', rope=True, alibi=False,
         include_bias=False, include_qkv_bias=False, bias_for_layer_norm=False, attention_layer_norm=False,
         input_emb_norm=False, scale_logits=False, multi_query_attention=None, layer_norm_with_affine=True),
     'illada': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, layer_norm_eps=None)}
-HARMLESS = (        # keys of config.json that change nothing of what is computed here
+HARMLESS = (        # keys of config.json that do not change what is computed here
     'architectures auto_map model_type torch_dtype dtype transformers_version use_cache sha256 _name_or_path '
     'vocab_size bos_token_id eos_token_id pad_token_id mask_token_id eot_token_id init_fn init_std init_device '
     'init_cutoff_factor initializer_range precision flash_attention block_group_size alibi_bias_max mlp_ratio '
@@ -667,7 +667,7 @@ HARMLESS = (        # keys of config.json that change nothing of what is compute
 
 
 def column(table, kind):
-    """A table as a dict: what is ours -> what stands under this kind, if something does."""
+    """A table as a dict: our name -> the name under this kind, if there is one."""
     heads, *rows = [line.split() for line in table.strip().splitlines()]
     number = heads.index(kind)
     return {row[0]: row[number] for row in rows if row[number:]}
@@ -686,7 +686,7 @@ def release_names(kind, config):
 
 
 def release_config(folder):
-    """config.json of a released folder -> (kind, ModelConfig, raw dict); what we do not compute is refused."""
+    """config.json of a released folder -> (kind, ModelConfig, raw dict); what is not implemented is refused."""
     path = folder / 'config.json'
     raw = read_json(path)
     kind = str(raw.get('model_type'))
@@ -741,7 +741,7 @@ def release_files(folder):
 
 
 def read_release(folder, device='cpu', dtype=None):
-    """A LLaDA or iLLaDA folder -> (model, meta). Files are mapped: what keeps its dtype is not copied on a CPU."""
+    """A LLaDA or iLLaDA folder -> (model, meta). Memory-mapped: on a CPU what keeps its dtype is not copied."""
     kind, config, raw = release_config(folder)
     stored = {}
     for file in release_files(folder):
@@ -753,7 +753,7 @@ def read_release(folder, device='cpu', dtype=None):
     meta = dict(release_ids(folder, raw), tokenizer=tokenizer)
 
     told = raw.pop('sha256', None)
-    if told and told != facts_sha256(raw):                  # people do edit it: said, not refused
+    if told and told != facts_sha256(raw):                  # people do edit it: reported, not refused
         say(f'{folder / "config.json"}: changed since save_release wrote it')
     return model, meta
 
@@ -776,7 +776,7 @@ def read_safetensors(file):
 
 
 def release_model(folder, kind, config, stored, device='cpu', dtype=None):
-    """A model of tensors by their released names; every name and shape is compared."""
+    """A model from tensors under their released names; every name and shape is checked."""
     names = release_names(kind, config)
     stored = {name: z for name, z in stored.items() if not name.endswith('.inv_freq')}      # rope_theta says it
     if config.tied:                                         # some files store it twice, or as the head
@@ -806,7 +806,7 @@ def release_model(folder, kind, config, stored, device='cpu', dtype=None):
 
 
 def release_ids(folder, raw):
-    """Special ids of a released folder, as far as its files tell: by number, or by name in its tokenizer."""
+    """Special ids of a released folder, as far as its files give them: by number, or by name in the tokenizer."""
     generation = read_json(folder / 'generation_config.json')
     _, named = special_tokens(folder / 'tokenizer.json')
     ids = {}
@@ -838,7 +838,7 @@ def tensors_sha256(tensors):
 
 
 def save_release(model, meta, path):
-    """Writes a model in LLaDA's release layout (iLLaDA's if it rotates in its own dtype): load_model reads it.
+    """Writes a model in LLaDA's release layout (iLLaDA's if rope_fp32 is off), which load_model reads.
 
     meta: special ids and tokenizer as in load_model. The folder must be new.
     """
@@ -848,7 +848,7 @@ def save_release(model, meta, path):
     if config.causal:
         raise Refused('the released layouts are bidirectional: no autoregressive model can be saved in them')
     path.mkdir(parents=True, exist_ok=True)
-    if any(path.iterdir()):                                 # an old index would win over the new file
+    if any(path.iterdir()):                                 # an old index would override the new file
         raise Refused(f'{path}: not empty; choose a new folder')
 
     state = model.state_dict()
