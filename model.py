@@ -508,7 +508,7 @@ def find_checkpoints(run):
     return sorted(f for f in Path(run).glob('iter_' + '[0-9]' * 7) if (f / 'manifest.json').is_file())
 
 
-ASKED_FOR = {'masking', 'optimizer', 'batch_size', 'global_batch', 'seq_len', 'dataset'}      # by its callers
+ASKED_FOR = {'masking', 'optimizer', 'batch_size', 'global_batch', 'seq_len', 'dataset'}      # by callers
 
 
 def read_checkpoint(folder, share=(0, 1)):

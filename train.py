@@ -6,7 +6,7 @@
 
 The objective is Eq. 3 of LLaDA (arXiv 2502.09992v3), or Eq. 5 on examples (masking = 'response').
 Data and noise of a row are functions of (seed, iteration, row): a resumed run ends with the same bits, and
-any number of processes and split of the batch see the same rows and masks.
+rows and masks are the same for any number of processes and any split of the batch.
 """
 
 from configurator import before_torch
@@ -61,10 +61,10 @@ seed = 1337                     # of the weights, the order of the data, and the
 dataset = 'docs'                # a name that `python data.py` lists, a folder, or a mixture 'a:0.7,b:0.3'
 verify_data = True              # compare every shard with its sha256 at the start (1-2 GB/s)
 random_length = 0.0             # share of windows of which only a random length is kept (LLaDA: 0.01)
-random_split = 0.0              # share of windows split in two that do not see each other (iLLaDA: 0.3)
+random_split = 0.0              # share of windows cut in two, with no attention across (iLLaDA: 0.3)
 isolate = False                 # attention stays within a document or example of a window (iLLaDA's packing)
-masking = 'unified'             # 'unified': windows, all may be hidden; 'response': examples, prompts are not
-pad_group = 0                   # examples padded to one length; 0: batch_size (fix it to split a batch anew)
+masking = 'unified'             # 'unified': windows, any token maskable; 'response': examples, prompts never
+pad_group = 0                   # examples padded to one length; 0: batch_size (fix it if batch_size changes)
 # --- model (the fields of model.ModelConfig)
 seq_len = 128                   # tokens in a training window
 n_layer = 4                     # blocks
@@ -80,11 +80,11 @@ tied = False                    # the head shares the embedding matrix
 causal = False                  # True: the autoregressive baseline
 emb_std = 1.0                   # std of the initial embedding; 0 takes 1/sqrt(d_model), as in LLaDA's config
 # --- objective
-count_form = True             # hide exactly l of L, weight L/l; False: each with chance t, weight 1/t (Eq. 3)
+count_form = True             # hide exactly l of L, weight L/l; False: with probability t, weight 1/t (Eq. 3)
 stratified = True               # one t in each of B equal slices; False: i.i.d., as in LLaDA's guideline
 mask_eps = 1e-3                 # smallest t when count_form is off
 logit_normal = -1.0             # t = sigmoid(width * normal); 0: uniform (papers); -1: windows 0.5, examples 0
-complementary = True            # each row twice in an update: what one hides the other shows (not the papers')
+complementary = True            # each row twice in an update, under complementary masks (not in the papers)
 # --- optimizer
 optimizer = 'muon'              # 'muon': on the matrices of the blocks, with AdamW elsewhere; or 'adamw'
 learning_rate = 2e-2            # AdamW's peak
@@ -97,11 +97,11 @@ grad_clip = 1.0                 # largest gradient norm; 0 turns clipping off
 max_iters = 1600                # optimizer updates
 batch_size = 16                 # windows in one forward pass of one process
 global_batch = 0                # windows in one update, by all processes and forward passes; 0: batch_size
-schedule = 'wsd'                # warm up, stay, decay linearly; or 'cosine', or 'points': see lr_points
+schedule = 'wsd'                # warm up, hold, decay linearly; or 'cosine', or 'points': see lr_points
 warmup_iters = 50               # linear from 0
-decay_iters = 950               # wsd only: the last ones
-min_lr_ratio = 0.0              # the last learning rate as a part of the peak
-lr_points = []                # [[tokens, rate], ...] joined by lines; [.., 'cosine'] bends the way to a point
+decay_iters = 950               # wsd only: how many at the end decay
+min_lr_ratio = 0.0              # the final learning rate as a fraction of the peak
+lr_points = []                # [[tokens, rate], ...], linear between; [.., 'cosine']: half a cosine to it
 # --- reports
 eval_interval = 400             # iterations between checkpoints, each with its validation bound and a sample
 eval_windows = 256              # validation windows in that bound (all, if there are fewer)
@@ -109,16 +109,16 @@ eval_draws = 4                  # masks drawn for each of them
 log_interval = 10               # iterations between lines of log.jsonl
 keep_last = 2                   # newest checkpoints to keep
 sample_tokens = 64              # length of the sample shown at each evaluation; 0 shows none
-then = ''                       # what to type next, shown at the end
+then = ''                       # the command to type next, shown at the end
 # --- machine
-device = 'auto'                 # 'cuda', 'mps' or 'cpu'; auto takes the first there is
+device = 'auto'                 # 'cuda', 'mps' or 'cpu'; auto takes the first available
 dtype = 'auto'                 # 'bfloat16' or 'float32' for activations; auto: bfloat16 where hardware has it
 compile = False                 # torch.compile each block (on CPU needs a C++ compiler and half a minute)
-fsdp = 0                        # 0: DDP; -1: sharded over all processes; k: over groups of k, copies between
+fsdp = 0                        # 0: DDP; -1: sharded over all processes; k: in groups of k, replicated between
 act_memory = 1.0                # share of a block's activations kept for backward; 0 keeps its input only
-force = False                   # start although it is reckoned not to fit into memory
+force = False                   # start even if the estimate does not fit into memory
 
-# dense bfloat16 FLOP/s by the data sheets (SXM unless named); other devices print no MFU
+# dense bfloat16 FLOP/s from the data sheets (SXM unless named); other devices print no MFU
 PEAKS = {'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'H800': 989e12, 'A100': 312e12, 'A800': 312e12}
 SHAPE = [field.name for field in fields(models.ModelConfig) if field.name != 'vocab_size']
 
@@ -143,7 +143,7 @@ RANGES = (          # see configurator.out_of_range
 
 
 def check(cfg, world):
-    """Refuses settings that cannot be, all of them at once, one a line."""
+    """Refuses invalid settings, all of them at once, one per line."""
     wrong, size = out_of_range(cfg, RANGES), update_size(cfg)
     rules = (
         (size % copies(cfg),
@@ -169,7 +169,7 @@ def check(cfg, world):
 
 
 def in_order(points):
-    """Whether points are [tokens, rate] or [tokens, rate, 'cosine'], tokens never falling."""
+    """Whether points are [tokens, rate] or [tokens, rate, 'cosine'], tokens never decreasing."""
     for point in points:
         if not isinstance(point, list) or len(point) < 2 or point[2:] not in ([], ['cosine']):
             return False
@@ -184,12 +184,12 @@ def update_size(cfg):
 
 
 def copies(cfg):
-    """How often in a row each row of data comes: 2, if 2k and 2k + 1 have masks that complete each other."""
+    """How many successive rows each row of data fills: 2 if rows 2k and 2k + 1 have complementary masks."""
     return 2 if cfg.complementary and not cfg.causal else 1
 
 
 def lr_at(x, points):
-    """The learning rate at x, tokens or updates: lines, or half a cosine, between points; level beyond them.
+    """The learning rate at x, tokens or updates: linear, or half a cosine, between points; constant beyond.
 
     Two points at the same x are a jump.
     """
@@ -204,22 +204,22 @@ def lr_at(x, points):
 
 
 def lr_factor(it, cfg):
-    """The learning rate of update `it` (0-based) as a part of the peak, Muon's as AdamW's: a pure function."""
+    """The learning rate of update `it` (0-based) as a fraction of either peak: a pure function."""
     if cfg.schedule == 'points':
         tokens = (it + 1) * update_size(cfg) * cfg.seq_len
         return lr_at(tokens, cfg.lr_points) / cfg.learning_rate
 
-    # in the warmup update `it` is number it + 1 of warmup_iters; a run may end before it does
+    # during warmup, update `it` is number it + 1 of warmup_iters; a run may end before its warmup does
     end = max(cfg.max_iters, cfg.warmup_iters)
     decay, bend = end - cfg.warmup_iters, ['cosine']
     if cfg.schedule == 'wsd':
-        decay, bend = min(cfg.decay_iters, decay), []           # of a short run all of it
+        decay, bend = min(cfg.decay_iters, decay), []           # in a short run all of it
     last = [end, cfg.min_lr_ratio, *bend]
     return lr_at(it, [[-1, 0.0], [cfg.warmup_iters - 1, 1.0], [end - decay, 1.0], last])
 
 
 def make_optimizers(model, cfg, device):
-    """[AdamW], or [Muon for the blocks' matrices, AdamW for what is left], at their peaks."""
+    """[AdamW], or [Muon for the blocks' matrices, AdamW for the rest], at their peaks."""
     muon, optimizers, decay = [], [], cfg.weight_decay
     if cfg.optimizer == 'muon':
         muon = [p for p in model.blocks.parameters() if p.dim() == 2]
@@ -252,7 +252,7 @@ class Processes:
     sharded: bool
 
     def total(self, part):
-        """A tensor on the host, added up over all processes, in place; known to all."""
+        """A tensor on the host summed over all processes, in place, for all of them."""
         if self.world > 1:
             dist.all_reduce(part)
         return part
@@ -262,14 +262,14 @@ class Processes:
         return bool(self.total(torch.tensor(int(flag))))
 
     def from_first(self, value):
-        """What rank 0 says, on every rank; nobody goes on before it."""
+        """The value of rank 0, on every rank; none goes on before rank 0 is here."""
         box = [value]
         if self.world > 1:
             dist.broadcast_object_list(box)
         return box[0]
 
     def wait_for_first(self):
-        """Nobody goes on before rank 0 is here."""
+        """No rank goes on before rank 0 is here."""
         self.from_first(None)
 
     def here(self, question):
@@ -277,7 +277,7 @@ class Processes:
         return question._make(z if z is None else z.to(self.device, non_blocking=True) for z in question)
 
     def autocast(self):
-        """Around a forward pass. (FSDP's own policy narrows the parameters instead.)"""
+        """For a forward pass. (Under FSDP its own policy casts the parameters instead.)"""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16 and not self.sharded)
 
 
@@ -287,8 +287,8 @@ def join_processes(cfg, rank, world):
     if world > 1:
         if device == 'cuda':
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-        # A restarted group must not meet the addresses of the one before, which torchrun's store still holds.
-        # (Nodes count restarts each for itself; for many of them see config/llada_8b.py.)
+        # A restarted group must not see the addresses of the last one, which torchrun's store still holds.
+        # (Each node counts its own restarts; for several nodes see config/llada_8b.py.)
         one_node = os.environ.get('LOCAL_WORLD_SIZE') == str(world)
         turn = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if one_node else '0'
         store = dist.PrefixStore(f'turn {turn}', next(dist.rendezvous('env://'))[0])
@@ -298,7 +298,7 @@ def join_processes(cfg, rank, world):
 
 
 def refuse_giants(config, cfg, procs):
-    """Refused, before anything is made, if a run cannot be in memory even by a low estimate."""
+    """Refuses, before anything is allocated, a run that exceeds memory even by a low estimate."""
     if procs.device == 'cuda':
         have = torch.cuda.mem_get_info()[1]
     elif hasattr(os, 'sysconf'):
@@ -316,7 +316,7 @@ def refuse_giants(config, cfg, procs):
 
 
 def build(cfg, procs, vocab_size):
-    """The model, its weights spread as cfg.fsdp says and empty: -> (model, what to call in training)."""
+    """The model, its weights empty and distributed as cfg.fsdp says -> (model, what to call in training)."""
     shape = {name: getattr(cfg, name) for name in SHAPE}
     config = models.ModelConfig(vocab_size=vocab_size, **shape)
     refuse_giants(config, cfg, procs)
@@ -359,7 +359,7 @@ def questions(source, it, cfg, tok, procs):
     share the batch, and however many forward passes it takes, the same tokens are hidden.
     """
     size, asked = update_size(cfg), []
-    form = dict(per='sequence', total=size)            # each row by its own length, also what is cut (Alg. 1)
+    form = dict(per='sequence', total=size)            # each row by its own length, cut ones too (Alg. 1)
     for start in range(procs.rank * cfg.batch_size, size, procs.world * cfg.batch_size):
         rows = range(start, start + cfg.batch_size)
         x0, maskable, cu_seqlens = source.batch(it, rows, size)
@@ -377,8 +377,8 @@ def questions(source, it, cfg, tok, procs):
 def noise_of(rows, it, T, source, cfg):
     """Mask ratios t (B,) and noise u (B, T) for some rows of update `it`.
 
-    In pairs row 2k + 1 has 1 - t and 1 - u of row 2k: as likely as those, and hiding what they show (of whole
-    windows; a token may be hidden in both, for the count form rounds up).
+    In pairs, row 2k + 1 has 1 - t and 1 - u of row 2k: equally likely, and hiding what row 2k shows (of whole
+    windows; a token may be hidden in both, since the count form rounds up).
     """
     eps = 0.0 if cfg.count_form else cfg.mask_eps
     width = cfg.logit_normal if cfg.logit_normal >= 0 else source.logit_normal
@@ -405,9 +405,9 @@ def prefetched(make, it):
 
 
 def settle(net, asked, procs):
-    """One backward pass for nothing: after its first, DDP puts its gradients in another order.
+    """One backward pass without an update: after its first, DDP puts its gradients in another order.
 
-    A run that goes on would else add up its first gradients as no run does in the middle, to other bits.
+    Otherwise the first update of a resumed run would sum its gradients in that first order, to other bits.
     """
     with procs.autocast():
         diffusion.weighted_loss(net, procs.here(asked[0])).backward()
@@ -430,7 +430,7 @@ def train_step(net, optimizers, asked, lr_factor, cfg, procs):
 
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
     norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
-    if not norm.isfinite():                     # everybody's norm; looking at it is an update's one wait
+    if not norm.isfinite():                     # the same on all ranks; reading it is an update's only wait
         raise FloatingPointError(f'loss {loss.item()}, gradient norm {norm.item()}; no update was made')
 
     step(optimizers, lr_factor)
@@ -438,7 +438,7 @@ def train_step(net, optimizers, asked, lr_factor, cfg, procs):
 
 
 def step(optimizers, lr_factor):
-    """Changes the weights by their gradients, at this part of the learning rates' peaks."""
+    """Updates the weights by their gradients, at this fraction of the peak learning rates."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['lr'] = optimizer.defaults['lr'] * lr_factor
@@ -452,7 +452,7 @@ def step(optimizers, lr_factor):
 
 @torch.no_grad()
 def validate(model, held_out, cfg, tok, procs):
-    """Nats per maskable token and bits per byte of held-out rows, and standard errors, by all processes."""
+    """Nats per maskable token and bits per byte of held-out rows, with standard errors, by all processes."""
     groups, n_bytes = held_out
     logp, n_tokens, before = [], [], 0
     for x0, maskable in groups:
@@ -473,7 +473,7 @@ def validate(model, held_out, cfg, tok, procs):
 
 
 def sample_text(model, cfg, tok, procs, it):
-    """One line: random remasking at temperature 1 draws from the model, low confidence does not."""
+    """A sample on one line: random remasking at temperature 1 draws from the model, unlike low confidence."""
     start = [tok.bos_id] if cfg.masking == 'response' else []
     length = max(1, min(cfg.sample_tokens, cfg.seq_len) - len(start))
     with procs.autocast(), torch.compiler.set_stance('force_eager'):    # other shapes: not worth compiling
@@ -484,9 +484,9 @@ def sample_text(model, cfg, tok, procs, it):
 
 
 class Log:
-    """log.jsonl: an object a line, flushed at once, by rank 0. A resumed run repeats lines: the last counts.
+    """log.jsonl: one object per line, flushed at once, by rank 0. A resumed run repeats lines: the last counts.
 
-    it: where this run goes on; what an earlier one has measured later than that is none of its own.
+    it: where this run continues; entries that an earlier run logged after that are not its own.
     """
 
     def __init__(self, path, it, procs):
@@ -536,7 +536,7 @@ class Meter:
             self.sizes += torch.tensor([question.ids.numel(), len(question.rows), len(question.ids)])
 
     def read(self, it, norm, lr):
-        """The entry of the log for update `it`, the same everywhere: the loss is the mean since the last one."""
+        """The log entry of update `it`, the same on every rank; its loss is the mean since the last one."""
         sums = torch.tensor([float(self.loss), *self.sizes], dtype=torch.float64)
         loss, tokens, rows, windows = self.procs.total(sums).tolist()
         rate = tokens / (time.perf_counter() - self.started)
@@ -552,7 +552,7 @@ class Meter:
         return entry
 
     def show(self, bar, entry):
-        """The line of progress: in place on a terminal, else a line of its own, the first and every tenth."""
+        """Shows progress: in place on a terminal, else the first and every tenth on a line of its own."""
         first = self.smooth is None
         self.smooth = entry['loss'] if first else 0.7 * self.smooth + 0.3 * entry['loss']
         bits = mfu = ''
@@ -569,14 +569,14 @@ class Meter:
 
 
 def progress_bar(it, cfg, rank):
-    """For a terminal; one that does not know its width gets lines, as a file does."""
+    """For a terminal; one of unknown width gets lines, as a file does."""
     blind = sys.stderr.isatty() and not os.get_terminal_size(sys.stderr.fileno()).columns
     return tqdm(total=cfg.max_iters, initial=it, disable=True if rank or blind else None, dynamic_ncols=True,
                 bar_format='{desc} | eta {remaining}')
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Checkpoints: a folder each, by torch.distributed.checkpoint, complete once it has its manifest and its name
+# Checkpoints: one folder each, by torch.distributed.checkpoint, complete once it has its manifest and name
 
 
 def run_state(model, optimizers):
@@ -591,7 +591,7 @@ def run_state(model, optimizers):
 
 
 def save_checkpoint(run, it, model, optimizers, cfg, source, procs):
-    """Writes run/iter_N unless it is there, aside until it is complete; then the oldest go."""
+    """Writes run/iter_N unless it exists, under another name until complete; then removes the oldest."""
     import torch.distributed.checkpoint as dcp
     final, aside = run / f'iter_{it:07d}', run / 'unfinished'
     if procs.from_first(final in models.find_checkpoints(run)):
@@ -617,7 +617,7 @@ def save_checkpoint(run, it, model, optimizers, cfg, source, procs):
 
 
 def newest_undamaged(run):
-    """The newest checkpoint of a run whose files are what was written -> folder; others are put aside."""
+    """The newest checkpoint of a run whose files are as written -> folder; damaged ones are moved aside."""
     for folder in reversed(models.find_checkpoints(run)):
         try:
             models.read_checkpoint(folder)
@@ -626,7 +626,7 @@ def newest_undamaged(run):
             say(f'passing over {folder}: {error}')
             aside = folder.with_name(folder.name + '.damaged')
             shutil.rmtree(aside, ignore_errors=True)
-            os.replace(folder, aside)                           # it will be saved anew
+            os.replace(folder, aside)                           # it will be saved again
     raise Refused(f'{run}: no checkpoint to resume from')
 
 
@@ -649,7 +649,7 @@ def load_checkpoint(run, model, optimizers, cfg, procs):
         if procs.rank == 0 and key not in ('resume', 'force', 'out_dir') and before.get(key) != value:
             say(f'resuming with another {key}: {value!r}, it was {before.get(key)!r}')
 
-    for p in model.parameters():                # an optimizer makes its tensors in an update: one by nothing
+    for p in model.parameters():                # an optimizer creates its state in a step: one of size 0
         p.grad = torch.zeros_like(p)
     step(optimizers, 0.0)
     models.read_tensors(folder, run_state(model, optimizers))
@@ -657,10 +657,10 @@ def load_checkpoint(run, model, optimizers, cfg, procs):
 
 
 def take_weights(model, cfg, tok):
-    """Copies the weights of cfg.init_from, if they are of this architecture and vocabulary."""
+    """Copies the weights of cfg.init_from, if their architecture and vocabulary are the same."""
     start, meta = models.load_model(cfg.init_from)
     data.check_same(data.tokenizer_for(meta), tok, cfg.init_from, cfg.dataset)
-    if replace(start.config, seq_len=1) != replace(model.config, seq_len=1):    # rotary positions know no end
+    if replace(start.config, seq_len=1) != replace(model.config, seq_len=1):    # rotary positions have no limit
         raise Refused(f'init_from: {cfg.init_from} is {start.config}, the settings say {model.config}')
     for p, q in zip(model.parameters(), start.parameters()):
         models.put(p, q.data)
@@ -672,10 +672,10 @@ def take_weights(model, cfg, tok):
 
 @contextmanager
 def noted_signals():
-    """Ctrl-C and SIGTERM ask for a checkpoint after the running update; Ctrl-C three seconds later leaves at once.
+    """Ctrl-C and SIGTERM request a checkpoint after this update; Ctrl-C three seconds later exits at once.
 
-    (Not sooner, and not SIGTERM: torchrun passes on what the terminal or SLURM has sent to every process.)
-    Yields the list of those that came, and when: [(number, seconds), ...].
+    (Not sooner, and not by SIGTERM: torchrun forwards what the terminal or SLURM has sent to every process.)
+    Yields the list of the signals received, and when: [(number, seconds), ...].
     """
     came = []
 
@@ -708,7 +708,7 @@ def alone_in(run, procs):
 
 @contextmanager
 def last_words(run):
-    """What ends a run before its time is said in one line, with the checkpoint to go on from; exit code 1."""
+    """Reports in one line what ended a run early, and the checkpoint to resume from; exit code 1."""
     try:
         yield
     except (FloatingPointError, OSError, RuntimeError) as error:
@@ -723,7 +723,7 @@ def last_words(run):
 
 
 def settings_of_run(cfg):
-    """With --resume the settings of the newest checkpoint in out_dir -> dict; what is typed stands above."""
+    """With --resume, the settings of the newest checkpoint in out_dir -> dict; typed values win."""
     if not cfg['resume']:
         return {}
     damaged = ''
@@ -744,7 +744,7 @@ def settings_of_run(cfg):
 def open_data(cfg, procs):
     """-> (rows to train on, held-out rows as tensors, tokenizer)."""
     if procs.rank == 0:
-        data.open_dataset(cfg.dataset, None)                    # it may have to be made first
+        data.open_dataset(cfg.dataset, None)                    # it may have to be prepared first
     procs.wait_for_first()
 
     dataset = data.open_dataset(cfg.dataset, (procs.rank, procs.world) if cfg.verify_data else None)
@@ -761,7 +761,7 @@ def open_data(cfg, procs):
 
 
 def start(run, model, optimizers, cfg, tok, procs):
-    """Fills the model from a checkpoint, from other weights or with fresh ones -> the iteration to go on from."""
+    """Fills the model from a checkpoint, other weights or at random -> the iteration to continue from."""
     there = procs.from_first(bool(models.find_checkpoints(run)))        # as rank 0 sees it
     restarted = procs.any(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0')
     if there and not (cfg.resume or restarted):
@@ -771,13 +771,13 @@ def start(run, model, optimizers, cfg, tok, procs):
     if cfg.init_from:
         take_weights(model, cfg, tok)
     else:
-        where = 'cpu' if model.num_params() < 3e9 else None     # the same on every device, while it is quick
+        where = 'cpu' if model.num_params() < 3e9 else None     # the same on every device, while that is quick
         models.init_weights(model, cfg.seed, cfg.emb_std or None, device=where)
     return 0
 
 
 def report(it, model, held_out, cfg, tok, procs, log):
-    """The validation bound and a sample of a checkpoint, logged once -> the entry of the log."""
+    """The validation bound and a sample of a checkpoint, logged once -> the log entry."""
     known = [entry for entry in log.lines if entry.get('iter') == it and 'val_nats' in entry]
     entry = procs.from_first(known[-1] if known else None)
     if entry is None:
@@ -832,7 +832,7 @@ def main(config):
                     began = time.perf_counter()
                     save_checkpoint(run, it, model, optimizers, cfg, source, procs)
                     entry = report(it, model, held_out, cfg, tok, procs, log)
-                    meter.started += time.perf_counter() - began            # no part of the training speed
+                    meter.started += time.perf_counter() - began            # not part of the training speed
                 stopping = procs.any(bool(signals))
                 if it >= cfg.max_iters or stopping:
                     break
@@ -858,7 +858,7 @@ def main(config):
 
 
 def farewell(run, it, entry, cfg, rank):
-    """What there is now, and what to type next."""
+    """Says what was saved, and what to type next."""
     words = f'saved iteration {it} in {run}/; go on with the same command and --resume'
     if not it:
         words = 'stopped before the first update'
