@@ -59,17 +59,17 @@ from configurator import (
 
 name = ''                       # a data set from the list below
 input = ''                      # .txt, .jsonl(.gz), .json or .parquet files or patterns, separated by commas
-val_input = ''                  # likewise, to be held out; default: a part of the input, see val_every
+val_input = ''                  # likewise, held out; default: a part of the input, see val_every
 out = ''                        # folder to write; default data/NAME
 tokenizer = ''            # 'bytes', bpe-N (learned), a tiktoken name or a tokenizer.json; default bpe-1024 for files
-workers = 0                     # processes, for several files; 0: one a core
+workers = 0                     # processes, for several files; 0: one per core
 val_every = 10                  # hold out every N-th piece of text, or question
 
 Batch = namedtuple('Batch', 'x0 maskable cu_seqlens')       # (B, T) int64, (B, T) bool, (n+1,) int32 or None
 Dataset = namedtuple('Dataset', 'parts weights')            # lists of Corpus and of float
 Cuts = namedtuple('Cuts', 'random_length random_split isolate times pad_group', defaults=(0., 0., False, 1, 1))
 WHOLE = Cuts()                                              # see Windows and Examples
-progress = partial(tqdm, disable=None, leave=False)         # nothing where nobody looks
+progress = partial(tqdm, disable=None, leave=False)         # silent if not on a terminal
 
 # ----------------------------------------------------------------------------------------------------------
 # Tokenizers: one kind, a tiktoken.Encoding and a table from its ranks to ids; three sources
@@ -80,8 +80,8 @@ ADDED = [names[0] for names in NAMES.values() if names]         # special tokens
 LONGEST_PIECE = 400_000                                 # tiktoken gives up on about a million spaces in a row
 LONGEST_WORD = 200                              # merges are learned from words; longer ones are cut up
 TWO_MEANINGS = r'\}\+|[$^]'                      # possessive or repeated, of a text or a line: engines differ
-# The two chat formats known here, LLaDA's as released and the one drawn in its guideline: the texts that a
-# template puts around a message -> what stands between header and message.
+# The two chat formats known here, LLaDA's as released and the one shown in its guideline: the texts that a
+# template puts around a message -> what it puts between header and message.
 CHAT_FORMATS = {
     frozenset({'<|start_header_id|>', '<|end_header_id|>\n\n', '<|eot_id|>',
                '<|start_header_id|>assistant<|end_header_id|>\n\n'}): '\n\n',
@@ -92,14 +92,14 @@ class Tokenizer:
     """Text to ids and back. `mask_id`, `eos_id`, `pad_id`, `bos_id`, `eot_id`: ids, or None in a release without.
 
     id_of: the bytes of a token -> its id, in the order of merging, which is tiktoken's rank. others: ids that
-    encode never makes -> bytes.
+    encode never produces -> bytes.
     specials: role -> id. complete: a role that the vocabulary lacks gets the next free id. chat: what the
     template puts between header and message, None if it is not known. `spec` is what a checkpoint stores.
     """
 
     def __init__(self, pattern, id_of, specials, spec, others, chat='\n\n', complete=True):
         self.spec, self.chat, self.pattern, self.id_of = str(spec), chat, pattern, id_of
-        self.start = []                                     # ids that plain text begins with
+        self.start = []                                     # ids put before plain text
         self.encoding = tiktoken.Encoding(
             self.spec, pat_str=pattern, special_tokens={}, mergeable_ranks=dict(zip(id_of, count())))
         self._id_of_rank = list(id_of.values())
@@ -164,14 +164,14 @@ class Tokenizer:
         return ids[:-1]                                     # the assistant's turn is open
 
     def encode_begun(self, messages):
-        """encode_chat, but what the assistant has begun in a last message is left open, to be continued."""
+        """encode_chat, but a last message by the assistant is left open, to be continued."""
         if not messages or messages[-1]['role'] != 'assistant':
             return self.encode_chat(messages)
         *before, last = messages
         return self.encode_chat(before) + self.encode(last['content'].strip())
 
     def cut(self, ids, room):
-        """The ids of a prompt in at most `room`: BOS and a first header stay, what comes after them goes."""
+        """Cuts the ids of a prompt to at most `room`: BOS and a first header stay, what follows is cut."""
         keep = int(ids[:1] == [self.bos_id])
         if keep and ids[1:2] == [self.specials.get('start_header')]:
             keep += ids.index(self.specials['end_header'])
@@ -179,18 +179,18 @@ class Tokenizer:
         return ids[:keep] + ids[keep + lost:]
 
     def fingerprint(self):
-        """The same for two that make the same ids of every text."""
+        """The same for two tokenizers that encode every text to the same ids."""
         return facts_sha256(repr((self.pattern, list(self.id_of.items()), self.mask_id, self.eos_id)))
 
     def unused(self, vocab_size):
-        """The ids below vocab_size that stand for no token: rows of a head that were never trained."""
+        """The ids below vocab_size without a token: rows of a head that were never trained."""
         return [i for i in range(vocab_size) if i not in self._bytes]
 
 
 def get_tokenizer(spec, complete=True):
     """'bytes', a tiktoken name ('gpt2', ...), or the path of a byte-level BPE tokenizer.json -> Tokenizer.
 
-    Or the path of what a data set keeps of a tiktoken vocabulary. complete: see Tokenizer. Raises Refused for
+    Or the path of a data set's copy of a tiktoken vocabulary. complete: see Tokenizer. Raises Refused for
     what cannot be read without loss.
     """
     spec = str(spec)
@@ -212,7 +212,7 @@ def get_tokenizer(spec, complete=True):
 
 
 def tiktoken_facts(name):
-    """A vocabulary as JSON can say it, so that a data set can keep it; tiktoken downloads all but 'bytes'."""
+    """A vocabulary as JSON, so that a data set can keep a copy; tiktoken downloads all but 'bytes'."""
     if name == 'bytes':
         return {'pattern': r'[\s\S]', 'ids': {f'{b:02x}': b for b in range(256)}, 'special': {}}
 
@@ -231,7 +231,7 @@ def tiktoken_facts(name):
 def tokenizer_for(meta, mask_id=None):
     """The tokenizer of loaded weights (meta of model.load_model), with the special ids that they name.
 
-    mask_id: say it where released weights do not.
+    mask_id: to be given where released weights do not name it.
     """
     where, config = meta['folder'], meta['config']          # config: of train.py, None for released weights
     if meta['tokenizer'] is None:
@@ -286,7 +286,7 @@ def read_bpe(path, complete):
 
 
 def check_kind(file, demand):
-    """What kind of tokenizer.json can be converted -> its splitting pattern."""
+    """Refuses a tokenizer.json of a kind that cannot be converted -> its splitting pattern."""
     model = file['model']
     demand(model.get('type', 'BPE') == 'BPE', f"model type {model.get('type')}")
     for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback'):
@@ -316,15 +316,15 @@ def check_kind(file, demand):
     behavior, inverted = split.get('behavior'), bool(split.get('invert'))
     demand(behavior == ('Removed' if inverted else 'Isolated'), f'Split is {behavior}, inverted: {inverted}')
     if inverted:
-        return pattern                                      # read_bpe looks whether it leaves nothing out
+        return pattern                                      # read_bpe checks that it leaves nothing out
     return f'{pattern}|(?:(?!{pattern})[\\s\\S])+'          # what lies between matches is a piece of its own
 
 
 def convert_merges(model, names, demand):
-    """Merges in their order -> the tokens that they make (bytes -> id), ids never made -> bytes.
+    """Merges in order -> the tokens that they make (bytes -> id), and ids that none makes -> bytes.
 
-    tiktoken merges by rank, so the rank must be the position in the merge list, never the id. It joins any two
-    pieces that make a token, Hugging Face the two of the list: the same for every vocabulary that was learned,
+    tiktoken merges by rank, so the rank must be the position in the merge list, never the id. It joins any
+    two pieces that make a token, Hugging Face only the pairs listed: the same for every learned vocabulary,
     and for those that list all ways to make a token one after the other (Llama 3).
     """
     vocab = model['vocab']
@@ -342,7 +342,7 @@ def convert_merges(model, names, demand):
     demand(whole, 'an id is not a whole number below 2^31')
     demand(len(set(used)) == len(used), 'two tokens share an id')
 
-    id_of, last = {raw[symbol]: vocab[symbol] for symbol in byte_of}, ''      # of bytes any order will do
+    id_of, last = {raw[symbol]: vocab[symbol] for symbol in byte_of}, ''      # bytes may be in any order
     for merge in model['merges']:
         pair = merge.split(' ') if isinstance(merge, str) else merge
         new = ''.join(pair)
@@ -375,7 +375,7 @@ def train_bpe(text, n_merges):
 
     words = Counter()
     for word, n in Counter(regex.findall(PATTERN, text)).items():
-        for start in range(0, len(word), LONGEST_WORD):     # or one word of a megabyte takes for ever
+        for start in range(0, len(word), LONGEST_WORD):     # or a word of a megabyte would take forever
             words[word[start:start + LONGEST_WORD]] += n
     spelled = {word: list(map(bytes, zip(word.encode()))) for word in words}       # in single bytes
     pairs, where = Counter(), defaultdict(set)              # how often, in which words
@@ -407,7 +407,7 @@ def merged(word, pair):
     """A word (list of bytes) in which the pair is joined wherever it stands, from the left."""
     new = []
     for piece in word:
-        if new and (new[-1], piece) == pair:        # `a a a` merges once: a fresh `aa` never glues again
+        if new and (new[-1], piece) == pair:        # `a a a` merges once: a fresh `aa` is not merged again
             new[-1] += piece
         else:
             new.append(piece)
@@ -441,10 +441,10 @@ def save_bpe(path, merges):
 
 
 def docs_text():
-    """Real text that every Python carries: pydoc's language reference, docstrings of the standard library.
+    """Real text that ships with every Python: pydoc's language reference, docstrings of the standard library.
 
-    Modules are parsed, never imported, and a paragraph that came before is dropped. About 1.5 million
-    characters, a little different with the Python version. Yields records.
+    Modules are parsed, never imported, and repeated paragraphs are dropped. About 1.5 million characters,
+    varying a little with the Python version. Yields records.
     """
     try:
         from pydoc_data.topics import topics
@@ -502,10 +502,10 @@ MADE_BY.update(dict.fromkeys(('world', 'instruct', 'facts'), 'tests/lab/worlds.p
 
 
 def read_records(source, accept=None):
-    """(where, record) of a file: .txt is one document, .jsonl(.gz), .json and .parquet hold a record a row.
+    """(where, record) of a file: .txt is one document, .jsonl(.gz), .json and .parquet have a record per row.
 
-    accept(row) -> record, or ValueError, which is Refused with file and line; default: as_record. What is no
-    path is a list of such pairs already.
+    accept(row) -> record, or ValueError, which becomes Refused with file and line; default: as_record. A
+    source that is not a path is already a list of such pairs.
     """
     if not isinstance(source, (str, Path)):
         yield from source
@@ -525,7 +525,7 @@ def read_records(source, accept=None):
             if not isinstance(row, dict):
                 raise ValueError(f'want a JSON object, got {json.dumps(row)[:60]}')
             record = (accept or as_record)(row)
-            json.dumps(record, ensure_ascii=False).encode()     # half a surrogate pair is no text
+            json.dumps(record, ensure_ascii=False).encode()     # half a surrogate pair is not text
         except (ValueError, RecursionError) as error:
             raise Refused(f'{where}: {error}') from None
 
@@ -555,7 +555,7 @@ def _lines(path):
     try:
         with open_file(path, 'rb') as file:
             for number, line in enumerate(file, 1):
-                if line.strip(b'\xef\xbb\xbf \t\r\n'):      # json reads over the mark of UTF-8
+                if line.strip(b'\xef\xbb\xbf \t\r\n'):      # json skips the byte order mark
                     yield f'{path}:{number}', line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise Refused(f'{path}: not a complete gzip file ({error})') from None
@@ -619,7 +619,7 @@ def as_message(said):
 
 
 def as_messages(row):
-    """The messages of a row that has some, or a prompt and a response, by whatever names; else None."""
+    """The messages of a row, or its prompt and response as messages, under any known name; else None."""
     for key in LISTS:
         said = row.get(key)
         if isinstance(said, list):
@@ -644,8 +644,8 @@ def as_record(row):
     """A row as {"text"}, {"messages": [{"role", "content"}]} or {"response"}, other keys kept; or ValueError.
 
     "prompt" and "response", by this or another of the names in PAIRS, become messages; "prompt_ids" and
-    "response_ids" are for templates that Tokenizer does not know. A row that is several of these is the first
-    of them: messages, ids, text.
+    "response_ids" are for templates that Tokenizer does not know. A row that fits several of these counts as
+    the first: messages, ids, text.
     """
     messages = as_messages(row)
     if messages is not None:
@@ -678,36 +678,36 @@ def as_record(row):
 def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
     """Tokenizes sources (paths of files, or lists of (name, record)) into the folder `out` -> its manifest.
 
-    val: sources to hold out. Without any: of documents every val_every-th piece of about 4 kB (a tail would
-    share long passages with the rest), an EOS where it was taken from between its neighbours; of examples one
-    in val_every by its first question: none is asked in both splits.
+    val: sources to hold out. Without any, every val_every-th piece of about 4 kB of the documents (a tail
+    would share long passages with the rest), with an EOS left in its place; of examples one in val_every, by
+    its first question, so that none is asked in both splits.
     tokenizer: a spec of get_tokenizer, or 'bpe-N' to learn a vocabulary of N entries from the training
-    pieces. A process a file. The folder is whole or not there; after an interruption or a bad line the same
-    call takes up the files that are finished.
+    pieces. One process per file. The folder is complete or absent; after an interruption or a bad line the
+    same call reuses the files that are finished.
     """
     out, all_sources = Path(out), [*sources, *val]
     if not out.name:
         raise Refused(f'out must name a folder, got {str(out)!r}')
     if out.exists() and any(out.iterdir()) and not (out / 'manifest.json').is_file():
         raise Refused(f'{out}: something else is here; choose another --out')
-    # what is broken at once is said at once
+    # report at once what is broken from the start
     kinds = {'text' in next(read_records(source))[1] for source in all_sources}
     if len(kinds) > 1:
         raise Refused('some of the files hold documents ("text"), some examples: prepare them apart')
 
-    aside = out.with_name(f'.{out.name}.unfinished')        # takes the place of `out` when it is whole
+    aside = out.with_name(f'.{out.name}.unfinished')        # replaces `out` when complete
     with alone(out.with_name(f'.{out.name}.lock')):
         aside.mkdir(exist_ok=True)
         try:
             if val:
-                val_every = 0                               # of the other sources nothing is held out
+                val_every = 0                               # nothing is held out of the other sources
             spec = place_tokenizer(tokenizer, sources, val_every, aside)
 
             jobs = [(number, source, val_every if number < len(sources) else 1, aside, spec)
                     for number, source in enumerate(all_sources)]
             write_manifest(aside, collect(run_jobs(jobs, workers), aside, spec))
         except BaseException:
-            if not any(aside.glob('part_*')):               # nothing to take up
+            if not any(aside.glob('part_*')):               # nothing to reuse
                 shutil.rmtree(aside, ignore_errors=True)
             raise
 
@@ -729,7 +729,7 @@ def run_jobs(jobs, workers):
 
 
 def collect(parts, folder, spec):
-    """The facts of a manifest; what is no part of the data set is removed from the folder."""
+    """The facts of a manifest; files that are not part of the data set are removed from the folder."""
     splits = {'train': [], 'val': []}
     for split, shards in splits.items():
         shards += [part[split] for part in parts if part[split]['tokens']]
@@ -749,7 +749,7 @@ def collect(parts, folder, spec):
 
 def place_tokenizer(tokenizer, sources, val_every, out):
     """Learns or copies the tokenizer into the data set, unless it is well known -> what the manifest says."""
-    for old in out.glob('tokenizer*'):                      # of an interrupted call with another one
+    for old in out.glob('tokenizer*'):                      # left by an interrupted call with another one
         old.unlink()
     if tokenizer in tiktoken.list_encoding_names():         # kept, so that nobody needs the network again
         (out / 'tokenizer.tiktoken').write_text(json.dumps(tiktoken_facts(tokenizer)))
@@ -803,7 +803,7 @@ def chunks(text, size=4096):
 
 
 class Shard:
-    """A file of tokens being written; of examples also where each is: (start, response, end, dialogue)."""
+    """A file of tokens being written; for examples also where each is: (start, response, end, dialogue)."""
 
     def __init__(self, path, tok):
         self.path, self.file = path, path.open('wb')
@@ -833,7 +833,7 @@ def tokenize_source(job):
         state = Path(source).stat()
         made_from = [str(source), state.st_size, state.st_mtime_ns, val_every, tok.fingerprint(), tok.specials]
         before = read_json(done)
-        if before.pop('made_from', None) == made_from:      # by a call before this one
+        if before.pop('made_from', None) == made_from:      # by an earlier call
             return before
 
     shards = {split: Shard(folder / f'{split}_{number:05d}.bin', tok) for split in ('train', 'val')}
@@ -849,7 +849,7 @@ def tokenize_source(job):
             dialogues += 1
             if split == 'val':
                 held_out += json.dumps(piece, ensure_ascii=False) + '\n'
-        if not dialogues:                                   # a document ends, or its next piece is elsewhere
+        if not dialogues:                                   # a document ends, or goes on in the other split
             shards[split].write([tok.eos_id])
 
     entry = {split: shard.close() for split, shard in shards.items()}
@@ -861,9 +861,9 @@ def tokenize_source(job):
 
 
 def placed(records, number, val_every):
-    """Where records go: yields (where, split, piece of a document's text or whole example).
+    """Assigns records to splits: yields (where, split, piece of a document's text or whole example).
 
-    Held out is every val_every-th: 1 all, 0 none. Pieces are counted from `number` on.
+    Every val_every-th is held out: 1 all, 0 none. Pieces are counted from `number` on.
     """
     kinds = set()
     for where, record in records:
@@ -881,9 +881,9 @@ def placed(records, number, val_every):
 
 
 def checksum(record):
-    """The number of an example, by its first question: a question is not in both splits.
+    """The number of an example, a hash of its first question, so that no question is in both splits.
 
-    (But where several answers are right there may be few questions: those go by the whole record.)
+    (Where several answers are right there may be few questions: those examples go by the whole record.)
     """
     if 'accept' in record:
         key = json.dumps(record, sort_keys=True)
@@ -908,9 +908,9 @@ def write_example(shard, record, where, dialogue, tok):
 
 
 def turns_of(record, tok):
-    """Yields what stands before each answer of an example, and the answer, as ids.
+    """Yields the prompt of each answer of an example, and the answer, as ids.
 
-    BOS also stands before what has no prompt: a canvas of masks alone looks the same from everywhere, and
+    A response without a prompt gets BOS as its prompt: a canvas of masks alone looks the same everywhere, and
     needs an edge to count from.
     """
     if 'response' in record:
@@ -928,7 +928,7 @@ def turns_of(record, tok):
 
 
 class Corpus:
-    """A prepared folder, its shards mapped into memory. share: what is compared, see read_manifest."""
+    """A prepared folder, its shards memory-mapped. share: which files are verified, see read_manifest."""
 
     def __init__(self, folder, share=(0, 1)):
         self.folder = Path(folder)
@@ -967,7 +967,7 @@ class Corpus:
         return np.concatenate(parts, dtype=np.int64)
 
     def rows(self, split):
-        """Where its examples are, likewise: (n, 4) start, response, end, number of the dialogue."""
+        """Where a split's examples are, likewise: (n, 4) start, response, end, number of the dialogue."""
         tables, at, dialogue = [], 0, 0
         for entry in self.manifest['splits'][split]:
             rows = np.load(self.folder / f"{entry['name']}.rows.npy")
@@ -1009,15 +1009,15 @@ def open_corpus(name, share):
 
 
 def check_same(theirs, ours, name, folder):
-    """Refused if the tokenizer of a checkpoint or corpus is not the one of a data set."""
+    """Refused if the tokenizer of a checkpoint or corpus is not that of a data set."""
     if theirs.fingerprint() != ours.fingerprint():
         raise Refused(f'{name}: its tokenizer is not the one of {folder}')
 
 
 def open_source(dataset, split, masking, tok, seq_len, seed=0, **cuts):
-    """The rows of a split as training sees them: Examples for masking 'response', else Windows, cut as asked.
+    """The rows of a split as training sees them: Examples for masking 'response', else Windows.
 
-    dataset: a Dataset. Both answer to batch, held_out and bytes_per_token.
+    dataset: a Dataset. cuts: fields of Cuts. Both have batch, held_out and bytes_per_token.
     """
     kind = Examples if masking == 'response' else Windows
     return kind(dataset, split, tok, seq_len, seed, Cuts(**cuts))
@@ -1044,7 +1044,7 @@ def philox(seed, number, stream, index=0):
 
 
 def nth(sample, n, seed, slack=1):
-    """Sample number `sample` of an endless stream that goes through n things, in another order every epoch.
+    """Sample number `sample` of an endless stream that goes through n things, in a new order every epoch.
 
     -> (epoch, which of the n, the epoch's own offset below slack).
     """
@@ -1065,11 +1065,11 @@ class Windows:
     """Windows of seq_len tokens, everything in them maskable; the stream is cut anew each epoch.         Eq. 3
 
     Cuts: random_length is the share of windows of which only a random length is kept (LLaDA: 0.01),
-    random_split the share cut in two that do not see each other (iLLaDA: 0.3). isolate: documents do not
-    either, with borders behind each EOS. times: how often in a row each window comes.
+    random_split the share cut into two parts that do not attend to each other (iLLaDA: 0.3). isolate: nor do
+    documents, with borders behind each EOS. times: how many successive rows each window fills.
     """
 
-    logit_normal = 0.5                                      # not the papers': a better bound in as many updates
+    logit_normal = 0.5                                      # not in the papers: a better bound per update
 
     def __init__(self, dataset, split, tok, seq_len, seed=0, cuts=WHOLE):
         self.parts, self.split, self.tok = dataset.parts, split, tok
@@ -1081,7 +1081,7 @@ class Windows:
                 raise Refused(f'{corpus.folder}: split {split} is too short for a window of {seq_len} tokens: '
                               f'it has {n}')
 
-        # of every 1000 windows each part gives its share, in an order that is always the same
+        # each part gives its share of every 1000 windows, in a fixed order
         self.share = np.array(dataset.weights) / sum(dataset.weights)
         turns = np.floor(self.share * 1000).astype(int)
         missing = 1000 - turns.sum()
@@ -1105,7 +1105,7 @@ class Windows:
         return self.parts[which].read(self.split, offset + index * self.T, self.T)
 
     def cuts(self, it, size):
-        """Of each window of an iteration how many tokens are kept, and where a border stands (T: nowhere)."""
+        """For each window of an iteration, how many tokens are kept, and where a border lies (T: nowhere)."""
         which, where = philox(self.seed, it, 3).random((size, 2)).T
         short = which < self.asked.random_length
         split = ~short & (which < self.asked.random_length + self.asked.random_split)
@@ -1136,7 +1136,7 @@ class Windows:
         x0 = []
         for corpus, tokens, share in zip(self.parts, self.tokens, self.share):
             n = limit
-            if len(self.parts) > 1:                         # of a mixture each part its share
+            if len(self.parts) > 1:                         # each part of a mixture gives its share
                 n = max(1, round(share * (limit or 1000)))
             x0 += [corpus.read(self.split, i * self.T, self.T) for i in evenly(tokens // self.T, n)]
         x0 = torch.from_numpy(np.stack(x0))
@@ -1144,14 +1144,14 @@ class Windows:
 
 
 class Examples:
-    """One example a row, EOS up to the longest of pad_group rows: LLaDA's fine-tuning.                   Eq. 5
+    """One example per row, EOS up to the longest of pad_group rows: LLaDA's fine-tuning.       Eq. 5
 
     The response, its EOS and the padding are maskable, hence counted as L' (App. B.1); the prompt is not.
-    Of Cuts pad_group and times count: how often in a row each example comes.
+    Of Cuts only pad_group and times apply, the latter for how many successive rows each example fills.
     """
 
     bytes_per_token = None
-    logit_normal = 0.0                                      # an answer is begun at t = 1: that must be trained
+    logit_normal = 0.0                                      # an answer begins at t = 1: that must be trained
 
     def __init__(self, dataset, split, tok, seq_len, seed=0, cuts=WHOLE):
         self.corpus, self.split, self.tok, self.seed = dataset.parts[0], split, tok, seed
@@ -1175,9 +1175,9 @@ class Examples:
         self.borders = np.append(first_turns, len(self.rows))                # where each dialogue begins
 
     def drawn(self, samples):
-        """Examples by number in an endless stream, (n, 4): every dialogue once an epoch, of each a turn by chance.
+        """Examples by number in an endless stream, (n, 4): every dialogue once an epoch, one random turn of it.
 
-        Its other turns have to wait for another epoch (issue 77 of the official repository).
+        The other turns have to wait for another epoch (issue 77 of the official repository).
         """
         chosen = []
         for sample in samples:
@@ -1206,7 +1206,7 @@ class Examples:
     def held_out(self, limit=0):
         """The examples by length: [(x0 (n, T), maskable (n, T)), ...] for several T, bytes of text in a row.
 
-        Each is padded to a multiple of 32: what it costs does not depend on what others are there.
+        Each is padded to a multiple of 32, so that its loss does not depend on which others are there.
         """
         rows = self.rows[evenly(len(self.rows), limit)]
         length = -(-(rows[:, 2] - rows[:, 0]) // 32) * 32
