@@ -36,8 +36,8 @@ task = 'bound'                  # bound, exact, choice or lm_eval
 checkpoints = []                # runs or steps of train.py, or folders of released weights
 dataset = ''                    # a data set; default: the one that the first checkpoint was trained on
 split = 'val'                   # 'val' or 'train' (bound)
-input = []                    # files of questions or choices (repeat, or patterns); exact: else held-out ones
-windows = 0                     # windows or examples (bound), evenly spread; 0: all, of a mixture 1000
+input = []                    # files of questions or choices (repeat, or patterns); exact: default held-out ones
+windows = 0                     # windows or examples (bound), evenly spread; 0: all (of a mixture, 1000)
 limit = 0                       # how many questions, evenly spread; 0: all
 # --- likelihood
 seq_len = 0                     # tokens in a window (bound); 0: the shortest context among the checkpoints
@@ -46,18 +46,18 @@ mc_num = 128                    # masks for each choice (choice, lm_eval): Eq. 6
 method = 'likelihood'           # of choice and lm_eval: 'likelihood' (Eq. 6) or 'confidence' (iLLaDA)
 same_masks = True               # choices of a question share their masks: far less noise between them
 add_bos = False                 # begin plain prompts with BOS (iLLaDA); runs trained on examples always do
-pad_eos = False                 # confidence: an EOS stands in sight behind the choice (iLLaDA)
+pad_eos = False                 # confidence: a visible EOS follows the choice (iLLaDA)
 # --- sampler
 gen_length = 0                  # tokens for an answer; 0: what the context leaves, at most 64
-steps = 0                       # denoising steps, with variable_length of one block; 0: one token a step
+steps = 0                       # denoising steps (of one block with variable_length); 0: one token per step
 block_length = 0                # 0: the whole canvas at once
-variable_length = False         # blocks come into being one by one
+variable_length = False         # append blocks one by one
 remasking = 'low_confidence'    # or 'random'
 temperature = 0.0               # of the proposals
 cfg_scale = 0.0                 # classifier-free guidance; likelihoods are guided as well
 logits_eos_inf = False          # EOS is never written
 confidence_eos_eot_inf = False  # EOS and EoT are written last
-threshold = 0.0                 # above 0: commit every proposal this probable
+threshold = 0.0                 # above 0: commit every proposal at least this probable
 cache = ''                      # 'prefix', 'dual' or 'roll': see sample.py
 think_boost = 0.0               # see sample.py
 think_power = 3.0               # see sample.py
@@ -65,22 +65,22 @@ instruct = False                # put questions into the chat template
 extract = ''                    # exact: a regular expression; its last match in answer and output is compared
 stop = []                       # exact, lm_eval: an answer ends before these strings
 # --- lm_eval
-tasks = []                 # lm_eval tasks or .yaml files of some, each perhaps with :N examples in the prompt
+tasks = []                 # lm_eval tasks or .yaml files of some, each with an optional :N for N-shot prompts
 unsafe_code = False             # let tasks run code that the model wrote (HumanEval, MBPP): in a sandbox only
 # --- machine and output
 batch_size = 64                 # rows in one forward pass
 seed = 1                        # of masks and samples
 device = 'auto'                 # 'cuda', 'mps' or 'cpu'
 dtype = 'auto'                  # 'bfloat16' or 'float32'
-mask_id = -1                    # id of [MASK] where neither the weights nor their tokenizer tell
+mask_id = -1                    # id of [MASK] if neither the weights nor their tokenizer name it
 out = ''                        # also write what is printed as .csv
-show = 0                        # print so many of the answers
+show = 0                        # how many of the answers to print
 
 Run = namedtuple('Run', 'name model meta tok device autocast causal')
 
 
 def check(cfg):
-    """Refuses settings that cannot be."""
+    """Refuses invalid settings."""
     wrong = out_of_range(cfg, (
         ('limit windows seq_len seed gen_length show', 'in 0 .. 2^31', lambda v: 0 <= v < 2 ** 31),
         ('draws mc_num batch_size', 'in 1 .. 9999', lambda v: 1 <= v < 10 ** 4),
@@ -111,7 +111,7 @@ def check_pattern(name, pattern):
 
 
 def load(name, cfg):
-    """A checkpoint and all that belongs to it -> Run."""
+    """A checkpoint and everything that belongs to it -> Run."""
     model, meta, where, autocast = open_model(name, cfg.device, cfg.dtype)
     tok = data.tokenizer_for(meta, cfg.mask_id if cfg.mask_id >= 0 else None)
     if cfg.add_bos:
@@ -122,7 +122,7 @@ def load(name, cfg):
 
 
 def trained_with(run, key, otherwise=''):
-    """A setting of the training run; released weights do not tell."""
+    """A setting of the training run; released weights do not say."""
     return (run.meta['config'] or {}).get(key, otherwise)
 
 
@@ -207,7 +207,7 @@ def bound(cfg):
         seconds = round(time.perf_counter() - began, 1)
         kind, sign = ('autoregressive', ' =') if run.causal else ('diffusion', '<=')
         numbers = diffusion.nats_and_bits(logps[-1], n_tokens, n_bytes)
-        if len(runs) > 1:                               # on the same windows and masks: far surer than either
+        if len(runs) > 1:                               # on the same windows and masks: far more precise than either
             paired = ['above the first', '+-']
             numbers += diffusion.nats_and_bits(logps[-1] - logps[0], n_tokens, n_bytes)[2:]
         cells = [f'{number:.4f}' for number in numbers]
@@ -241,7 +241,7 @@ def as_choice(row):
 
 
 def encode_pair(context, continuation, tok):
-    """Ids of both, and how many belong to the context: encoded as one text, blanks between go to the second."""
+    """Ids of both, encoded as one text, and how many are the context's; blanks between go to the second."""
     if not continuation:
         ids = [*tok.start, *tok.encode(context)]
         return ids, len(ids)
@@ -255,7 +255,7 @@ def encode_pair(context, continuation, tok):
 def score_pairs(run, pairs, cfg):
     """Scores of continuations, [(ids, length of the context)] -> list of float: log p, its bound, or confidence.
 
-    What is longer than the model's context loses the beginning of its own context.
+    A pair longer than the model's context length loses the beginning of its context.
     """
     T, tok, scores = run.model.config.seq_len - cfg.pad_eos, run.tok, []
     for ids, n in tqdm(pairs, desc=f'{run.name}: scoring', disable=None, leave=False):
@@ -288,7 +288,7 @@ def score_pairs(run, pairs, cfg):
 
 
 def choice(cfg):
-    """Accuracy on multiple choice, by score and by score per byte; beside it, by taking the fewest tokens."""
+    """Accuracy on multiple choice, by score and by score per byte; for comparison, by fewest tokens."""
     items, rows = items_of(cfg.input, cfg.limit, as_choice), []
     if not items:
         raise Refused('choice needs --input=FILE')
@@ -317,7 +317,7 @@ def choice(cfg):
 
 
 def with_all(groups):
-    """The items of a dict of lists; of several also all of them together."""
+    """The items of a dict of lists; if there are several, also all of them together."""
     if len(groups) > 1:
         groups = {**groups, 'all': sum(groups.values(), [])}
     return groups.items()
@@ -431,8 +431,8 @@ class Harness:
     def loglikelihood(self, requests, disable_tqdm=False):
         """[(context, continuation)] -> [(log p, its bound, or confidence; is_greedy)].
 
-        is_greedy, whether the model itself would write this, takes a forward pass a token: it is asked only
-        where a document has one continuation (LAMBADA); of several no metric looks at it.
+        is_greedy, whether the model itself would write this, takes a forward pass per token: it is computed only
+        where a document has one continuation (LAMBADA); with several, no metric uses it.
         """
         pairs, tok = [], self.run.tok
         for request in requests:
@@ -449,7 +449,7 @@ class Harness:
                 for document, pair, score in zip(documents, pairs, scores)]
 
     def greedy(self, ids, n):
-        """Whether the model, at temperature 0 and a token a step, writes ids[n:] after ids[:n]."""
+        """Whether the model, at temperature 0 and one token per step, writes ids[n:] after ids[:n]."""
         new, tok = len(ids) - n, self.run.tok
         context = tok.cut(ids[:n], self.run.model.config.seq_len - new)
         with self.run.autocast:
@@ -467,7 +467,7 @@ class Harness:
         return out
 
     def generate_until(self, requests, disable_tqdm=False):
-        """[(context, see wishes)] -> [text up to a stop string]; of a long context what comes first is cut."""
+        """[(context, see wishes)] -> [text up to a stop string]; a long context is cut at its beginning."""
         run, T, block = self.run, self.run.model.config.seq_len, self.cfg.block_length or 1
         asked = defaultdict(dict)                      # (length, stop strings, temperature) -> number: prompt
         for number, request in enumerate(requests):
@@ -506,7 +506,7 @@ class Harness:
         return want, until, float(temperature) if do_sample else self.cfg.temperature
 
     def conversation(self, context):
-        """Ids of messages as apply_chat_template has left them; a context that did not go through it is a user's."""
+        """Ids of messages as apply_chat_template has left them; any other context is a user's."""
         try:
             messages = json.loads(context)
         except ValueError:
@@ -520,7 +520,7 @@ class Harness:
         return self.run.tok.spec.replace('/', '__')
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
-        """The messages as they are: `conversation` makes ids of them, for tokens of a template are no text."""
+        """The messages as they are: `conversation` makes ids of them, as template tokens are not text."""
         return json.dumps(chat_history)
 
 
@@ -543,7 +543,7 @@ def lm_eval(cfg):
 
 
 def task_manager(tasks):
-    """lm_eval's index of tasks, with those of our .yaml files; what it does not know is refused."""
+    """lm_eval's index of tasks, with those of our .yaml files; unknown tasks are refused."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -563,7 +563,7 @@ def task_name(file):
 
 
 def results_of(lm, task, manager, cfg):
-    """One task, perhaps with :N for N examples in its prompts -> rows [task, metric, value, standard error]."""
+    """One task, with an optional :N for N-shot prompts -> rows [task, metric, value, standard error]."""
     import lm_eval
 
     name, _, shots = task.partition(':')
@@ -589,7 +589,7 @@ def main(config):
     cfg = SimpleNamespace(**config)
     check(cfg)
     for name in cfg.checkpoints:
-        weights_in(name)                            # is it there? said before the first is measured
+        weights_in(name)                            # refuses a missing one before the first is measured
     TASKS[cfg.task](cfg)
 
 

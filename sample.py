@@ -1,17 +1,17 @@
 """Writes text with a trained or released model: continues, fills gaps, answers, chats, shows the canvas.
 
-    python sample.py out/docs                                       # three samples out of nothing
+    python sample.py out/docs                                       # three unconditional samples
     python sample.py out/docs --prompt="The function returns"       # continues (repeat --prompt for a batch)
     python sample.py out/docs --prompt="If the file ___ exist" --show
     python sample.py out/docs --prompt_file=- --out=out/answers.jsonl < prompts.txt
     python sample.py LLaDA-8B-Instruct config/sample_llada.py --chat
     python sample.py out/docs --num_samples=1 --html=out/trace.html     # a page to scrub through the steps
 
-A ___ in a prompt is a gap: gap_length masks, filled in sight of both sides, which no left-to-right model can
-do. By default answers (chat, instruct, released weights, models trained on examples) are low-confidence remasking
-at temperature 0, anything else random remasking at temperature 1. That draws from the model. Low-confidence
-remasking commits the most probable tokens first: it looks for the mode, and over a whole canvas with nothing
-given the mode of a small model is one phrase again and again. So give it a prompt and small blocks.
+A ___ in a prompt is a gap: gap_length masks, filled with both sides in view, which no left-to-right model can
+do. By default answers (chat, instruct, released weights, models trained on examples) use low-confidence remasking
+at temperature 0, anything else random remasking at temperature 1, which draws from the model. Low-confidence
+remasking commits the most probable tokens first: it seeks the mode, and over a whole canvas without a prompt the
+mode of a small model is one phrase again and again. So give it a prompt and small blocks.
 """
 
 from configurator import before_torch
@@ -39,35 +39,35 @@ from model import open_model
 # --- what to write
 checkpoint = 'out/docs'         # a run or a step of train.py, or a folder of released weights
 prompt = []                     # text to continue, or with ___ to fill in; none: unconditional samples
-prompt_file = ''                # more: .txt (one a line), .jsonl ("prompt", "messages", "ids"), - is stdin
+prompt_file = ''                # more prompts: .txt (one per line), .jsonl ("prompt", "messages", "ids"), - is stdin
 instruct = False                # put each prompt into the chat template as a user's message
-chat = False                    # talk: /reset forgets, /quit or Ctrl-D leaves, Ctrl-C breaks off an answer
+chat = False                    # talk: /reset forgets, /quit or Ctrl-D leaves, Ctrl-C interrupts an answer
 num_samples = 3                 # samples when there is no prompt
 gen_length = 0                  # tokens to generate; 0: as many as fit into the context, at most 64
 gap_length = 3                  # tokens in each ___; 0: tries 1 to 8, and keeps what fits best
 stop = []                       # text is cut before this string (repeat for more)
 # --- sampler
-steps = 0                       # denoising steps, with variable_length of one block; 0: one token a step
+steps = 0                       # denoising steps (of one block with variable_length); 0: one token per step
 block_length = 0                # finish blocks of this many tokens from left to right; 0: the whole canvas
-variable_length = False         # blocks come into being one by one, until the end is written (iLLaDA)
+variable_length = False         # append blocks one by one until the end is written (iLLaDA)
 remasking = ''                  # which proposals survive a step: 'random' or 'low_confidence'; '': see below
 temperature = math.nan          # 0 takes the most probable token; nan: see below
 cfg_scale = 0.0                 # classifier-free guidance away from the canvas without the prompt
 logits_eos_inf = False          # EOS is never written
 confidence_eos_eot_inf = False  # EOS and EoT are written last
-threshold = 0.0                 # above 0, low_confidence: commit every proposal this probable (fast, inexact)
-cache = ''                      # 'prefix', 'dual' or 'roll': keeps keys and values (fast, inexact)
-think_boost = 0.0               # above 0: makes "</think>" ever likelier (iLLaDA's evaluation: 100)
+threshold = 0.0                 # above 0, low_confidence: commit every proposal at least this probable (fast, inexact)
+cache = ''                      # 'prefix', 'dual' or 'roll': cache keys and values (fast, inexact)
+think_boost = 0.0               # above 0: make "</think>" more and more likely (iLLaDA's evaluation: 100)
 think_power = 3.0               # how late that sets in
 seed = 1337                     # of the noise
 # --- machine and output
 batch_size = 8                  # prompts in one forward pass
 out = ''                        # also write one JSON object per prompt to this new file: text, ids, settings
 show = False                    # draw the canvas after every step
-html = ''                       # write a new page to scrub through the steps of one prompt
+html = ''                       # write a new HTML page to scrub through the steps of one prompt
 device = 'auto'                 # 'cuda', 'mps' or 'cpu'
 dtype = 'auto'                  # 'bfloat16' or 'float32'; auto: released weights as they are stored
-mask_id = -1                    # id of [MASK] where neither the weights nor their tokenizer tell
+mask_id = -1                    # id of [MASK] if neither the weights nor their tokenizer name it
 
 GAP = '___'
 HIDDEN = '\N{LIGHT SHADE}'      # how a mask looks
@@ -135,16 +135,16 @@ def to_ids(entry, where, tok, cfg, vocab_size, gap):
 
 
 def lengths_of(entry, where, tok, cfg, config):
-    """The ids of a prompt, a list for each length that all of its gaps may have."""
+    """The ids of a prompt, one list for each length to try for its gaps."""
     lengths = [cfg.gap_length] if cfg.gap_length else range(1, 9)
     first, *more = [to_ids(entry, where, tok, cfg, config.vocab_size, n) for n in lengths]
     return [first, *(ids for ids in more if first != ids and len(ids) <= config.seq_len)]
 
 
 def best_fit(model, variants, rows, tok, cfg):
-    """What is kept of prompts tried with gaps of several lengths: [(prompt, what it became), ...].
+    """The best completion of each prompt over the gap lengths tried: [(prompt, what it became), ...].
 
-    variants: for each prompt a list of its ids, one a length. rows: all of them completed, in order.
+    variants: for each prompt, its ids at each length. rows: all of them completed, in order.
     """
     rows, kept = iter(rows), []
     for tried in variants:
@@ -156,7 +156,7 @@ def best_fit(model, variants, rows, tok, cfg):
 
 
 def plan(cfg, prompts, tok, config):
-    """How many tokens are to be written behind a prompt, or in its gaps; Refused if that cannot be."""
+    """How many tokens to write after a prompt or into its gaps; Refused if that is impossible."""
     n_gaps, length = [ids.count(tok.mask_id) for ids in prompts], max(map(len, prompts))
     new = max(n_gaps)                                           # none: see below
 
@@ -184,7 +184,7 @@ def plan(cfg, prompts, tok, config):
 
 
 def pieces_of(ids, tok):
-    """What each id adds to the text shown: a character of several tokens comes with its last."""
+    """What each id adds to the text shown: a character made of several tokens appears with the last."""
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
     return [HIDDEN if i == tok.mask_id else clean(decoder.decode(tok.decode_bytes([i]))) for i in ids]
 
@@ -216,14 +216,14 @@ class Screen:
 
 
 class Trace:
-    """What --html draws: when each position of the first row came to be and was written, how sure, what else.
+    """What --html draws: when each position of the first row appeared and was written, how sure, what else.
 
-    `look` is the adjust of the run whose on_step this is.
+    Serves as on_step of a run whose adjust is `look`.
     """
 
     def __init__(self, tok):
         self.tok, self.step, self.ids = tok, 0, []
-        self.marks = []                                         # of each position: [born, written, how sure]
+        self.marks = []                                         # for each position: [born, written, how sure]
         self.guesses, self.chances = [], {}                     # before each step; position -> p (V,)
 
     def look(self, logits, x, masked):
@@ -248,14 +248,14 @@ class Trace:
             self.marks[i][1:] = self.step, round(100 * sure)
 
     def page(self, title):
-        """The page: one file without anything from elsewhere; the text is data, and cannot become markup."""
+        """The page, one self-contained file; the text is data, and cannot become markup."""
         tokens = [(piece, *mark) for piece, mark in zip(pieces_of(self.ids, self.tok), self.marks)]
         told = {'TITLE': title, 'STEPS': self.step, 'TOKENS': tokens, 'GUESSES': self.guesses}
         return re.sub('|'.join(told), lambda m: json.dumps(told[m[0]]).replace('<', '\\u003c'), PAGE)
 
 
 def both(*watchers):
-    """One on_step for several; a None among them is nobody."""
+    """One on_step that calls several; None among them is skipped."""
     def on_step(x, committed):
         for watch in filter(None, watchers):
             watch(x, committed)
@@ -328,7 +328,7 @@ at("bar").oninput = draw; at("hue").onchange = draw; at("play").onclick = play; 
 
 def texts_of(ids, prompt, tok, stop):
     """(the text of prompt and answer, that of the answer alone), up to an end token or stop string."""
-    start = len(tok.start) if prompt[:1] == tok.start else 0        # BOS is no text
+    start = len(tok.start) if prompt[:1] == tok.start else 0        # BOS is not text
     if tok.mask_id not in prompt:
         answer = tok.answer(ids[len(prompt):], stop)                # nothing counts after the end
         return tok.decode(prompt[start:]) + answer, answer
@@ -340,7 +340,7 @@ def texts_of(ids, prompt, tok, stop):
 
 
 def talk(model, cfg, tok, autocast, how):
-    """Multi-turn conversation on the terminal. The oldest turns go when the context is full."""
+    """Multi-turn conversation on the terminal. The oldest turns are dropped when the context is full."""
     messages, turn, config = [], 0, model.config
     cfg.gen_length = cfg.gen_length or min(128, config.seq_len // 2)
     plan(cfg, [tok.encode_chat([{'role': 'user', 'content': 'x'}])], tok, config)
@@ -391,7 +391,7 @@ def talk(model, cfg, tok, autocast, how):
 
 
 def new_file(name):
-    """A path at which there must be nothing yet; None for ''."""
+    """The path of a file that must not exist yet; None for ''."""
     if not name:
         return None
     path = Path(name)
@@ -399,12 +399,12 @@ def new_file(name):
         raise Refused(f'{path}: is there already; choose another name')
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
-    path.unlink()                       # it can be written, and is there only once something is in it
+    path.unlink()                       # it is writable, and exists only once something is in it
     return path
 
 
 def check(cfg):
-    """Refuses settings that cannot be."""
+    """Refuses invalid settings."""
     wrong = out_of_range(cfg, (
         ('batch_size num_samples', 'in 1 .. 999999', lambda v: 1 <= v < 10 ** 6),
         ('gap_length', 'in 0 .. 999999', lambda v: 0 <= v < 10 ** 6),
@@ -418,7 +418,7 @@ def check(cfg):
 
 
 def sampler(cfg, answers):
-    """Settings for diffusion.complete; unless they are set, answers look for the mode, samples are drawn."""
+    """Settings for diffusion.complete; by default answers seek the mode, and samples are drawn."""
     remasking, temperature = ('low_confidence', 0.0) if answers else ('random', 1.0)
     if not math.isnan(cfg.temperature):
         temperature = cfg.temperature
@@ -457,7 +457,7 @@ def main(config):
     trace = Trace(tok) if page else None
 
     began, made, forwards = time.perf_counter(), 0, 0
-    # (gaps of unknown length one by one: a prompt's noise goes by its number, not by its neighbours)
+    # (gaps of unknown length one by one: a prompt's noise depends on its number, not on its neighbours)
     starts = range(0, len(variants), cfg.batch_size if cfg.gap_length else 1)
     for i in tqdm(starts, disable=None if len(starts) > 1 else True):
         tried = variants[i:i + starts.step]
