@@ -1,4 +1,4 @@
-"""The ground floor: settings of a script, and what the user gave that cannot be used.
+"""The ground floor: the settings of a script, and one-line errors for what the user gave.
 
     python train.py config/docs.py --batch_size=16 --compile    # globals, then files, then flags: later wins
     python train.py --help                                      # every key, its default and its comment
@@ -34,7 +34,7 @@ UNREADABLE = (ValueError, SyntaxError, ArithmeticError, RecursionError, MemoryEr
 class Refused(ValueError):
     """What the user typed or gave cannot be used. `command` shows it without a traceback, exit code 2.
 
-    Any other exception is a mistake in code, and keeps its traceback.
+    Any other exception is a bug, and keeps its traceback.
     """
 
 
@@ -52,7 +52,7 @@ def configure(namespace, argv=None, positional=(), beneath=None):
     """Applies config files and flags to the settings in a script's globals() and returns them: name -> value.
 
     Arguments ending in .py are config files; other bare words go to the names in `positional`, in turn (a
-    list takes the rest). beneath(settings) -> settings to stand in for the defaults, beneath what is typed.
+    list takes the rest). beneath(settings) -> settings that replace the defaults, but not what is typed.
     Exits with code 2 and one line per problem; with code 0 after --help.
     """
     words = sys.argv[1:] if argv is None else argv
@@ -69,7 +69,7 @@ def configure(namespace, argv=None, positional=(), beneath=None):
 
 
 def _typed(words, ground, defaults, positional):
-    """The settings `ground` as the words of a command line change them, in the types of the defaults."""
+    """Applies the words of a command line to the settings `ground`, in the types of the defaults."""
     values, problems = deepcopy(ground), []
     words, bare, begun = list(words), list(positional), set()
     while words:
@@ -77,7 +77,7 @@ def _typed(words, ground, defaults, positional):
 
         if word.startswith('--'):
             key, text = _flag(word, words, defaults)
-            if defaults.get(key) == []:                             # an empty list collects texts, one a flag
+            if defaults.get(key) == []:                             # an empty default collects texts, one per flag
                 before = values[key] if key in begun else []        # the first replaces what a file says
                 values[key] = [*before, text]
                 begun.add(key)
@@ -113,7 +113,7 @@ def _flag(word, rest, defaults):
 
 
 def _read_file(path, values, defaults):
-    """Applies the assignments of one config file; nothing in it runs. Yields what is wrong, a sentence each."""
+    """Applies the assignments of one config file; nothing in it runs. Yields problems, a sentence each."""
     try:
         tree = ast.parse(path.read_text(encoding='utf-8-sig'))
     except OSError as error:
@@ -203,13 +203,13 @@ def _convert(value, kind):
 
 
 def refuse(wrong):
-    """Refused with all that is wrong, a list of sentences, a line each; nothing if it is empty."""
+    """Raises Refused with all problems, a list of sentences, one per line; does nothing if it is empty."""
     if wrong:
         raise Refused('\n'.join(wrong))
 
 
 def out_of_range(cfg, ranges):
-    """A sentence for each setting that cannot be; ranges: (keys, what they must be, whether a value fits)."""
+    """A sentence for each invalid setting; ranges: (keys, what they must be, whether a value fits)."""
     wrong = []
     for keys, says, fits in ranges:
         for key in keys.split():
@@ -234,21 +234,21 @@ def _help(namespace, defaults, positional):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The outermost place of a script
+# The outermost layer of a script
 
 
 def before_torch():
-    """What a script does before it imports torch, which takes seconds, and reads the environment."""
+    """What a script does before importing torch, which takes seconds and reads the environment."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)                # Ctrl-C ends it without a traceback
-    if 'OMP_WAIT_POLICY' not in os.environ:             # threads that wait for long sleep, on busy cores
+    if 'OMP_WAIT_POLICY' not in os.environ:             # on busy cores, threads that wait long should sleep
         os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 
 def command(main, namespace, positional=(), beneath=None):
-    """Runs main(settings), and shows what the user gave wrong as one line on stderr, exit code 2.
+    """Runs main(settings), and shows user errors as one line on stderr, exit code 2.
 
-    That is: Refused, and an OSError that names a file. Ctrl-C (130) and a closed pipe (141) end quietly.
+    These are Refused and an OSError that names a file. Ctrl-C (130) and a closed pipe (141) end quietly.
     positional, beneath: see configure.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:           # see before_torch
@@ -278,7 +278,7 @@ def command(main, namespace, positional=(), beneath=None):
 
 @contextmanager
 def refusing():
-    """Around a check of what the user gave, by code that knows no users: its ValueError becomes Refused."""
+    """Wraps a check of user input by code that does not know Refused: its ValueError becomes Refused."""
     try:
         yield
     except ValueError as error:
@@ -286,7 +286,7 @@ def refusing():
 
 
 def fail(message, code=2):
-    """One clear line on stderr, then out. Of many processes the first speaks, or one alone in trouble."""
+    """One clear line on stderr, then exit. Of many processes rank 0 speaks, or the one alone in trouble."""
     if os.environ.get('RANK', '0') != '0':
         time.sleep(3)                                               # by then torchrun has ended this process
         message = f"process {os.environ['RANK']}: {message}"
@@ -295,11 +295,11 @@ def fail(message, code=2):
 
 
 def say(text):
-    """A line on stderr: whatever is no result."""
+    """A line on stderr, for everything that is not a result."""
     print(clean(str(text)), file=sys.stderr, flush=True)
 
 
-# control characters but \n and \t, the direction of writing, half a surrogate pair
+# control characters but \n and \t, marks of writing direction, half a surrogate pair
 UNSEEN = r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]'
 
 
@@ -309,7 +309,7 @@ def clean(text):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Folders and files that more than one room reads
+# Folders and files that several modules read
 
 
 class Damaged(Refused):
@@ -350,7 +350,7 @@ def read_json(path):
 
 
 def write_manifest(folder, facts):
-    """Makes a folder whole: writes manifest.json, `facts` and the checksums of all files and of itself."""
+    """Completes a folder: writes manifest.json, with `facts` and the checksums of all files and of itself."""
     path, aside = folder / 'manifest.json', folder / 'manifest.tmp'
     files = {file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file != path}
     manifest = {**facts, 'files': files}
@@ -361,9 +361,9 @@ def write_manifest(folder, facts):
 
 
 def read_manifest(folder, share=(0, 1)):
-    """The manifest of a whole folder -> dict. Damaged if it, or a file that it lists, is not what was written.
+    """The manifest of a complete folder -> dict. Damaged if it, or a file it lists, is not what was written.
 
-    share (k, n): of the files the k-th is compared and every n-th behind it, for n processes; None: no file.
+    share (k, n): verify the k-th file and every n-th after it, for n processes; None: no file.
     """
     manifest = read_json(folder / 'manifest.json')
     told = manifest.pop('sha256', None)
@@ -387,7 +387,7 @@ def file_sha256(path):
 
 
 def facts_sha256(facts):
-    """Checksum of what JSON can say."""
+    """Checksum of whatever JSON can hold."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -443,5 +443,5 @@ def copy_tokenizer(spec, folder):
 
 
 def own_tokenizer(spec, folder):
-    """A spec that copy_tokenizer has given, as one that can be opened from anywhere."""
+    """A spec returned by copy_tokenizer, as one that can be opened from anywhere."""
     return str(folder / spec) if spec.endswith(TOKENIZER_FILES) else spec

@@ -1,6 +1,6 @@
-"""The autoregressive baseline of docs.py: the same Transformer but for the causal mask, as many tokens, same optimizer.
+"""The autoregressive baseline of docs.py: the same Transformer but for the causal mask, same tokens and optimizer.
 
-(Of those tokens diffusion sees each window twice in an update, under two masks: here every window is another.)
+(With the same number of tokens diffusion sees each window twice in an update, under two masks; here none repeats.)
 """
 
 out_dir = 'out/docs_ar'

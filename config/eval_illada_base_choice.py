@@ -1,4 +1,4 @@
-"""iLLaDA-8B-Base, multiple choice by confidence, an EOS in sight behind the choice.
+"""iLLaDA-8B-Base, multiple choice by confidence, with a visible EOS after the choice.
 
     python evaluate.py lm_eval iLLaDA-8B-Base config/eval_illada_base_choice.py
 

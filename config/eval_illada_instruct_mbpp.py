@@ -1,4 +1,4 @@
-"""iLLaDA-8B-Instruct, MBPP, with reasoning. Tasks in _reasoning are of its own harness: give their .yaml.
+"""iLLaDA-8B-Instruct, MBPP, with reasoning. Tasks in _reasoning are from its own harness: give their .yaml.
 
     python evaluate.py lm_eval iLLaDA-8B-Instruct config/eval_illada_instruct_mbpp.py
 

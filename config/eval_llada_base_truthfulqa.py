@@ -1,4 +1,4 @@
-"""LLaDA-8B-Base, TruthfulQA by Eq. 6 with guidance of 2 (Table 1 of the paper is without: --cfg_scale=0).
+"""LLaDA-8B-Base, TruthfulQA by Eq. 6 with guidance of 2 (Table 1 of the paper has none: --cfg_scale=0).
 
     python evaluate.py lm_eval LLaDA-8B-Base config/eval_llada_base_truthfulqa.py
 

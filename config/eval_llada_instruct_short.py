@@ -1,4 +1,4 @@
-"""LLaDA-8B-Instruct, answers of a letter.
+"""LLaDA-8B-Instruct, one-letter answers.
 
     python evaluate.py lm_eval LLaDA-8B-Instruct config/eval_llada_instruct_short.py
 

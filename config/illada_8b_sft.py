@@ -3,13 +3,13 @@
     python data.py --input='sft/*.jsonl' --out=data/sft --tokenizer=iLLaDA-8B-Base/tokenizer.json
     torchrun --nnodes=32 --nproc-per-node=8 ... train.py config/illada_8b_sft.py --init_from=iLLaDA-8B-Base
 
-Second-hand throughout, as config/illada_8b.py. Its chat template is unconfirmed: data.py refuses any that it does not
+Second-hand throughout, like config/illada_8b.py. Its chat template is unconfirmed: data.py refuses any that it does not
 know; then give it "prompt_ids" and "response_ids", tokenized by other means.
 """
 
 out_dir = 'out/illada_8b_sft'
 init_from = 'iLLaDA-8B-Base'
-dataset = 'data/sft'            # prompt, response, one EOS; all examples one stream, every token may be hidden
+dataset = 'data/sft'            # prompt, response, one EOS; all examples form one stream, any token may be hidden
 random_split = 0.3              # as in pre-training (split windows are packed); unconfirmed for fine-tuning
 isolate = False                 # True: attention does not cross from one example into the next; unconfirmed too
 

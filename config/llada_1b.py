@@ -1,6 +1,6 @@
 """LLaDA 1B, for the scaling experiment (arXiv 2502.09992v3, Sec. 3.1 and App. B.2): 1,487,243,264 parameters.
 
-The paper trains it on up to 461 G tokens. Beyond the highest learning rate and the batch its schedule is not stated.
+The paper trains it on up to 461 G tokens. Apart from the peak learning rate and batch, its schedule is not stated.
 """
 
 out_dir = 'out/llada_1b'
@@ -22,7 +22,7 @@ emb_std = 0.0                   # 1/sqrt(d_model), with the scheme named in the 
                                 # pre-training used it is unconfirmed
 
 count_form = False              # Bernoulli masks and weight 1/t (Eq. 3, Alg. 1)
-stratified = True               # LLaDA draws t i.i.d.; the same mean with less noise and a level number of masks
+stratified = True               # LLaDA draws t i.i.d.; the same mean with less noise and a steadier number of masks
 mask_eps = 1e-3                 # the official guideline
 random_length = 0.01            # App. B.1: 1 % of the data have a random length uniform in [1, 4096]
 
@@ -36,7 +36,7 @@ batch_size = 8                  # for each GPU
 global_batch = 1280
 learning_rate = 4e-4
 max_iters = 88000               # 461.37 G tokens, the last point of the paper's table
-schedule = 'points'             # unconfirmed: warm up as the 8B does, then stay
+schedule = 'points'             # unconfirmed: warm up as the 8B does, then hold
 lr_points = [[0, 0], [2000 * 1280 * 4096, 4e-4]]
 
 eval_interval = 1000

@@ -4,7 +4,7 @@
     python tests/lab/estimate.py config/llada_8b.py --gpus=320
 
 The authors' data are not public; they describe 61 % English, 28 % code, 11 % Chinese, which would be
-dataset = 'data/en:0.61,data/code:0.28,data/zh:0.11'. At 256 GPUs the 1280 windows do not divide: 5 for each GPU would
+dataset = 'data/en:0.61,data/code:0.28,data/zh:0.11'. On 256 GPUs batches of 4 do not divide 1280 windows: use 5
 (with act_memory below 0.5), or 160 or 320 GPUs. With SLURM (out_dir on a file system that all nodes see):
 
     #!/bin/bash
@@ -38,7 +38,7 @@ emb_std = 0.0                   # 1/sqrt(d_model), with the scheme named in the 
                                 # pre-training used it is unconfirmed
 
 count_form = False              # Bernoulli masks and weight 1/t (Eq. 3, Alg. 1)
-stratified = True               # LLaDA draws t i.i.d.; the same mean with less noise and a level number of masks
+stratified = True               # LLaDA draws t i.i.d.; the same mean with less noise and a steadier number of masks
 mask_eps = 1e-3                 # the official guideline
 random_length = 0.01            # App. B.1: 1 % of the data have a random length uniform in [1, 4096]
 

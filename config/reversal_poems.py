@@ -1,4 +1,4 @@
-"""The reversal experiment on couplets: learn them by heart, then give the next line for one, or the one before.
+"""The reversal experiment on couplets: memorise them, then give the line after or before a given one.
 
 Takes a local file of couplets, [{"first", "second"}, ...], such as the poems of the official repository:
 python tests/lab/worlds.py --poems=poem_data.json

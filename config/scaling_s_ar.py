@@ -1,7 +1,7 @@
 """Scaling at equal FLOPs, the smallest of three sizes, the autoregressive baseline.
 
-Each of scaling_s, _m, _l and its _ar twin get the same training FLOPs, as Transformer.flops_per_token counts
-them, on less than three epochs of the data. Afterwards:
+Each of scaling_s, _m, _l gets the same training FLOPs as its _ar twin, counted by Transformer.flops_per_token,
+on less than three epochs of the data. Afterwards:
 python tests/lab/experiments.py scaling 'out/scaling_*' --out=scaling.csv
 """
 

@@ -1,8 +1,8 @@
 """Fine-tuning as LLaDA does it (Eq. 5; Sec. 2.3, App. B.1), on instructions about the made-up world.
 
-One example a row: the prompt is never hidden, EOS pads to the longest row of the update and is hidden and counted like
-the answer, of a dialogue one turn is drawn. The learning rate warms up, stays, and falls to a tenth over the last
-quarter (the paper's tenth left sorting at 97 %).
+One example per row: the prompt is never hidden; EOS pads to the longest row of the update, hidden and counted like the
+answer; one turn of a dialogue is drawn. The learning rate warms up, holds, and falls to a tenth over the last quarter
+(over the last tenth, as in the paper, sorting stayed at 97 %).
 First:  python train.py config/world.py       Afterwards:  python sample.py out/sft_toy --chat --gen_length=16
 """
 
