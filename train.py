@@ -298,7 +298,7 @@ def join_processes(cfg, rank, world):
 
 
 def refuse_giants(config, cfg, procs):
-    """Refuses, before anything is allocated, a run that exceeds memory even by a low estimate."""
+    """Refuses, before the model is made, a run that exceeds memory even by a low estimate."""
     if procs.device == 'cuda':
         have = torch.cuda.mem_get_info()[1]
     elif hasattr(os, 'sysconf'):
