@@ -46,7 +46,7 @@ mc_num = 128                    # masks for each choice (choice, lm_eval): Eq. 6
 method = 'likelihood'           # of choice and lm_eval: 'likelihood' (Eq. 6) or 'confidence' (iLLaDA)
 same_masks = True               # choices of a question share their masks: far less noise between them
 add_bos = False                 # begin plain prompts with BOS (iLLaDA); runs trained on examples always do
-pad_eos = False                 # confidence: a visible EOS follows the choice (iLLaDA)
+pad_eos = False                 # a visible EOS follows what is scored, and is not scored itself (iLLaDA)
 # --- sampler
 gen_length = 0                  # tokens for an answer; 0: what the context leaves, at most 64
 steps = 0                       # denoising steps (of one block with variable_length); 0: one token per step
@@ -257,26 +257,26 @@ def score_pairs(run, pairs, cfg):
 
     A pair longer than the model's context length loses the beginning of its context.
     """
-    T, tok, scores = run.model.config.seq_len - cfg.pad_eos, run.tok, []
+    tok, scores = run.tok, []
+    end = [tok.eos_id] * cfg.pad_eos
+    T = run.model.config.seq_len - len(end)
     for ids, n in tqdm(pairs, desc=f'{run.name}: scoring', disable=None, leave=False):
         new = ids[n:]
         if not new:                                         # log p of nothing
             scores.append(0.0)
             continue
         context = tok.cut(ids[:n], T - len(new))
-        x0 = torch.tensor([*context, *new], device=run.device)
-        if len(x0) > T:
+        if len(context) + len(new) > T:
             raise Refused(f'a continuation has {len(new)} tokens, the context of {run.name} holds {T}')
-        maskable = torch.arange(len(x0), device=run.device) >= len(context)
+        x0 = torch.tensor([*context, *new, *end], device=run.device)
+        maskable = torch.zeros_like(x0, dtype=torch.bool)
+        maskable[len(context):len(context) + len(new)] = True
 
         with run.autocast:
             if run.causal:
                 score = diffusion.ar_log_likelihood(run.model, x0, maskable, bos_id=tok.eos_id)
             elif cfg.method == 'confidence':
-                score = diffusion.confidence_score(
-                    run.model, x0, maskable, tok.mask_id,
-                    cfg_scale=cfg.cfg_scale, eos_id=tok.eos_id if cfg.pad_eos else None)
-
+                score = diffusion.confidence_score(run.model, x0, maskable, tok.mask_id, cfg_scale=cfg.cfg_scale)
             else:
                 key = ids[:n] if cfg.same_masks else ids
                 noise = diffusion.keyed_generator(cfg.seed, *key, device=run.device)

@@ -13,7 +13,6 @@ d_model = 4096
 d_ff = 13440
 rope_theta = 500000.0           # unconfirmed
 norm_eps = 1e-5                 # unconfirmed
-logit_normal = 0.0              # t is uniform in the papers
 emb_std = 0.0                   # 1/sqrt(d_model), with the scheme named in the released config ("mitchell"): that
                                 # pre-training used it is unconfirmed
 

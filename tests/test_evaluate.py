@@ -84,7 +84,14 @@ def test_choices_are_ranked_by_the_likelihood_of_the_table():
     want = [float(logits[tok.encode(c)[0]].detach()) for c in 'abcd']
     for changes in (dict(mc_num=1), dict(mc_num=16), dict(method='confidence')):
         assert evaluate.score_pairs(run, pairs, settings(**changes)) == pytest.approx(want, abs=1e-5)
+    logits = model(torch.tensor([[*tok.encode('x:'), tok.mask_id, tok.eos_id]]))[0, -2].log_softmax(-1)
+    with_eos = [float(logits[tok.encode(c)[0]].detach()) for c in 'abcd']       # in sight of it, which is not scored
+    assert with_eos != pytest.approx(want, abs=1e-3)
+    for changes in (dict(mc_num=1), dict(method='confidence')):
+        assert evaluate.score_pairs(run, pairs, settings(pad_eos=True, **changes)) == pytest.approx(with_eos, abs=1e-5)
     causal = run_of(tiny_model(vocab_size=262, seq_len=32, causal=True).eval())
+    assert (evaluate.score_pairs(causal, pairs, settings(pad_eos=True))
+            == pytest.approx(evaluate.score_pairs(causal, pairs, settings())))
     logits = causal.model(torch.tensor([[tok.eos_id, *tok.encode('x:')]]))[0, -1].log_softmax(-1)
     assert evaluate.score_pairs(causal, pairs, settings()) == pytest.approx(
         [float(logits[tok.encode(c)[0]].detach()) for c in 'abcd'], abs=1e-5)
