@@ -1,7 +1,7 @@
-"""The checks of the exercises, each against a truth from outside; what is wrong is named in words.
+"""The checks of the exercises, each against an independent truth; a failed check names the mistake in words.
 
-Every check takes the functions to be tried as a module or namespace, so that it can be run on the project's own and on
-wrong ones as well (tests/test_exercises.py).
+Each check takes the functions under test as a module or namespace, so that it also runs on the project's own answers
+and on wrong ones (tests/test_exercises.py).
 """
 
 import itertools
@@ -28,7 +28,7 @@ def near(a, b, tolerance=1e-6):
 
 
 def log_p(x0, xt):
-    """log p(x0_i | xt) of all positions, by the table: (B, T)."""
+    """log p(x0_i | xt) of all positions, from the table: (B, T)."""
     return MODEL(xt).gather(-1, x0[..., None])[..., 0]
 
 
@@ -40,7 +40,7 @@ def ex1(my):
     asked = []
 
     def logits(ids):
-        return 0.7 * MODEL(ids).clamp(min=-4) + 1           # also unsure of what is in sight, and no log p as they are
+        return 0.7 * MODEL(ids).clamp(min=-4) + 1           # also unsure of visible tokens, and not normalised
 
     def model(ids):
         asked.append(ids)
@@ -75,7 +75,7 @@ def ex1(my):
         'this predicts the next token: logit i is about token i here, there is no shift')
     say(not near(got, right), f'{float(got):.6f} is not {float(right):.6f}')
 
-    # the outside truth: over all texts, masks and t the mean is the entropy of the source, per token
+    # the independent truth: the mean over all texts, masks and t is the entropy of the source, per token
     nodes = [(0.5 - 0.5 * math.sqrt(0.6), 5 / 18), (0.5, 8 / 18), (0.5 + 0.5 * math.sqrt(0.6), 5 / 18)]
     total = 0.0
     for ratio, share in nodes:                              # three Gauss points are exact for t^0 ... t^5
@@ -129,7 +129,7 @@ def ex3(my):
     say(near(got, inverse), 'it is T/l, not l/T')
     say(not near(got, right), f'{float(got):.6f} is not {float(right):.6f}')
 
-    # the outside truth: sizes equally likely, masks of a size equally likely: the mean over texts is -entropy
+    # the independent truth: with sizes, and masks of one size, equally likely, the mean over texts is -entropy
     total = 0.0
     for text, p in zip(TEXTS, P.flatten()):
         sizes = [my.ex3_bound(MODEL, text, MASKS[MASKS.sum(1) == size], MASK) for size in range(1, T + 1)]
@@ -138,7 +138,7 @@ def ex3(my):
 
 
 def sampled(step, rows=20000):
-    """Texts written one token a step by `step`, as frequencies (V,) * T, and their distance from the truth."""
+    """Frequencies (V,) * T of texts that `step` writes, one token per step, and their distance from the truth."""
     g, x = torch.Generator().manual_seed(1), torch.full((rows, T), MASK)
     for left in range(T - 1, -1, -1):
         before = x.clone()
@@ -217,7 +217,7 @@ def ex7(my):
     say(not torch.equal(got[:, :, rest], keys[:, :, rest]), 'rows that are not in pos must stay')
     say(not torch.equal(got[:, :, pos], new), 'the rows of pos are not the new ones')
 
-    # the outside truth: a Transformer that is given its canvas in two parts, in any order
+    # the independent truth: a Transformer that is given its canvas in two parts, in any order
     import model as models
     net, ids = tiny_model(), torch.arange(12)[None] + 5
     real, kv = models.Attention.forward, [{}, {}]
@@ -292,7 +292,7 @@ def ex10(my):
     say((got & ~block).any(), 'somebody looks across a border')
     say((block & ~got).any(), 'somebody does not see all of the own segment')
 
-    # the outside truth: a packed Transformer equals one that gets each segment alone
+    # the independent truth: a packed Transformer equals one that gets each segment alone
     from model import attention
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 8, 4, generator=g) for _ in range(3))

@@ -1,7 +1,7 @@
-"""Your answers. Replace each `raise NotImplementedError`; README.md beside this file says how to work.
+"""Your answers. Replace each `raise NotImplementedError`; README.md beside this file explains how.
 
 Letters: B rows, T tokens in a row, V vocabulary, M masked positions of all rows. A `model` is any function
-ids (B, T) int64 -> logits (B, T, V): what it says about position i is about token i (no shift).
+ids (B, T) int64 -> logits (B, T, V): its logits at position i predict token i (no shift).
 """
 
 import torch  # noqa: F401  (you will need it)
@@ -20,18 +20,18 @@ def ex1_loss(model, x0, xt, masked, t):
 def ex2_hide(maskable, n, u):
     """Exactly n[b] of the maskable positions of row b, at random -> masked (B, T) bool.
 
-    maskable (B, T) bool, n (B,) int64, n[b] at most what is maskable in row b, u (B, T) uniform noise. It fits on
-    one line of 80 columns: what does argsort of argsort say about a row?
+    maskable (B, T) bool, n (B,) int64, n[b] at most the number maskable in row b, u (B, T) uniform noise. It fits on
+    one line of 80 columns: what does argsort of argsort give for a row?
     """
     raise NotImplementedError
 
 
 def ex3_bound(model, x0, masks, mask_id):
-    """Eq. 6: a lower bound on log p(x0) from some masks, a number.
+    """Eq. 6: a lower bound on log p(x0) from some masks -> a number.
 
-    x0 (T,), masks (K, T) bool, of which each hides l >= 1 of the T tokens:
+    x0 (T,), masks (K, T) bool, each hiding l >= 1 of the T tokens:
 
-        mean over the masks of  T/l  sum over its masked i  log p(x0_i | the rest)
+        mean over the masks of  T/l  sum over the masked i  log p(x0_i | the rest)
     """
     raise NotImplementedError
 
@@ -39,17 +39,17 @@ def ex3_bound(model, x0, masks, mask_id):
 def ex4_step(model, x, mask_id, n, generator):
     """One step of random remasking (Alg. 4 with a fixed count): x (B, T) with masks -> x with n fewer in each row.
 
-    n: an int. Draw a token for every mask from softmax of the logits, then write n of them, chosen at random in each
-    row (all that are left, if they are fewer), on a copy of x. generator: for both draws.
+    n: an int. Draw a token for every mask from the softmax of the logits, then write n of them, chosen at random in
+    each row (all that are left, if there are fewer), to a copy of x. generator: for both draws.
     """
     raise NotImplementedError
 
 
 def ex5_law(model, mask_id, T, V):
-    """What low-confidence remasking, one token a step at temperature 1, really samples: probabilities (V,) * T.
+    """The law that low-confidence remasking, one token per step, temperature 1, samples: probabilities (V,) * T.
 
     From a canvas of T masks: propose a token at every mask, each drawn from its own softmax; write down the
-    proposal whose probability is highest (the leftmost of equal ones); again, until no mask is left. Return the exact
+    proposal with the highest probability (the leftmost of ties); repeat until no mask is left. Return the exact
     probability of every text. (T and V are 3: go through all proposals.)
     """
     raise NotImplementedError
@@ -62,32 +62,32 @@ def ex6_counts(n_masked, steps):
 
 
 def ex6_guide(conditional, unconditional, w):
-    """Classifier-free guidance (Sec. 2.4): logits that go by the factor w + 1 from the unconditional ones in the
-    direction of the conditional ones. w = 0 is no guidance."""
+    """Classifier-free guidance (Sec. 2.4): logits that go w + 1 times the way from the unconditional to the
+    conditional ones. w = 0 is no guidance."""
     raise NotImplementedError
 
 
 def ex7_write(keys, new, pos):
-    """The cache is a slice: keys (B, H, T, D), the keys `new` (B, H, W, D) of positions pos (W,) -> keys of all T,
-    those of pos replaced. Without a loop; `keys` itself must not change."""
+    """The cache is a slice: keys (B, H, T, D), the keys `new` (B, H, W, D) of positions pos (W,) -> keys of all T
+    positions, those of pos replaced. Without a loop; `keys` itself must not change."""
     raise NotImplementedError
 
 
 def ex8_bits_per_byte(nats_per_token, n_tokens, text):
-    """Cross-entropy in bits per byte of UTF-8, from the mean nats per token over n_tokens tokens of this text."""
+    """Cross-entropy in bits per byte of UTF-8, from the mean nats per token over the n_tokens tokens of this text."""
     raise NotImplementedError
 
 
 def ex9_schedule(cost, T, k):
     """The best schedule of exactly k steps: a list of k numbers of tokens, each at least 1, that add up to T.
 
-    cost[a][b]: what it costs (in nats lost) to write the tokens a, ..., b-1 in one step. Dynamic programming: the best
-    way to have written b tokens in j steps is the best way to have written a in j - 1, plus cost[a][b].
+    cost[a][b]: the cost (in nats lost) of writing the tokens a, ..., b-1 in one step. Dynamic programming: the best
+    way to write b tokens in j steps is the best way to write some a of them in j - 1, plus cost[a][b].
     """
     raise NotImplementedError
 
 
 def ex10_may_see(lengths):
-    """Packing: segments of these lengths, a list, stand end to end in one row of T tokens -> (T, T) bool, whether
+    """Packing: segments of these lengths, a list, lie end to end in one row of T tokens -> (T, T) bool, whether
     the query (row) may look at the key (column): anywhere in its own segment, nowhere else. No causal mask."""
     raise NotImplementedError
