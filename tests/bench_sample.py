@@ -1,13 +1,13 @@
-"""Sampling speed, by hand: the plain loop, the exact sampler, and what is faster and not exact, taking turns.
+"""Sampling speed, run by hand: the plain loop, the exact sampler and faster, inexact variants, taking turns.
 
     python tests/bench_sample.py                                    # random weights, d 256, 4 blocks, V 32,768
     python tests/bench_sample.py --prompt_length=900
     python tests/bench_sample.py --checkpoint=out/sft_toy --questions=100       # trained: are the answers still right?
     python tests/bench_sample.py --d_model=4096 --n_layer=32 --n_head=32 --d_ff=12288 --vocab_size=126464   # on a GPU
 
-On random weights: milliseconds a forward pass, tokens a second, tokens a pass, the share of tokens that agree with
-exact decoding, and the speed beside the plain loop (reference.py: every logit, every step), medians of the rounds. On a
-checkpoint: the same of answers to held-out questions, and how many of them are right. One thread, unless you say more.
+On random weights: milliseconds per forward pass, tokens per second, tokens per pass, the share of tokens that agree
+with exact decoding, and the speed relative to the plain loop (reference.py: every logit, every step), medians of the
+rounds. On a checkpoint: the same for answers to held-out questions, and how many are right. One thread by default.
 """
 
 import statistics
@@ -26,7 +26,7 @@ import evaluate  # noqa: E402
 import model as models  # noqa: E402
 from configurator import configure, settings_of  # noqa: E402
 
-checkpoint = ''         # a run that was trained on examples; default: random weights
+checkpoint = ''         # a run trained on examples; default: random weights
 questions = 100         # how many of its held-out questions
 prompt_length = 100     # tokens before the answer (random weights)
 gen_length = 128        # tokens to write; for a checkpoint take the length of an answer, say 16
@@ -39,7 +39,7 @@ vocab_size = 32768      # rows of embedding and head
 threads = 1             # of torch
 rounds = 3              # rounds
 
-VARIANTS = {            # what generate is asked, beside steps and blocks; steps: tokens a step
+VARIANTS = {            # arguments of generate besides steps and blocks; each: tokens per step
     'exact': {}, 'exact, 2 tokens a step': dict(each=2), 'exact, 4 tokens a step': dict(each=4),
     'threshold 0.95': dict(threshold=0.95), 'threshold 0.9': dict(threshold=0.9),
     'threshold 0.7': dict(threshold=0.7), 'threshold 0.5': dict(threshold=0.5),
@@ -50,7 +50,7 @@ VARIANTS = {            # what generate is asked, beside steps and blocks; steps
 
 
 def rated(rows):
-    """Rows [name, passes, seconds, tokens, agreement] of all rounds -> table rows, the first one being 1.0 x."""
+    """Rows [name, passes, seconds, tokens, agreement] of all rounds -> table rows; the speed of the first is 1.0 x."""
     names, out = list(dict.fromkeys(row[0] for row in rows)), []
     for name in names:
         mine = [row for row in rows if row[0] == name]
@@ -110,7 +110,7 @@ def on_a_checkpoint(cfg):
             seconds = time.perf_counter() - began
             texts = [run.tok.answer(row[len(ids):]) for row, ids in zip(done, prompts)]
             exact = texts if name == 'exact' else exact                                 # noqa: F821
-            tokens = sum(len(run.tok.encode(text)) + 1 for text in texts)               # and the end
+            tokens = sum(len(run.tok.encode(text)) + 1 for text in texts)               # and its end token
             right = [evaluate.right(text, item) for text, item in zip(texts, items)]
             same = sum(a == b for a, b in zip(texts, exact)) / len(texts)
             rows.append([name, passes, seconds, tokens, f'{100 * same:.0f}', *evaluate.percent(right)])

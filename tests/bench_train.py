@@ -1,4 +1,4 @@
-"""Training speed and memory, by hand, on whatever machine this is: whole updates with their data, variants alternated.
+"""Training speed and memory on this machine, run by hand: whole updates with their data, variants taking turns.
 
     python tests/bench_train.py                                     # the default toy model
     python tests/bench_train.py --nanogpt=../nanoGPT --n_layer=4 --d_model=128 --d_ff=344 --seq_len=64 --batch_size=12
@@ -9,7 +9,7 @@
     python tests/bench_train.py --config=config/llada_1b.py --n_layer=22 --batch_size=4     # on a GPU
 
 Speed is the median of the rounds, and its ratio to the first row, the official guideline's loop (reference.py). MFU is
-against the fastest matrix product seen in the same process, and against the data sheet where the device is known.
+relative to the fastest matrix product seen in the same process, and to the data sheet where the device is known.
 """
 
 import resource
@@ -45,8 +45,8 @@ seconds = 4.0           # each variant, each round
 rounds = 3              # rounds
 nanogpt = ''            # a checkout of karpathy/nanoGPT
 compiled = True         # also time torch.compile
-config = ''             # a config file of train.py whose settings are taken over first
-child = ''              # memory: which variant this process is
+config = ''             # a config file of train.py to start from
+child = ''              # memory: which variant this process runs
 
 FIELDS = ('n_layer', 'n_head', 'd_model', 'd_ff', 'seq_len', 'batch_size', 'vocab_size')
 
@@ -62,7 +62,7 @@ def settings_for(cfg, **changes):
 
 
 def make_corpus(vocab_size, folder):
-    """Random bytes, as if they were tokens of any vocabulary."""
+    """Random bytes, standing in for the tokens of any vocabulary."""
     rng = np.random.default_rng(0)
     texts = [(str(i), {'text': ''.join(map(chr, rng.integers(32, 97, 4000)))}) for i in range(400)]
     data.prepare([texts], folder, 'bytes')
@@ -70,7 +70,7 @@ def make_corpus(vocab_size, folder):
 
 
 def ready(settings, corpus):
-    """Everything that training needs: -> (processes, model, what to call, optimizers, data, tokenizer)."""
+    """Everything that training needs -> (processes, model, what to call, optimizers, data, tokenizer)."""
     procs = train.join_processes(settings, 0, 1)
     model, net = train.build(settings, procs, settings.vocab_size)
     models.init_weights(model)
@@ -80,7 +80,7 @@ def ready(settings, corpus):
 
 
 def our_step(cfg, corpus, **changes):
-    """A function that makes one update of ours."""
+    """A function that makes one update with our code."""
     settings = settings_for(cfg, **changes)
     procs, _, net, optimizers, source, tok = ready(settings, corpus)
     batches = train.prefetched(lambda it: train.questions(source, it, settings, tok, procs), 0)
@@ -88,7 +88,7 @@ def our_step(cfg, corpus, **changes):
 
 
 def plain_step(cfg, corpus, dtype):
-    """The same for the guideline's loop."""
+    """A function that makes one update with the guideline's loop."""
     settings = settings_for(cfg, dtype=dtype)
     procs, model, _, _, source, _ = ready(settings, corpus)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=True)
@@ -136,7 +136,7 @@ def sync():
 
 
 def matmul_ceiling(device, dtype):
-    """The fastest product of random matrices seen here, FLOP/s."""
+    """The fastest product of random matrices measured here, FLOP/s."""
     best = 0.0
     for n in (512, 1024, 2048) if device == 'cpu' else (4096, 8192):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -150,7 +150,7 @@ def matmul_ceiling(device, dtype):
 
 
 def alternate(variants, tokens, cfg):
-    """Name -> tokens per second of each round, after a warm-up, taking turns."""
+    """Runs the variants in turn, after a warm-up -> {name: tokens per second in each round}."""
     speed = {name: [] for name in variants}
     for step in variants.values():
         for _ in range(5):
@@ -200,21 +200,21 @@ def speed_task(cfg, corpus):
 
 
 def used_bytes():
-    """What is in use now."""
+    """Memory in use now."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     return int(Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize()
 
 
 def peak_bytes():
-    """The most that ever was."""
+    """Peak memory of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def memory_task(cfg):
-    """Peak of one loss and its gradient beyond model and gradient (Linux): V 126,464, d 256, 1,024 rows, one block."""
+    """Peak of one loss and its backward beyond model and gradient (Linux): V 126,464, d 256, 1,024 rows, one block."""
     if not cfg.child:
         seen = {}
         for name in ('plain', 'ours'):
@@ -268,7 +268,7 @@ def packing_task(cfg, corpus):
 
 
 def saving_task(cfg, corpus, folder):
-    """Seconds for 100 updates of a 50 M-parameter model: without checkpoints, and with one every 50."""
+    """Seconds for 100 updates of a 50 M-parameter model, without checkpoints and with one every 50."""
     for name, saves in (('no checkpoint', ()), ('every 50', (53, 103))):
         settings = settings_for(cfg, n_layer=12, n_head=8, d_model=512, d_ff=1536, seq_len=128, batch_size=4,
                                 vocab_size=24000, optimizer='adamw')

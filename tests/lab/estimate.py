@@ -1,4 +1,4 @@
-"""What a config would cost: parameters, memory, updates, days. Nothing is allocated; every number is reckoned.
+"""What a config would cost: parameters, memory, updates, days. Nothing is allocated; every number is calculated.
 
     python tests/lab/estimate.py config/llada_8b.py --gpus=320
 """
@@ -17,15 +17,15 @@ from configurator import Refused, command, settings_of  # noqa: E402
 
 NAMESPACE = {**settings_of(vars(train)), '__doc__': __doc__, '__file__': __file__,
              'gpus': 1,                 # how many
-             'gpu_gb': 80,              # memory of one of them
-             'assumed_mfu': 0.25}       # share of the peak FLOPs: LLaDA's 130,000 H800 hours are 24.8 % of it
+             'gpu_gb': 80,              # memory of each
+             'assumed_mfu': 0.25}       # share of the peak FLOPs: LLaDA's 130,000 H800 hours correspond to 24.8 %
 
 
 def needs(cfg, model, gpus):
-    """What a run on `gpus` GPUs needs: a list of (what, GB on each GPU), good to a tenth or so.
+    """What a run on `gpus` GPUs needs: a list of (what, GB on each GPU), accurate to a tenth or so.
 
     Activations are counted in units of d_model * 2 bytes per token and layer, as measured for a compiled block: 19
-    all kept, 8 with act_memory 0.5, 6 with 0.2, 1 with 0 (and one block recomputed); without compile 28.
+    if all are kept, 8 with act_memory 0.5, 6 with 0.2, 1 with 0 (and one block recomputed); without compile 28.
     """
     c, n, block = model.config, model.num_params(), model.num_params(non_embedding=True) / model.config.n_layer
     shard = 1

@@ -1,7 +1,7 @@
-"""The experiments of the papers, in minutes; what came out stands in RESULTS.md. First: python tests/lab/worlds.py
+"""The experiments of the papers, in minutes; the results are in RESULTS.md. First: python tests/lab/worlds.py
 
     python tests/lab/experiments.py log out/docs --out=out/docs.csv     # the curves of a run, from its log.jsonl
-    python tests/lab/experiments.py by_t out/docs --out=out/by_t.csv    # what a token costs, by how much is hidden
+    python tests/lab/experiments.py by_t out/docs --out=out/by_t.csv    # nats per token, by how much is hidden
     python tests/lab/experiments.py world out/world out/world_ar        # stories: bound against the source, grades
     python tests/lab/experiments.py ahead out/world out/docs            # fewer passes, the same tokens
     python tests/lab/experiments.py commit out/sft_toy --gen_length=8   # how many tokens to write at once
@@ -11,7 +11,7 @@
     python tests/lab/experiments.py curves out/world --out=out/curves.csv   # steps, blocks, temperature, Eq. 5 and 6
     python tests/lab/experiments.py scaling 'out/scaling_*' --out=out/scaling.csv
 
-Settings of the sampler and the machine are those of evaluate.py. --out writes a .csv, and a .png with matplotlib.
+The settings of sampler and machine are those of evaluate.py. --out writes a .csv and, with matplotlib, a .png.
 """
 
 import glob
@@ -37,7 +37,7 @@ from configurator import Refused, command, settings_of  # noqa: E402
 
 NAMESPACE = {**settings_of(vars(evaluate)), '__doc__': __doc__, '__file__': __file__, 'task': 'world',
              'samples': 512,            # stories to sample (world, curves)
-             'candidates': 64,          # reversal: among how many halves an autoregressive model has to choose
+             'candidates': 64,          # reversal: how many halves an autoregressive model has to choose from
              'poems': '',               # reversal: a file of couplets; default: the facts of worlds.py
              'remasking': '',           # default: random for stories, else low_confidence
              'temperature': -1.0}       # default: 1 for stories, else 0
@@ -48,7 +48,7 @@ NAMESPACE = {**settings_of(vars(evaluate)), '__doc__': __doc__, '__file__': __fi
 
 
 def story_start(run):
-    """What stands before a story: BOS, or the end of the story before."""
+    """What precedes a story: BOS, or the EOS of the previous story."""
     return run.tok.start or [run.tok.eos_id]
 
 
@@ -65,7 +65,7 @@ def written(run, prompts, new, cfg, **settings):
 
 
 def graded(run, cfg, **settings):
-    """Samples stories -> (accepted by the grammar, consistent too: lists of bool; seconds)."""
+    """Samples stories -> (whether each parses, whether each is also consistent: lists of bool; seconds)."""
     how = dict(remasking=cfg.remasking or 'random', temperature=1.0 if cfg.temperature < 0 else cfg.temperature)
     prompts = [story_start(run)] * cfg.samples
     ids, seconds = written(run, prompts, room(run, prompts, cfg), cfg, **{**how, **settings})
@@ -76,7 +76,7 @@ def graded(run, cfg, **settings):
 
 
 def world(cfg):
-    """The bound on held-out stories against the entropy of their source, and how many samples are stories."""
+    """The bound on held-out stories against the entropy of their source, and the share of samples that are stories."""
     rows = []
     for name in cfg.checkpoints:
         run = evaluate.load(name, cfg)
@@ -101,7 +101,7 @@ def world(cfg):
 
 
 def words_left_out(texts, n, tok):
-    """(prompts, texts): of stories that end in 'has the red drum in the mill.', the n words before 'in' left out."""
+    """(prompts, texts) of stories that end like 'has the red drum in the mill.', without the n words before 'in'."""
     found = []
     for text in texts:
         told, _, place = text.rpartition(' in ')
@@ -112,7 +112,7 @@ def words_left_out(texts, n, tok):
 
 
 def gaps(cfg):
-    """How often what fills a gap of one to three tokens is what was there, by how its length is chosen."""
+    """How often a gap of one to three tokens is filled with what was there, by the way its length is chosen."""
     rows = []
     for name in cfg.checkpoints:
         run = evaluate.load(name, cfg)
@@ -140,7 +140,7 @@ def gaps(cfg):
 
 
 def filling_alone(run, prompt, filled):
-    """log p of each token that fills a gap, in the mean, without its neighbours."""
+    """Mean log p per token of a filling, without its neighbours."""
     gap = torch.tensor(prompt) == run.tok.mask_id
     logp = diffusion.log_likelihood(run.model, torch.tensor(filled), gap, run.tok.mask_id, mc_num=64)
     return logp / int(gap.sum())
@@ -151,11 +151,11 @@ def filling_alone(run, prompt, filled):
 
 
 def speculate(model, x, mask_id, n, never=()):
-    """What generate writes on a canvas x (1, T) with one token a step, low confidence, temperature 0 -> (x, passes).
+    """What generate writes on a canvas x (1, T), one token per step, low confidence, temperature 0 -> (x, passes).
 
-    Only the first canvas is sure. The n behind it are guesses of what it becomes, by one, two, ... of the tokens that
-    it trusts most; one pass asks them all. As long as what is written on a canvas makes the next one, that was guessed
-    right, and is sure as well.
+    Only the first canvas is certain. The n after it guess what it becomes once one, two, ... of its most trusted
+    tokens are written; one pass evaluates them all. As long as the token written on a canvas yields the next canvas,
+    that one was guessed right and is certain as well.
     """
     rules = diffusion.Rules(0.0, 'low_confidence', [mask_id, *never], [], None)
     canvases, passes = x, 0
@@ -170,7 +170,7 @@ def speculate(model, x, mask_id, n, never=()):
         while sure + 1 < len(canvases) and torch.equal(after[sure], canvases[sure + 1]):
             sure += 1
         left = masked.sum(1).tolist()
-        ahead = list(range(min(1, left[sure]), min(n + 1, left[sure]) + 1))     # [0] of a full canvas
+        ahead = list(range(min(1, left[sure]), min(n + 1, left[sure]) + 1))     # [0] for a full canvas
         guess, trust = (z.split(left)[sure].repeat(len(ahead)) for z in (guess, trust))
         many = canvases[sure].expand(len(ahead), -1)
         canvases, _ = diffusion.write(many, many == mask_id, guess, trust, ahead, None)
@@ -178,7 +178,7 @@ def speculate(model, x, mask_id, n, never=()):
 
 
 def ahead(cfg):
-    """Passes that are saved by asking guessed canvases too, on held-out rows whose last three quarters are hidden."""
+    """Passes saved by also evaluating guessed canvases, on held-out rows whose last three quarters are hidden."""
     rows = []
     for name in cfg.checkpoints:
         run = evaluate.load(name, cfg)
@@ -208,12 +208,12 @@ def ahead(cfg):
 # ----------------------------------------------------------------------------------------------------------
 # Commit rules: how many of the proposals of one pass may be written at once
 #
-# A rule gets the distributions p (M, V) of the masked positions, and those of the pass before (None in the first);
-# it says how much it trusts each (M,), and how many of the most trusted ones to write.
+# A rule gets the distributions p (M, V) at the masked positions, and those of the previous pass (None in the first);
+# it returns how much it trusts each proposal (M,), and how many of the most trusted ones to write.
 
 
 def threshold(p, before, least):
-    """All that are this probable: what --threshold does (which compares in the dtype of the logits)."""
+    """All at least this probable: what --threshold does (which compares in the dtype of the logits)."""
     sure = p.amax(-1)
     return sure, (sure >= least).sum()
 
@@ -227,7 +227,7 @@ def factor(p, before, most):
 
 
 def entropy(p, before, most):
-    """The most certain, as long as the sum of their entropies less the largest is at most `most` nats.
+    """The most certain, as long as the sum of their entropies minus the largest is at most `most` nats.
 
     (The entropy bound, arXiv 2505.24857: the sum bounds what they could tell about each other.)
     """
@@ -237,9 +237,9 @@ def entropy(p, before, most):
 
 
 def still(p, before, most, least=0.9):
-    """Those of probability `least` that the last pass has moved by less than `most` nats, KL(now || before).
+    """Those of probability `least` or more that the last pass changed by less than `most` nats, KL(now || before).
 
-    (KLASS, arXiv 2511.05664, which asks that of two passes.)
+    (KLASS, arXiv 2511.05664, which requires this of two passes.)
     """
     sure = p.amax(-1)
     if before is None:
@@ -258,7 +258,7 @@ RULES = [
 
 
 def written_by(rule, most, model, x, mask_id, never=()):
-    """Fills a canvas x (1, T) at temperature 0, a pass as much as a rule allows, at least one token -> (x, passes)."""
+    """Fills a canvas x (1, T) at temperature 0, in each pass what a rule allows, at least one token -> (x, passes)."""
     how = diffusion.Rules(0.0, 'low_confidence', [mask_id, *never], [], None)
     passes, last = 0, None
     while (x == mask_id).any():
@@ -277,10 +277,10 @@ def written_by(rule, most, model, x, mask_id, never=()):
 
 
 def canvases_of(run, cfg):
-    """What a run is to write: canvases (1, T), and what takes the finished rows and says which of them are right.
+    """What a run has to write: canvases (1, T), and a function from the finished rows to whether each is right.
 
-    With --gen_length the answers to held-out questions, else the last three quarters of held-out stories, with the
-    EOS that pads them.
+    With --gen_length the answers to held-out questions, otherwise the last three quarters of held-out stories, with
+    the EOS that pads them.
     """
     tok = run.tok
     if cfg.gen_length:
@@ -302,7 +302,7 @@ def canvases_of(run, cfg):
 
 
 def commit(cfg):
-    """Passes, tokens that are the same as one a pass, and what is right, of every rule for committing many at once."""
+    """For every rule for committing many tokens at once: passes, tokens equal to one per pass, and share right."""
     rows = []
     for name in cfg.checkpoints:
         run = evaluate.load(name, cfg)
@@ -336,7 +336,7 @@ def answered(run, items, prompts, new, cfg, **settings):
 
 
 def flood(cfg):
-    """How much of a canvas is EOS, and what that does to the answers, at growing gen_length."""
+    """How much of a canvas is EOS, and what that does to the answers, as gen_length grows."""
     rows = []
     for name in cfg.checkpoints:
         run = evaluate.load(name, cfg)
@@ -360,11 +360,11 @@ def halves_of(item, tok):
 
 
 def fill(run, items, which, cfg):
-    """Whether the first or second half is written, given the rest: a list of bool.
+    """Whether each first or second half is written correctly, given the rest: a list of bool.
 
-    Diffusion gets the statement with masks in place of the half: as many as it has tokens (and one for the EOS after
-    a second half). An autoregressive model is given what it can be given: all that stands before; for a first half
-    the second one and the join, as a prompt.
+    Diffusion gets the statement with masks in place of the half, as many as it has tokens (and one for the EOS after
+    a second half). An autoregressive model gets what it can be given: everything before the half; for a first half,
+    the second half and the join, as a prompt.
     """
     tok, prompts, wanted, begins = run.tok, [], [], []
     for item in items:
@@ -389,7 +389,7 @@ def fill(run, items, which, cfg):
 
 
 def ranked(run, items, cfg):
-    """Whether a model finds the first half among `candidates`, by the likelihood of whole statements."""
+    """Whether a model ranks the right first half highest among `candidates`, by the likelihood of whole statements."""
     tok, rng, hits = run.tok, random.Random(cfg.seed), []
     pool = sorted({item['first'] for item in items})
     for item in items:
@@ -405,11 +405,11 @@ def ranked(run, items, cfg):
 
 
 def reversal(cfg):
-    """Couplets learned by heart: which half is written, given the other one?"""
+    """Memorised couplets: which half is written, given the other one?"""
     items, rows = worlds.poems_of(cfg.poems) if cfg.poems else worlds.facts(), []
     items = [items[i] for i in data.evenly(len(items), cfg.limit)]
     seen, unseen = ([item for item in items if item['seen'] == truth] for truth in (True, False))
-    once = [item for item in seen if not item['both']]          # nowhere said the other way round
+    once = [item for item in seen if not item['both']]          # never stated the other way round
     for name in cfg.checkpoints:
         run = evaluate.load(name, cfg)
         some = [seen[i] for i in data.evenly(len(seen), 128)] if run.causal else []
@@ -425,7 +425,7 @@ def reversal(cfg):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Curves: what a setting of the sampler costs and brings
+# Curves: what each setting of the sampler costs and gains
 
 
 def sweeps(new):
@@ -446,7 +446,7 @@ def sweeps(new):
 def curves(cfg):
     """Quality against every setting of the sampler, and the spread of Eq. 5 and Eq. 6 against the number of draws.
 
-    Quality: share of consistent stories for a model of the made-up world, else share of right answers.
+    Quality: share of consistent stories for a model of the synthetic world, otherwise share of right answers.
     """
     rows = []
     for name in cfg.checkpoints:
@@ -459,7 +459,7 @@ def curves(cfg):
         new = room(run, prompts, cfg)
         for sweep, x, settings in sweeps(new):
             settings = {'temperature': 1.0, **settings}
-            if stories and 'cfg_scale' in settings:             # there is no prompt to be guided by
+            if stories and 'cfg_scale' in settings:             # no prompt to guide by
                 continue
             if stories:
                 _, hits, seconds = graded(run, cfg, **settings)
@@ -494,11 +494,11 @@ def likelihood_spread(run, cfg, dataset, repeats=16):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Scaling: what compute brings
+# Scaling: what compute buys
 
 
 def scaling(cfg):
-    """Bound against training FLOPs of runs, a power law for each family, and the compute that diffusion needs more."""
+    """Bound against training FLOPs of runs, a power law for each family, and how much more compute diffusion needs."""
     rows, families = [], {}
     for name in [found for pattern in cfg.checkpoints for found in sorted(glob.glob(pattern)) or [pattern]]:
         run = evaluate.load(name, cfg)
@@ -533,7 +533,7 @@ def scaling(cfg):
 
 
 def draw(cfg, points, label, logs=('draws',)):
-    """points (panel, series, x, y, error) as a .png beside cfg.out, if matplotlib is installed."""
+    """Plots points (panel, series, x, y, error) to a .png beside cfg.out, if matplotlib is installed."""
     if not cfg.out:
         print('(--out=FILE writes a table, and with matplotlib a figure)', file=sys.stderr)
         return
@@ -562,7 +562,7 @@ def draw(cfg, points, label, logs=('draws',)):
 
 
 def log(cfg):
-    """The loss of runs and their bound on held-out text, by tokens seen: what log.jsonl says."""
+    """Training loss and held-out bound of runs, by tokens seen, from log.jsonl."""
     rows, points = [], []
     for name in cfg.checkpoints:
         entries = train.read_log(Path(name) / 'log.jsonl')
@@ -581,7 +581,7 @@ def log(cfg):
 
 
 def by_t(cfg):
-    """What a hidden token costs, by the share of its window that is hidden."""
+    """Nats per hidden token, by the share of its window that is hidden."""
     rows, points = [], []
     for name in cfg.checkpoints:
         run = evaluate.load(name, cfg)

@@ -1,11 +1,11 @@
-"""Made-up data, seeded and of known probability, for the experiments and the lessons.
+"""Synthetic data, seeded and of known probability, for the experiments and the exercises.
 
     python tests/lab/worlds.py                              # writes data/world, data/instruct and data/facts
     python tests/lab/worlds.py --poems=poem_data.json       # data/poems, from couplets [{"first", "second"}, ...]
 
-    world      stories from a small grammar: what a model writes can be graded, its loss held against the entropy
+    world      stories from a small grammar: what a model writes can be graded, its loss compared with the entropy
     instruct   questions and tasks about such stories, with answers that can be checked
-    facts      who is whose mother, stated in two directions: the reversal experiment
+    facts      who is whose mother, stated in both directions: the reversal experiment
 """
 
 import functools
@@ -22,14 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data  # noqa: E402
 from configurator import command  # noqa: E402
 
-poems = ''                      # a file of couplets; default: the three made-up sets
+poems = ''                      # a file of couplets; default: the three synthetic sets
 out = 'data'                    # where the folders go
 
-# A story has one sentence of each line of STORY; alternatives (|) are equally likely. {A} is a person: the first slot
+# A story has one sentence from each line of STORY; alternatives (|) are equally likely. {A} is a person: the first slot
 # of a letter draws a word of its kind (or of the kind named: {B:girl}) that the story has not used, each equally
-# likely; later slots repeat it; {A.he} is the pronoun that fits. Alternatives are equally long, so that a word and its
-# repetition are always equally far apart: that is what a small model learns fast. Each kind of word comes again in half
-# of the last sentences: what is seldom repeated is not learned in minutes (see RESULTS.md).
+# likely; later slots repeat it; {A.he} is the matching pronoun. Alternatives are equally long, so that a word and its
+# repetition are always equally far apart, which a small model learns fast. Each kind of word is repeated in half of the
+# last sentences: what is rarely repeated is not learned in minutes (see RESULTS.md).
 
 WORDS = {kind: words.split(', ') for kind, words in {
     'girl': 'Anna, Bella, Cleo, Dora, Emma, Fay, Greta, Hanna, Ida, Julia, Kate, Lucy',
@@ -59,7 +59,7 @@ SLOT = re.compile(r'\{(\w)(?::(\w+))?(?:\.(\w+))?\}')
 
 
 def options(letter, kind, known):
-    """The words that a slot may draw: those of its kind that the story has not used."""
+    """The words that a slot may draw: those of its kind that the story has not used yet."""
     return [word for word in WORDS[kind or KINDS[letter]] if word not in known.values()]
 
 
@@ -75,7 +75,7 @@ def fill(sentence, known):
 
 
 def new_slots(sentence, known):
-    """(letter, kind) of the slots that draw a word here, in order."""
+    """(letter, kind) of the slots that draw a word in this sentence, in order."""
     found = {}
     for letter, kind, _ in SLOT.findall(sentence):
         if letter not in known:
@@ -99,7 +99,7 @@ def story(rng):
 
 @functools.lru_cache(None)
 def pattern(sentence):
-    """A regular expression for what a sentence looks like with any words in its slots."""
+    """A regular expression that matches a sentence with any words of the right kind in its slots."""
     def any_word(slot):
         letter, kind, form = slot.groups()
         words = [forms[form] for forms in FORMS.values()] if form else WORDS[kind or KINDS[letter]]
@@ -109,12 +109,12 @@ def pattern(sentence):
 
 
 def sentences_of(text):
-    """A text cut behind its full stops; [] if it does not end in one."""
+    """A text split after its full stops; [] if it does not end in one."""
     return [said + '.' for said in text[:-1].split('. ')] if text.endswith('.') else []
 
 
 def readings(text):
-    """The log-probabilities of all ways in which the grammar makes a text: one, or none if it is no story."""
+    """The log-probabilities of all derivations of a text in the grammar: one, or none if it is not a story."""
     said, ways = sentences_of(text), [(0.0, {})]            # log p, words so far
     if len(said) != len(STORY):
         return []
@@ -128,7 +128,7 @@ def readings(text):
 
 
 def read(said, sentence, log_p, known):
-    """A text as this sentence of the grammar, given the words so far -> [(log p, words)], or []."""
+    """Reads a text as this sentence of the grammar, given the words so far -> [(log p, words)], or []."""
     match = pattern(sentence).fullmatch(said)
     if not match:
         return []
@@ -153,7 +153,7 @@ def parses(text):
 
 
 def stories(n=20000, seed=0):
-    """The world to read: n stories, each an example of its own."""
+    """The data set `world`: n stories, each an example of its own."""
     rng = random.Random(f'stories {seed}')
     return [{'response': story(rng)[0]} for _ in range(n)]
 
@@ -168,7 +168,7 @@ MANY = {'animals': 'animal', 'colours': 'colour', 'girls': 'girl', 'boys': 'boy'
 
 
 def about_story(rng, count):
-    """`count` turns, (question, answer), about a story that the first one tells."""
+    """`count` turns, (question, answer), about a story that the first question tells."""
     text, _, known = story(rng)
     asked = [(fill(q, known), fill(a, known)) for q, a in rng.sample(QUESTIONS, count)]
     (first, answer), *others = asked
@@ -176,7 +176,7 @@ def about_story(rng, count):
 
 
 def letters(rng, count):
-    """`count` turns about letters to sort, the harder task and three times as frequent, or to reverse."""
+    """`count` turns about letters to sort (the harder task, three times as frequent) or to reverse."""
     drawn = rng.sample('abcdefghijklmnopqrstuvwxyz', rng.randint(3, 6))
     first = rng.choice(('Sort', 'Sort', 'Sort', 'Reverse'))
     answer = sorted(drawn) if first == 'Sort' else drawn[::-1]
@@ -196,7 +196,7 @@ def name_two(rng):
 def dialogues(n=30000, seed=0):
     """n records {'task', 'messages', ['accept']}: questions with answers that can be checked.
 
-    accept: a regular expression for the last answer where several are right; else it is right word for word.
+    accept: a regular expression for the last answer where several are right; otherwise it must match word for word.
     """
     rng, made = random.Random(f'dialogues {seed}'), []
     for _ in range(n):
@@ -215,14 +215,14 @@ def dialogues(n=30000, seed=0):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Statements to be learned by heart
+# Statements to memorise
 
 
 def facts(pairs=64, seed=0):
     """Who is whose mother: [{'first', 'join', 'second', 'response', 'seen', 'both'}].
 
-    Half of the pairs are stated in both ways ("A is the mother of B", "B is the child of A"), a quarter each in one
-    way only; the statement that is not made is there too, with seen=False: no training text, but a question.
+    Half of the pairs are stated both ways ("A is the mother of B", "B is the child of A"), a quarter in each single
+    way; the statement that is not made is included with seen=False: it is not trained on, only asked.
     """
     rng, made = random.Random(f'facts {seed}'), []
     syllables = ('bdfgklmnprstvz', 'aeiou') * 2
@@ -238,7 +238,7 @@ def couplet(first, join, second, seen=True, both=False):
 
 
 def poems_of(path):
-    """Couplets of a file: [{"first", "second"}, ...]."""
+    """The couplets of a file [{"first", "second"}, ...]."""
     return [couplet(row['first'], '\n', row['second']) for row in json.loads(Path(path).read_text(encoding='utf-8'))]
 
 
@@ -247,7 +247,7 @@ def poems_of(path):
 
 
 def words_of_the_world(path):
-    """A vocabulary with all words of it, the same for all its sets."""
+    """Writes a vocabulary that holds all words of the world, the same for its data sets."""
     texts = ['\n\n' + record['response'] for record in stories(2000)]
     texts += [data.text_of(record) for record in dialogues(2000)]
     sample = [text for i, text in enumerate(texts) if i % 10 != 9]
@@ -264,7 +264,7 @@ def one_token_a_character(path, texts):
 
 
 def write(records, folder, tokenizer, by_heart=False):
-    """Prepares records into a folder; by heart: what is trained on is what is asked."""
+    """Prepares records into a folder. by_heart: the validation set is the training set."""
     named = [(f'record {i}', record) for i, record in enumerate(records)]
     manifest = data.prepare([named], folder, str(tokenizer), val=[named] if by_heart else ())
     print(f"{folder}: {sum(s['tokens'] for s in manifest['splits']['train']):,} tokens to train on")
