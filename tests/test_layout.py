@@ -56,11 +56,15 @@ def doc_lines(tree):
 
 def tokens_by_line(name):
     """Names, numbers, operators and strings outside docstrings and comments: line -> how many."""
-    doc, count = doc_lines(TREES[name]), {}
+    doc, count, inside = doc_lines(TREES[name]), {}, 0
     for token in tokenize.generate_tokens(io.StringIO(TEXTS[name]).readline):
-        counts = token.type in (tokenize.NAME, tokenize.NUMBER, tokenize.OP, tokenize.STRING)
-        if counts and token.start[0] not in doc:
+        kind = tokenize.tok_name[token.type]
+        if kind == 'FSTRING_END':                               # from Python 3.12 on an f-string comes in pieces
+            inside -= 1
+        if kind in ('NAME', 'NUMBER', 'OP', 'STRING', 'FSTRING_START') and not inside and token.start[0] not in doc:
             count[token.start[0]] = count.get(token.start[0], 0) + 1
+        if kind == 'FSTRING_START':
+            inside += 1
     return count
 
 
