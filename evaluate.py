@@ -260,6 +260,7 @@ def score_pairs(run, pairs, cfg):
     tok, scores = run.tok, []
     end = [tok.eos_id] * cfg.pad_eos
     T = run.model.config.seq_len - len(end)
+
     for ids, n in tqdm(pairs, desc=f'{run.name}: scoring', disable=None, leave=False):
         new = ids[n:]
         if not new:                                         # log p of nothing
@@ -277,6 +278,7 @@ def score_pairs(run, pairs, cfg):
                 score = diffusion.ar_log_likelihood(run.model, x0, maskable, bos_id=tok.eos_id)
             elif cfg.method == 'confidence':
                 score = diffusion.confidence_score(run.model, x0, maskable, tok.mask_id, cfg_scale=cfg.cfg_scale)
+
             else:
                 key = ids[:n] if cfg.same_masks else ids
                 noise = diffusion.keyed_generator(cfg.seed, *key, device=run.device)

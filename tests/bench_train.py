@@ -268,7 +268,7 @@ def packing_task(cfg, corpus):
 
 
 def saving_task(cfg, corpus, folder):
-    """Seconds for 100 updates of a 50 M-parameter model, without checkpoints and with one every 50."""
+    """Seconds for 100 updates of a 65 M-parameter model, without checkpoints and with one every 50."""
     for name, saves in (('no checkpoint', ()), ('every 50', (53, 103))):
         settings = settings_for(cfg, n_layer=12, n_head=8, d_model=512, d_ff=1536, seq_len=128, batch_size=4,
                                 vocab_size=24000, optimizer='adamw')

@@ -72,7 +72,7 @@ def test_size():
     tokens = {name: sum(tokens_by_line(name).values()) for name in FILES}
     lines = {name: len(text.splitlines()) for name, text in TEXTS.items()}
     assert sum(tokens.values()) <= 39_100
-    assert sum(lines.values()) <= 5_490, lines
+    assert sum(lines.values()) <= 5_495, lines
 
 
 @pytest.mark.parametrize('name', FILES)
