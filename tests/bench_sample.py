@@ -36,6 +36,9 @@ n_head = 8              # heads
 d_model = 256           # width
 d_ff = 688              # width inside
 vocab_size = 32768      # rows of embedding and head
+batch_size = 1          # prompts at a time (random weights; the plain loop takes one)
+only = ''               # the samplers to try, by name, split by ';' (default: all)
+compiled = False        # torch.compile each block
 threads = 1             # of torch
 rounds = 3              # rounds
 
@@ -66,31 +69,45 @@ def on_random_weights(cfg):
     shape = dict(seq_len=cfg.prompt_length + cfg.gen_length, n_layer=cfg.n_layer, n_head=cfg.n_head,
                  n_kv_head=cfg.n_head, d_model=cfg.d_model, d_ff=cfg.d_ff, vocab_size=cfg.vocab_size)
     device, bf16 = models.pick_device('auto', 'auto')
-    model = models.init_weights(models.Transformer(models.ModelConfig(**shape)), emb_std=1.0).eval().to(device)
+    model = models.empty_model(models.ModelConfig(**shape)).to_empty(device=device).eval()
+    models.init_weights(model, emb_std=1.0)
     if device == 'cuda':
         model.bfloat16()
+    if cfg.compiled:
+        for block in model.blocks:
+            block.compile()
     mask = cfg.vocab_size - 1
-    prompt = torch.randint(mask, (cfg.prompt_length,), generator=torch.Generator().manual_seed(0)).tolist()
-    x, _, _ = diffusion.canvas([prompt], cfg.gen_length, mask, 0, device)
-    how, rows = dict(block_length=cfg.block_length, gen_start=cfg.prompt_length), []
+    size = cfg.batch_size, cfg.prompt_length
+    prompts = torch.randint(mask, size, generator=torch.Generator().manual_seed(0)).tolist()
+    x, _, _ = diffusion.canvas(prompts, cfg.gen_length, mask, 0, device)
+    names = cfg.only.split(';') if cfg.only else ['plain loop', *VARIANTS]
+    if cfg.compiled:                                            # not a part of the speed
+        for name in names:
+            one_run(model, x, mask, name, cfg)
+    rows = []
 
     for _ in range(cfg.rounds):
-        for name in ('plain loop', *VARIANTS):
-            asked = dict(VARIANTS.get(name, {}))
-            steps = cfg.gen_length // asked.pop('each', 1)
+        for name in names:
             began = time.perf_counter()
-            with torch.no_grad():
-                if name == 'plain loop':
-                    out, passes = reference.plain_generate(model, x.clone(), mask, steps=steps, **how), steps
-                else:
-                    out, passes = diffusion.generate(model, x, mask, steps=steps, **how, **asked)
+            out, passes = one_run(model, x, mask, name, cfg)
             if device == 'cuda':
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - began
-            exact = out if name == 'plain loop' else exact                              # noqa: F821
+            exact = out if name == names[0] else exact                                  # noqa: F821
             same = (out == exact)[:, cfg.prompt_length:].double().mean().item()
-            rows.append([name, passes, seconds, cfg.gen_length, f'{100 * same:.0f}'])
+            rows.append([name, passes, seconds, cfg.batch_size * cfg.gen_length, f'{100 * same:.0f}'])
     return rated(rows)
+
+
+@torch.no_grad()
+def one_run(model, x, mask, name, cfg):
+    """-> (the filled canvas, passes)."""
+    asked = dict(VARIANTS.get(name, {}))
+    steps = cfg.gen_length // asked.pop('each', 1)
+    how = dict(steps=steps, block_length=cfg.block_length, gen_start=cfg.prompt_length)
+    if name == 'plain loop':
+        return reference.plain_generate(model, x.clone(), mask, **how), steps
+    return diffusion.generate(model, x, mask, **how, **asked)
 
 
 def on_a_checkpoint(cfg):

@@ -6,9 +6,9 @@
     python tests/bench_train.py --task=memory                       # peak of one update, vocabulary 126,464
     python tests/bench_train.py --task=packing                      # packed against padded batches
     python tests/bench_train.py --task=saving                       # what checkpoints cost
-    python tests/bench_train.py --config=config/llada_1b.py --n_layer=22 --batch_size=4     # on a GPU
+    python tests/bench_train.py --config=config/llada_1b.py --batch_size=4 --only='AdamW, compiled'      # on a GPU
 
-Speed is the median of the rounds, and its ratio to the first row, the official guideline's loop (reference.py). MFU is
+A large model fits on a GPU once: there, one variant a run. Speed is the median of the rounds, and its ratio to the first row, the official guideline's loop (reference.py). MFU is
 relative to the fastest matrix product seen in the same process, and to the data sheet where the device is known.
 """
 
@@ -45,10 +45,12 @@ seconds = 4.0           # each variant, each round
 rounds = 3              # rounds
 nanogpt = ''            # a checkout of karpathy/nanoGPT
 compiled = True         # also time torch.compile
+only = ''               # only variants whose name holds this
+act_memory = 1.0        # share of a block's activations kept for backward
 config = ''             # a config file of train.py to start from
 child = ''              # memory: which variant this process runs
 
-FIELDS = ('n_layer', 'n_head', 'd_model', 'd_ff', 'seq_len', 'batch_size', 'vocab_size')
+FIELDS = ('n_layer', 'n_head', 'd_model', 'd_ff', 'seq_len', 'batch_size', 'vocab_size', 'act_memory')
 
 
 def settings_for(cfg, **changes):
@@ -89,7 +91,7 @@ def our_step(cfg, corpus, **changes):
 
 def plain_step(cfg, corpus, dtype):
     """A function that makes one update with the guideline's loop."""
-    settings = settings_for(cfg, dtype=dtype)
+    settings = settings_for(cfg, dtype=dtype, compile=False, act_memory=1.0)
     procs, model, _, _, source, _ = ready(settings, corpus)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=True)
     it, autocast = [0], torch.autocast(procs.device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
@@ -151,6 +153,7 @@ def matmul_ceiling(device, dtype):
 
 def alternate(variants, tokens, cfg):
     """Runs the variants in turn, after a warm-up -> {name: tokens per second in each round}."""
+    variants = {name: make() for name, make in variants.items() if cfg.only in name}
     speed = {name: [] for name in variants}
     for step in variants.values():
         for _ in range(5):
@@ -170,27 +173,29 @@ def alternate(variants, tokens, cfg):
         middle = statistics.median(values)
         print(f'{name:<40} {middle:9.0f} tok/s  {middle / first:5.2f}x  '
               f'(spread {min(values):.0f} .. {max(values):.0f})')
+    if torch.cuda.is_available():
+        print(f'peak memory {peak_bytes() / 1e9:.1f} GB')
     return speed
 
 
 def speed_task(cfg, corpus):
     settings = settings_for(cfg)
     me = train.join_processes(settings, 0, 1)
-    variants = {'guideline loop, float32': plain_step(cfg, corpus, 'float32')}
+    variants = {'guideline loop, float32': lambda: plain_step(cfg, corpus, 'float32')}
     if cfg.nanogpt:
-        variants['nanoGPT, float32, eager'] = nanogpt_step(cfg, cfg.nanogpt)
+        variants['nanoGPT, float32, eager'] = lambda: nanogpt_step(cfg, cfg.nanogpt)
     if me.bf16:
-        variants['guideline loop, bfloat16'] = plain_step(cfg, corpus, 'bfloat16')
-    variants['ours, float32, AdamW'] = our_step(cfg, corpus, dtype='float32', optimizer='adamw', compile=False)
+        variants['guideline loop, bfloat16'] = lambda: plain_step(cfg, corpus, 'bfloat16')
+    variants['ours, float32, AdamW'] = lambda: our_step(cfg, corpus, dtype='float32', optimizer='adamw', compile=False)
     if me.bf16:
-        variants['ours, bfloat16, AdamW'] = our_step(cfg, corpus, optimizer='adamw', compile=False)
-    variants['ours, as configured'] = our_step(cfg, corpus, compile=False)
+        variants['ours, bfloat16, AdamW'] = lambda: our_step(cfg, corpus, optimizer='adamw', compile=False)
+    variants['ours, as configured'] = lambda: our_step(cfg, corpus, compile=False)
     if cfg.compiled:
-        variants['ours, AdamW, compiled'] = our_step(cfg, corpus, optimizer='adamw', compile=True)
+        variants['ours, AdamW, compiled'] = lambda: our_step(cfg, corpus, optimizer='adamw', compile=True)
     speed = alternate(variants, dict.fromkeys(variants, settings.batch_size * settings.seq_len), cfg)
     shape = {f: getattr(settings, f) for f in train.SHAPE}
     flops = models.empty_model(models.ModelConfig(settings.vocab_size, **shape)).flops_per_token(0.5)
-    best, name = max((statistics.median(v), k) for k, v in speed.items() if k.startswith('ours'))
+    best, name = max((statistics.median(v), k) for k, v in speed.items() if 'guideline' not in k or cfg.only)
     ceiling = matmul_ceiling(me.device, torch.bfloat16 if me.bf16 else torch.float32)
     kind = torch.cuda.get_device_name() if me.device == 'cuda' else 'cpu'
     sheet = next((peak for known, peak in train.PEAKS.items() if known in kind), None)
@@ -263,7 +268,8 @@ def packing_task(cfg, corpus):
         train.train_step(net, optimizers, [question], 1.0, settings, procs)
         it[0] += 1
 
-    variants = {'padded': lambda: step(True), 'packed': lambda: step(False), 'no splits at all': lambda: step(None)}
+    variants = {name: lambda padded=padded: lambda: step(padded)
+                for name, padded in (('padded', True), ('packed', False), ('no splits at all', None))}
     alternate(variants, dict.fromkeys(variants, settings.batch_size * T), cfg)
 
 

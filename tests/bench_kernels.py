@@ -1,0 +1,137 @@
+"""The kernels that a GPU spends a training step in, one by one, run by hand: products, attention, the head.
+
+    python tests/bench_kernels.py                               # shapes of LLaDA 8B and 1B, 4096 tokens in a window
+    python tests/bench_kernels.py --tokens=8192
+
+Each row: milliseconds (median of ten, after three), TFLOP/s, and for the head peak memory beyond its inputs. Attention
+counts the full square. Random data: on zeros a GPU is faster.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+import evaluate  # noqa: E402
+import model as models  # noqa: E402
+from configurator import configure  # noqa: E402
+
+tokens = 16384          # rows of the products
+seq_len = 4096          # of attention
+head_rows = 8192        # hidden tokens that the head reads out
+vocab_size = 126464     # LLaDA's
+
+
+def timed(work, *, rounds=10):
+    """Milliseconds of one call, and the memory it took at its peak in GB."""
+    for _ in range(3):
+        work()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, taken = torch.cuda.memory_allocated(), []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        taken.append(start.elapsed_time(end))
+    return statistics.median(taken), (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
+def random(*shape, grad=False):
+    return torch.randn(*shape, device='cuda', dtype=torch.bfloat16).requires_grad_(grad)
+
+
+def row(name, work, flops, memory=''):
+    """One line of the table; a kernel that this torch or card does not have says so."""
+    try:
+        ms, peak = timed(work)
+    except RuntimeError as error:
+        return [name, '', str(error).splitlines()[0][:60], '']
+    return [name, f'{ms:.3f}', f'{flops / ms / 1e9:.0f}', f'{peak:.1f}' if memory else '']
+
+
+def products(cfg):
+    for m, k, n in ((8192, 8192, 8192), (cfg.tokens, 4096, 12288), (cfg.tokens, 12288, 4096), (cfg.tokens, 4096, 4096),
+                    (cfg.tokens, 2048, 5632), (cfg.tokens, 2048, 5634), (cfg.head_rows, 4096, cfg.vocab_size),
+                    (356, 4096, 12288), (160, 4096, 12288), (32, 4096, 12288)):
+        a, w = random(m, k), random(n, k)
+        yield row(f'{m} x {k} x {n}', lambda a=a, w=w: F.linear(a, w), 2 * m * k * n)
+
+
+def attentions(cfg):
+    T = cfg.seq_len
+    backends = {'default': None, 'cudnn': SDPBackend.CUDNN_ATTENTION, 'flash': SDPBackend.FLASH_ATTENTION,
+                'efficient': SDPBackend.EFFICIENT_ATTENTION}
+    for B, H, kv, D in ((4, 32, 32, 128), (4, 32, 4, 64), (4, 16, 4, 128)):
+        flops = 4 * B * H * T * T * D
+        q, k, v = random(B, H, T, D, grad=True), random(B, kv, T, D, grad=True), random(B, kv, T, D, grad=True)
+        for name, backend in backends.items():
+            def forward(q=q, k=k, v=v, backend=backend, grouped=H != kv):
+                with sdpa_kernel(backend or list(backends.values())[1:]):
+                    return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+
+            def default(q=q, k=k, v=v, grouped=H != kv):
+                return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+
+            call = forward if backend else default
+            shape = f'{name}, ({B}, {H}/{kv}, {T}, {D})'
+            yield row(f'{shape}, forward', lambda call=call: call().detach(), flops)
+            yield row(f'{shape}, both', lambda call=call: call().sum().backward(), 3.5 * flops)
+
+    B, H, D = 4, 32, 128
+    for pieces in (1, 4):
+        q, k, v = (random(B * T, H, D, grad=True) for _ in range(3))
+        borders = torch.arange(0, B * T + 1, T // pieces, dtype=torch.int32, device='cuda')
+        flops = 4 * B * H * T * T * D / pieces
+
+        def packed(q=q, k=k, v=v, borders=borders, longest=T):
+            return varlen_attn(q, k, v, borders, borders, longest, longest)
+
+        name = f'varlen, ({B}, {H}, {T}, {D}), {pieces} a window'
+        yield row(f'{name}, forward', lambda packed=packed: packed().detach(), flops)
+        yield row(f'{name}, both', lambda packed=packed: packed().sum().backward(), 3.5 * flops)
+
+
+def heads(cfg):
+    """Loss and gradients of the rows that are hidden: half of 2 x head_rows."""
+    M, V = cfg.head_rows, cfg.vocab_size
+    for C in (2048, 4096):
+        h, weight = random(2 * M, C, grad=True), torch.randn(V, C, device='cuda') * C ** -0.5
+        weight.requires_grad_()
+        hidden = torch.arange(2 * M, device='cuda') % 2 == 0
+        targets = torch.randint(V, (M,), device='cuda')
+        weights = torch.rand(M, device='cuda') / (2 * M)
+
+        def plain(rows=None, h=h, weight=weight, targets=targets, weights=weights, hidden=hidden):
+            logits = F.linear(h if rows is None else h[rows], weight.bfloat16())
+            if rows is None:
+                logits = logits[hidden]
+            (F.cross_entropy(logits.float(), targets, reduction='none') * weights).sum().backward()
+
+        def ours(chunk, h=h, weight=weight, targets=targets, weights=weights, hidden=hidden):
+            models.weighted_cross_entropy(h[hidden], weight, targets, weights, chunk).backward()
+
+        flops = 6 * M * V * C
+        yield row(f'd {C}: every logit, then the hidden rows', plain, 2 * flops, 'peak')
+        yield row(f'd {C}: hidden rows, all at once', lambda plain=plain, rows=hidden: plain(rows), flops, 'peak')
+        for chunk in (1024, 2048, 4096, 8192):
+            yield row(f'd {C}: ours, {chunk} rows at a time', lambda chunk=chunk, ours=ours: ours(chunk), flops, 'peak')
+
+
+def main():
+    cfg = SimpleNamespace(**configure(globals()))
+    print(f'torch {torch.__version__}, {torch.cuda.get_device_name()}: ' + ' '.join(sys.argv))
+    for title, part in (('product', products), ('attention', attentions), ('head', heads)):
+        evaluate.table(list(part(cfg)), [title, 'ms', 'TFLOP/s', 'GB'])
+
+
+if __name__ == '__main__':
+    main()
