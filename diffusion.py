@@ -581,9 +581,9 @@ def recomputed_rows(cache, T, block, step, n_steps):
     if not cache or (n_steps if cache == 'roll' else step) == 0:
         return list(range(T))
     if cache == 'roll':
-        n = end - start
-        others = {(n_steps * n + i) % T for i in range(n)}
-        return sorted({*range(start, end), *others})
+        n, others = end - start, [*range(start), *range(end, T)]
+        again = [others[(n_steps * n + i) % len(others)] for i in range(min(n, len(others)))]
+        return sorted([*range(start, end), *again])
     return list(range(start, T if cache == 'prefix' else end))
 
 

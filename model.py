@@ -217,6 +217,18 @@ class Block(nn.Module):
         return x + self.ff(self.ff_norm(x))
 
 
+def cross_entropy_and_gradient(z, y, weights):
+    """Logits z (M, V), targets y (M, 1), weights (M, 1) -> sum of weights * CE (), and its gradient (M, V)."""
+    dtype, z = z.dtype, z.to(weights.dtype)
+    lse = z.logsumexp(-1, keepdim=True)
+    loss = (weights * (lse - z.gather(1, y))).sum()
+
+    # d CE / d z = softmax(z) - onehot(y), in the memory of z
+    dz = z.sub_(lse).exp_()
+    dz = dz.scatter_add_(1, y, torch.full_like(lse, -1)).mul_(weights)
+    return loss, dz.to(dtype)
+
+
 class FusedCrossEntropy(torch.autograd.Function):
     """sum_i weights_i * CE(h_i W^T, targets_i), a few rows at a time: no float32 M x V matrix exists.
 
@@ -224,7 +236,7 @@ class FusedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, weights, chunk):
+    def forward(ctx, h, weight, targets, weights, chunk, ce):
         w = weight.to(h.dtype)
         wide = torch.promote_types(h.dtype, torch.float32)
         loss = h.new_zeros((), dtype=wide)
@@ -232,14 +244,9 @@ class FusedCrossEntropy(torch.autograd.Function):
 
         for start in range(0, len(h), chunk):
             part = slice(start, start + chunk)
-            y, scale = targets[part, None], weights[part, None].to(wide)
-            z = (h[part] @ w.t()).to(wide)                                                  # (chunk, V)
-            lse = z.logsumexp(-1, keepdim=True)
-            loss += (scale * (lse - z.gather(1, y))).sum()
-
-            # d CE / d z = softmax(z) - onehot(y), in the memory of z
-            dz = z.sub_(lse).exp_()
-            dz = dz.scatter_add_(1, y, torch.full_like(lse, -1)).mul_(scale).to(h.dtype)
+            z = h[part] @ w.t()                                                             # (chunk, V)
+            summand, dz = ce(z, targets[part, None], weights[part, None].to(wide))
+            loss += summand
             dh[part] = dz @ w
             dw += dz.t() @ h[part]
 
@@ -250,25 +257,26 @@ class FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dh, dw = ctx.saved_tensors
-        return dh * grad.to(dh.dtype), (dw * grad).to(ctx.weight_dtype), None, None, None
+        return dh * grad.to(dh.dtype), (dw * grad).to(ctx.weight_dtype), None, None, None, None
 
 
-def weighted_cross_entropy(h, weight, targets, weights, chunk=None):
+def weighted_cross_entropy(h, weight, targets, weights, chunk=None, ce=cross_entropy_and_gradient):
     """sum_i weights_i * CE(h_i W^T, targets_i): h (M, C), weight (V, C), targets (M,), weights (M,) -> ().
 
     Cross-entropy in at least float32: a weight of 1/t multiplies its rounding error by up to 1000. chunk:
-    rows at a time, by default 2048 on a GPU, elsewhere what fits into a cache.
+    rows at a time, by default 2048 on a GPU, elsewhere what fits into a cache. ce: may be compiled.
     """
     if chunk is None:
         chunk = 2048 if h.is_cuda else max(128, 10 ** 6 // len(weight))
     with torch.autocast(h.device.type, enabled=False):
-        return FusedCrossEntropy.apply(h, weight, targets, weights, chunk)
+        return FusedCrossEntropy.apply(h, weight, targets, weights, chunk, ce)
 
 
 class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.recompute = config, False     # recompute: keep only each block's input for backward
+        self.ce = cross_entropy_and_gradient
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -311,7 +319,7 @@ class Transformer(nn.Module):
         x = self.norm(x)
         head = self.embed.weight if self.head is None else self.head.weight
         if targets is not None:
-            return weighted_cross_entropy(x, head, targets, weights)
+            return weighted_cross_entropy(x, head, targets, weights, ce=self.ce)
         return F.linear(x, head)
 
     def _limits(self, x, pos, kv, visible, cu_seqlens):

@@ -324,6 +324,7 @@ def build(cfg, procs, vocab_size):
     if cfg.compile:
         from torch._functorch import config as functorch
         functorch.activation_memory_budget = cfg.act_memory or 1.0
+        model.ce = torch.compile(model.ce)
         for block in model.blocks:
             block.compile()
     model.recompute = cfg.act_memory == 0 or cfg.act_memory < 1 and not cfg.compile     # shares need compile

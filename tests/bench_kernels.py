@@ -24,6 +24,7 @@ from configurator import configure  # noqa: E402
 
 tokens = 16384          # rows of the products
 seq_len = 4096          # of attention
+parts = 'products attentions heads'     # what to time
 head_rows = 8192        # hidden tokens that the head reads out
 vocab_size = 126464     # LLaDA's
 
@@ -116,21 +117,25 @@ def heads(cfg):
                 logits = logits[hidden]
             (F.cross_entropy(logits.float(), targets, reduction='none') * weights).sum().backward()
 
-        def ours(chunk, h=h, weight=weight, targets=targets, weights=weights, hidden=hidden):
-            models.weighted_cross_entropy(h[hidden], weight, targets, weights, chunk).backward()
+        def ours(chunk, ce=models.cross_entropy_and_gradient, h=h, weight=weight, targets=targets, weights=weights,
+                 hidden=hidden):
+            models.weighted_cross_entropy(h[hidden], weight, targets, weights, chunk, ce).backward()
 
         flops = 6 * M * V * C
         yield row(f'd {C}: every logit, then the hidden rows', plain, 2 * flops, 'peak')
         yield row(f'd {C}: hidden rows, all at once', lambda plain=plain, rows=hidden: plain(rows), flops, 'peak')
-        for chunk in (1024, 2048, 4096, 8192):
-            yield row(f'd {C}: ours, {chunk} rows at a time', lambda chunk=chunk, ours=ours: ours(chunk), flops, 'peak')
+        for name, ce in (('ours', models.cross_entropy_and_gradient),
+                         ('ours, compiled', torch.compile(models.cross_entropy_and_gradient))):
+            for chunk in (1024, 2048, 4096, 8192):
+                yield row(f'd {C}: {name}, {chunk} rows at a time',
+                          lambda chunk=chunk, ours=ours, ce=ce: ours(chunk, ce), flops, 'peak')
 
 
 def main():
     cfg = SimpleNamespace(**configure(globals()))
     print(f'torch {torch.__version__}, {torch.cuda.get_device_name()}: ' + ' '.join(sys.argv))
-    for title, part in (('product', products), ('attention', attentions), ('head', heads)):
-        evaluate.table(list(part(cfg)), [title, 'ms', 'TFLOP/s', 'GB'])
+    for part in cfg.parts.split():
+        evaluate.table(list(globals()[part](cfg)), [part, 'ms', 'TFLOP/s', 'GB'])
 
 
 if __name__ == '__main__':
