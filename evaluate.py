@@ -72,6 +72,7 @@ batch_size = 64                 # rows in one forward pass
 seed = 1                        # of masks and samples
 device = 'auto'                 # 'cuda', 'mps' or 'cpu'
 dtype = 'auto'                  # 'bfloat16' or 'float32'
+compile = False                 # torch.compile each block
 mask_id = -1                    # id of [MASK] if neither the weights nor their tokenizer name it
 out = ''                        # also write what is printed as .csv
 show = 0                        # how many of the answers to print
@@ -112,7 +113,7 @@ def check_pattern(name, pattern):
 
 def load(name, cfg):
     """A checkpoint and everything that belongs to it -> Run."""
-    model, meta, where, autocast = open_model(name, cfg.device, cfg.dtype)
+    model, meta, where, autocast = open_model(name, cfg.device, cfg.dtype, cfg.compile)
     tok = data.tokenizer_for(meta, cfg.mask_id if cfg.mask_id >= 0 else None)
     if cfg.add_bos:
         if tok.bos_id is None:

@@ -455,7 +455,7 @@ def pick_device(device, dtype):
 # Weights on disk: checkpoints of train.py
 
 
-def open_model(path, device='auto', dtype='auto'):
+def open_model(path, device='auto', dtype='auto', compile=False):
     """load_model for a script's settings: -> (model, meta, device, context manager for the forward pass).
 
     Weights of train.py are float32, cast for each pass; released ones stay as stored unless dtype is set.
@@ -464,7 +464,11 @@ def open_model(path, device='auto', dtype='auto'):
     device, bf16 = pick_device(device, dtype)
     stored = getattr(torch, dtype) if released and dtype != 'auto' else None
     autocast = torch.autocast(device, torch.bfloat16, enabled=bf16 and not released)
-    return *load_model(path, device, stored), device, autocast
+    model, meta = load_model(path, device, stored)
+    if compile:
+        for block in model.blocks:
+            block.compile()
+    return model, meta, device, autocast
 
 
 def load_model(path, device='cpu', dtype=None):

@@ -67,6 +67,7 @@ show = False                    # draw the canvas after every step
 html = ''                       # write a new HTML page to scrub through the steps of one prompt
 device = 'auto'                 # 'cuda', 'mps' or 'cpu'
 dtype = 'auto'                  # 'bfloat16' or 'float32'; auto: released weights as they are stored
+compile = False                 # torch.compile each block: half a minute, then up to twice as fast on a GPU
 mask_id = -1                    # id of [MASK] if neither the weights nor their tokenizer name it
 
 GAP = '___'
@@ -430,7 +431,7 @@ def sampler(cfg, answers):
 def main(config):
     cfg = SimpleNamespace(**config)
     check(cfg)
-    model, meta, where, autocast = open_model(cfg.checkpoint, cfg.device, cfg.dtype)
+    model, meta, where, autocast = open_model(cfg.checkpoint, cfg.device, cfg.dtype, cfg.compile)
     tok = data.tokenizer_for(meta, cfg.mask_id if cfg.mask_id >= 0 else None)
     trained = meta['config'] or {'masking': 'response'}         # released weights do not say how
     how = sampler(cfg, cfg.chat or cfg.instruct or trained['masking'] == 'response')

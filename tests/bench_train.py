@@ -8,9 +8,9 @@
     python tests/bench_train.py --task=saving                       # what checkpoints cost
     python tests/bench_train.py --config=config/llada_1b.py --batch_size=4 --only='AdamW, compiled'      # on a GPU
 
-A large model fits on a GPU once: there, one variant a run. Speed is the median of the rounds, and its ratio to the first
-row, the official guideline's loop (reference.py). MFU is relative to the fastest matrix product seen in the same process,
-and to the data sheet where the device is known.
+A large model fits on a GPU once: there, one variant a run. Speed is the median of the rounds, and its ratio to the
+first row, the official guideline's loop (reference.py). MFU is relative to the fastest matrix product seen in the same
+process, and to the data sheet where the device is known.
 """
 
 import resource

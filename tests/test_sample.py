@@ -224,6 +224,20 @@ def test_every_sampler_flag(run, capsys, flags):
     assert 'forward passes' in capsys.readouterr().err
 
 
+def test_compiled_blocks_write_the_same_tokens(run, monkeypatch, capsys):
+    """By the tracer alone: its graphs run eagerly, which needs no C++ compiler and no half a minute."""
+    calls, real = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: calls.append(real(self, backend='eager')))
+    argv = [run, '--prompt=the', '--prompt=a model', '--gen_length=12', '--block_length=4', '--temperature=0']
+    for how in ([], ['--cache=prefix'], ['--cache=dual'], ['--cache=roll']):
+        pages = []
+        for more in ([], ['--compile=true']):
+            script('sample', *argv, *how, *more)
+            pages.append(capsys.readouterr().out.split('-' * 80)[1:-1])
+        assert pages[0] == pages[1]
+    assert len(calls) == 4 * 2                                                          # the blocks of each model
+
+
 def test_a_run_that_fails_leaves_no_empty_file(run, tmp_path, monkeypatch):
     """The same command can be given again."""
     def broken(*args, **options):

@@ -18,14 +18,17 @@ from configurator import Refused, command, settings_of  # noqa: E402
 NAMESPACE = {**settings_of(vars(train)), '__doc__': __doc__, '__file__': __file__,
              'gpus': 1,                 # how many
              'gpu_gb': 80,              # memory of each
-             'assumed_mfu': 0.25}       # share of the peak FLOPs: LLaDA's 130,000 H800 hours correspond to 24.8 %
+             'assumed_mfu': 0.4}        # share of the peak FLOPs: 12 layers of the 8B reached 0.44 on one H100
+                                        # (RESULTS.md); LLaDA's 130,000 H800 hours correspond to 0.248
 
 
 def needs(cfg, model, gpus):
     """What a run on `gpus` GPUs needs: a list of (what, GB on each GPU), accurate to a tenth or so.
 
-    Activations are counted in units of d_model * 2 bytes per token and layer, as measured for a compiled block: 19
-    if all are kept, 8 with act_memory 0.5, 6 with 0.2, 1 with 0 (and one block recomputed); without compile 28.
+    Activations are counted in units of d_model * 2 bytes per token and layer, as the compiler's plan for a GPU keeps
+    them: 24 if all are kept, but 10 with act_memory 0.9, which recomputes next to nothing, 6 with 0.5, 3 with 0.2, 1
+    with 0 (and one block recomputed); without compile 28. Four runs on an H100 (RESULTS.md), each update one pass, peaked
+    within 8 % of this sum without its last term and the gradients, which then take the place of activations.
     """
     c, n, block = model.config, model.num_params(), model.num_params(non_embedding=True) / model.config.n_layer
     shard = 1
@@ -33,7 +36,7 @@ def needs(cfg, model, gpus):
         shard = gpus if cfg.fsdp < 0 else cfg.fsdp
     units = full = 28
     if cfg.compile:
-        units, full = np.interp(cfg.act_memory, [0, 0.2, 0.5, 1], [1, 6, 8, 19]), 19
+        units, full = np.interp(cfg.act_memory, [0, 0.2, 0.5, 0.9, 0.99, 1], [1, 3, 6, 10, 12, 24]), 24
     elif cfg.act_memory < 1:
         units = 1
     rows = cfg.batch_size * cfg.seq_len
@@ -70,7 +73,7 @@ def main(config):
           f'update            {size:,} tokens: {cfg.gpus} GPUs x {passes} passes x {cfg.batch_size} windows\n'
           f'run               {cfg.max_iters:,} updates, {cfg.max_iters * size / 1e9:,.1f} G tokens, {flops:.2e} FLOP\n'
           f'time              {seconds / 86400:,.1f} days, {seconds * cfg.gpus / 3600:,.0f} GPU hours at '
-          f'{cfg.assumed_mfu:.0%} of 989 TFLOP/s (assumed, not measured)')
+          f'{cfg.assumed_mfu:.0%} of 989 TFLOP/s (assumed)')
 
 
 if __name__ == '__main__':
