@@ -27,8 +27,8 @@ def needs(cfg, model, gpus):
 
     Activations are counted in units of d_model * 2 bytes per token and layer, as the compiler's plan for a GPU keeps
     them: 24 if all are kept, but 10 with act_memory 0.9, which recomputes next to nothing, 6 with 0.5, 3 with 0.2, 1
-    with 0 (and one block recomputed); without compile 28. Four runs on an H100 (RESULTS.md), each update one pass, peaked
-    within 8 % of this sum without its last term and the gradients, which then take the place of activations.
+    with 0 (and one block recomputed); without compile 28. Four runs on an H100 (RESULTS.md), each update one pass,
+    peaked within 8 % of this sum without its last term and the gradients, which then take the place of activations.
     """
     c, n, block = model.config, model.num_params(), model.num_params(non_embedding=True) / model.config.n_layer
     shard = 1
