@@ -276,7 +276,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.recompute = config, False     # recompute: keep only each block's input for backward
-        self.ce = cross_entropy_and_gradient
+        self.ce = cross_entropy_and_gradient            # train.py compiles it together with the blocks
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
