@@ -115,7 +115,7 @@ def _flag(word, rest, defaults):
 def _read_file(path, values, defaults):
     """Applies the assignments of one config file; nothing in it runs. Yields problems, a sentence each."""
     try:
-        tree = ast.parse(path.read_text(encoding='utf-8-sig'))
+        tree = ast.parse(path.read_text(encoding='utf-8-sig'), str(path))
     except OSError as error:
         yield f'{path}: {error.strerror or error}'
         return
