@@ -3,6 +3,8 @@
     python tests/bench_sample.py                                    # random weights, d 256, 4 blocks, V 32,768
     python tests/bench_sample.py --prompt_length=900
     python tests/bench_sample.py --checkpoint=out/sft_toy --questions=100       # trained: are the answers still right?
+    python tests/bench_sample.py --checkpoint=out/sft_toy --questions=200 --gen_length=64 --block_length=8 \\
+        --batch_size=16 --only='exact, to the last mask;exact'                  # does it pay to stop at the end?
     python tests/bench_sample.py --d_model=4096 --n_layer=32 --n_head=32 --d_ff=12288 --vocab_size=126464   # on a GPU
 
 On random weights: milliseconds per forward pass, tokens per second, tokens per pass, the share of tokens that agree
@@ -36,7 +38,7 @@ n_head = 8              # heads
 d_model = 256           # width
 d_ff = 688              # width inside
 vocab_size = 32768      # rows of embedding and head
-batch_size = 1          # prompts at a time (random weights; the plain loop takes one)
+batch_size = 1          # prompts at a time (the plain loop takes one)
 only = ''               # the samplers to try, by name, split by ';' (default: all)
 compiled = ''           # torch.compile each block: 'default' or another of its modes
 threads = 1             # of torch
@@ -114,19 +116,25 @@ def on_a_checkpoint(cfg):
     asked = SimpleNamespace(**{**settings_of(vars(evaluate)), 'limit': cfg.questions})
     run = evaluate.load(cfg.checkpoint, asked)
     items, prompts = evaluate.questions_of(run, asked)
-    rows = []
+    names = cfg.only.split(';') if cfg.only else list(VARIANTS)
+    generate, rows = diffusion.generate, []
+
+    def to_the_last(*args, **options):
+        return generate(*args, **{**options, 'until_end': False})
+
     for _ in range(cfg.rounds):
-        for name, change in VARIANTS.items():
-            how = dict(change)
+        for name in names:
+            how = dict(VARIANTS.get(name, {}))
+            diffusion.generate = to_the_last if name == 'exact, to the last mask' else generate
             steps = cfg.gen_length // how.pop('each', 1)
             began = time.perf_counter()
             with run.autocast, torch.no_grad():
                 done, passes = diffusion.complete(
-                    run.model, prompts, cfg.gen_length, run.tok, steps=steps, batch_size=1,
+                    run.model, prompts, cfg.gen_length, run.tok, steps=steps, batch_size=cfg.batch_size,
                     block_length=cfg.block_length, remasking='low_confidence', **how)
             seconds = time.perf_counter() - began
             texts = [run.tok.answer(row[len(ids):]) for row, ids in zip(done, prompts)]
-            exact = texts if name == 'exact' else exact                                 # noqa: F821
+            exact = texts if name == names[0] else exact                                # noqa: F821
             tokens = sum(len(run.tok.encode(text)) + 1 for text in texts)               # and its end token
             right = [evaluate.right(text, item) for text, item in zip(texts, items)]
             same = sum(a == b for a, b in zip(texts, exact)) / len(texts)
