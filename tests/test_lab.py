@@ -14,7 +14,9 @@ from helpers import ROOT, script, small_corpus, tiny_model, write_worlds
 import data
 import diffusion
 import evaluate
-from configurator import settings_of
+import model as M
+import train
+from configurator import configure, settings_of
 
 TINY = ('--n_layer=1 --n_head=2 --n_kv_head=2 --d_model=32 --d_ff=48 --batch_size=2 --max_iters=2 --eval_windows=2 '
         '--eval_draws=1 --sample_tokens=0 --warmup_iters=1 --device=cpu').split()
@@ -189,6 +191,17 @@ def test_the_fit_of_a_power_law_is_found(desk, monkeypatch, capsys):
     experiments.scaling(settings(checkpoints=['fit/*']))
     out = capsys.readouterr().out
     assert out.count('FLOPs^-0.1000') == 2 and '1.02e+03 times' in out
+
+
+@pytest.mark.parametrize('size, flops', [('s', 1e12), ('m', 4e12), ('l', 1.6e13)])
+def test_the_sizes_get_equal_flops(size, flops):
+    """With the vocabulary that the documentation has: the head of a small model is most of it."""
+    for name in (f'scaling_{size}', f'scaling_{size}_ar'):
+        cfg = SimpleNamespace(**configure(settings_of(vars(train)), [str(ROOT / 'config' / f'{name}.py')]))
+        shape = {field: getattr(cfg, field) for field in train.SHAPE}
+        vocab_size = int(data.DATASETS[cfg.dataset][1].removeprefix('bpe-'))
+        each = M.empty_model(M.ModelConfig(vocab_size, **shape)).flops_per_token(1.0 if cfg.causal else 0.5)
+        assert each * train.update_size(cfg) * cfg.seq_len * cfg.max_iters == pytest.approx(flops, rel=2e-3)
 
 
 def test_the_config_of_every_experiment_names_what_draws_its_result():
