@@ -218,7 +218,10 @@ class Block(nn.Module):
 
 
 def cross_entropy_and_gradient(z, y, weights):
-    """Logits z (M, V), targets y (M, 1), weights (M, 1) -> sum of weights * CE (), and its gradient (M, V)."""
+    """Logits z (M, V), targets y (M, 1), weights (M, 1) -> sum of weights * CE (), and its gradient (M, V).
+
+    z is overwritten if its dtype is that of the weights.
+    """
     dtype, z = z.dtype, z.to(weights.dtype)
     lse = z.logsumexp(-1, keepdim=True)
     loss = (weights * (lse - z.gather(1, y))).sum()
@@ -244,8 +247,8 @@ class FusedCrossEntropy(torch.autograd.Function):
 
         for start in range(0, len(h), chunk):
             part = slice(start, start + chunk)
-            z = h[part] @ w.t()                                                             # (chunk, V)
-            summand, dz = ce(z, targets[part, None], weights[part, None].to(wide))
+            y, scale = targets[part, None], weights[part, None].to(wide)
+            summand, dz = ce(h[part] @ w.t(), y, scale)                                     # (), (chunk, V)
             loss += summand
             dh[part] = dz @ w
             dw += dz.t() @ h[part]
@@ -466,6 +469,7 @@ def open_model(path, device='auto', dtype='auto', compile=False):
     autocast = torch.autocast(device, torch.bfloat16, enabled=bf16 and not released)
     model, meta = load_model(path, device, stored)
     if compile:
+        torch._dynamo.config.recompile_limit = 64           # batches and canvases have many shapes
         for block in model.blocks:
             block.compile()
     return model, meta, device, autocast

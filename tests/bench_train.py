@@ -47,7 +47,7 @@ rounds = 3              # rounds
 nanogpt = ''            # a checkout of karpathy/nanoGPT
 compiled = True         # also time torch.compile
 only = ''               # only variants whose name holds this
-act_memory = 1.0        # share of a block's activations kept for backward
+act_memory = -1.0       # share of a block's activations kept for backward; -1: as in train.py or the config
 config = ''             # a config file of train.py to start from
 child = ''              # memory: which variant this process runs
 
@@ -59,6 +59,8 @@ def settings_for(cfg, **changes):
     if cfg.config:
         settings = configure(settings, [cfg.config])
     asked = {k: getattr(cfg, k) for k in FIELDS if not cfg.config or getattr(cfg, k) != globals_default[k]}
+    if cfg.act_memory < 0:
+        asked.pop('act_memory', None)
     settings = SimpleNamespace(**{**settings, 'global_batch': 0, 'fsdp': 0, **asked, **changes})
     settings.n_kv_head = settings.n_head if not cfg.config else settings.n_kv_head
     return settings
@@ -155,6 +157,8 @@ def matmul_ceiling(device, dtype):
 def alternate(variants, tokens, cfg):
     """Runs the variants in turn, after a warm-up -> {name: tokens per second in each round}."""
     variants = {name: make() for name, make in variants.items() if cfg.only in name}
+    if not variants:
+        raise SystemExit(f'only: no variant has {cfg.only!r} in its name')
     speed = {name: [] for name in variants}
     for step in variants.values():
         for _ in range(5):
@@ -196,7 +200,7 @@ def speed_task(cfg, corpus):
     speed = alternate(variants, dict.fromkeys(variants, settings.batch_size * settings.seq_len), cfg)
     shape = {f: getattr(settings, f) for f in train.SHAPE}
     flops = models.empty_model(models.ModelConfig(settings.vocab_size, **shape)).flops_per_token(0.5)
-    best, name = max((statistics.median(v), k) for k, v in speed.items() if 'guideline' not in k or cfg.only)
+    best, name = max((statistics.median(v), k) for k, v in speed.items() if k.startswith('ours') or cfg.only)
     ceiling = matmul_ceiling(me.device, torch.bfloat16 if me.bf16 else torch.float32)
     kind = torch.cuda.get_device_name() if me.device == 'cuda' else 'cpu'
     sheet = next((peak for known, peak in train.PEAKS.items() if known in kind), None)

@@ -23,12 +23,13 @@ NAMESPACE = {**settings_of(vars(train)), '__doc__': __doc__, '__file__': __file_
 
 
 def needs(cfg, model, gpus):
-    """What a run on `gpus` GPUs needs: a list of (what, GB on each GPU), accurate to a tenth or so.
+    """What a run on `gpus` GPUs needs: a list of (what, GB on each GPU), from above.
 
     Activations are counted in units of d_model * 2 bytes per token and layer, as the compiler's plan for a GPU keeps
-    them: 24 if all are kept, but 10 with act_memory 0.9, which recomputes next to nothing, 6 with 0.5, 3 with 0.2, 1
-    with 0 (and one block recomputed); without compile 28. Four runs on an H100 (RESULTS.md), each update one pass,
-    peaked within 8 % of this sum without its last term and the gradients, which then take the place of activations.
+    them: 24.5 if all are kept, but 10 with act_memory 0.9, which recomputes attention and one product of seven, 6 with
+    0.5, 3 with 0.2, 1 with 0 (and one block recomputed); without compile 28. Four runs on an H100 (RESULTS.md), each
+    update one pass, peaked at 14 to 29 % less than this sum, and within 8 % of it without its last term and the
+    gradients, which then take the place of activations.
     """
     c, n, block = model.config, model.num_params(), model.num_params(non_embedding=True) / model.config.n_layer
     shard = 1
@@ -36,7 +37,7 @@ def needs(cfg, model, gpus):
         shard = gpus if cfg.fsdp < 0 else cfg.fsdp
     units = full = 28
     if cfg.compile:
-        units, full = np.interp(cfg.act_memory, [0, 0.2, 0.5, 0.9, 0.99, 1], [1, 3, 6, 10, 12, 24]), 24
+        units, full = np.interp(cfg.act_memory, [0, 0.2, 0.5, 0.9, 0.99, 1], [1, 3, 6, 10, 11, 24.5]), 24.5
     elif cfg.act_memory < 1:
         units = 1
     rows = cfg.batch_size * cfg.seq_len
