@@ -1,7 +1,8 @@
 """Fine-tuning as iLLaDA does it, on the data of sft_toy.py: the same masking as in pre-training.
 
 All examples (prompt, answer, one EOS) form one long stream, cut into windows; every token may be hidden and is in the
-loss. An answer given its whole question is then a rare case of many, so it takes more updates than sft_toy.py.
+loss. An answer given its whole question is then a rare case of many, so it takes more updates than sft_toy.py; one run
+in three still does not learn to sort and reverse well (86 to 88 % of all answers right instead of 95 to 97).
 First:  python train.py config/world.py       Afterwards:
 python tests/lab/experiments.py flood out/sft_toy out/sft_toy_unified
 """
