@@ -462,6 +462,7 @@ def open_model(path, device='auto', dtype='auto', compile=False):
     """load_model for a script's settings: -> (model, meta, device, context manager for the forward pass).
 
     Weights of train.py are float32, cast for each pass; released ones stay as stored unless dtype is set.
+    compile: each block, when it is first called.
     """
     released = (Path(path) / 'config.json').is_file()
     device, bf16 = pick_device(device, dtype)

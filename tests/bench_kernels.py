@@ -9,6 +9,8 @@ counts the full square. Random data: on zeros a GPU is faster.
 
 import statistics
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,7 +66,19 @@ def products(cfg):
                     (cfg.tokens, 2048, 5632), (cfg.tokens, 2048, 5634), (cfg.head_rows, 4096, cfg.vocab_size),
                     (356, 4096, 12288), (160, 4096, 12288), (32, 4096, 12288)):
         a, w = random(m, k), random(n, k)
-        yield row(f'{m} x {k} x {n}', lambda a=a, w=w: F.linear(a, w), 2 * m * k * n)
+        yield row(f'{m} x {k} x {n}', partial(F.linear, a, w), 2 * m * k * n)
+
+
+def attend(q, k, v, backend):
+    """torch's attention by one backend, or by the one it chooses."""
+    with sdpa_kernel(backend) if backend else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def both_ways(name, work, flops):
+    """The rows of forward, and of forward and backward, which needs 2.5 times as many FLOPs again."""
+    yield row(f'{name}, forward', lambda: work().detach(), flops)
+    yield row(f'{name}, both', lambda: work().sum().backward(), 3.5 * flops)
 
 
 def attentions(cfg):
@@ -72,67 +86,52 @@ def attentions(cfg):
     backends = {'default': None, 'cudnn': SDPBackend.CUDNN_ATTENTION, 'flash': SDPBackend.FLASH_ATTENTION,
                 'efficient': SDPBackend.EFFICIENT_ATTENTION}
     for B, H, kv, D in ((4, 32, 32, 128), (4, 32, 4, 64), (4, 16, 4, 128)):
-        flops = 4 * B * H * T * T * D
         q, k, v = random(B, H, T, D, grad=True), random(B, kv, T, D, grad=True), random(B, kv, T, D, grad=True)
         for name, backend in backends.items():
-            def forward(q=q, k=k, v=v, backend=backend, grouped=H != kv):
-                with sdpa_kernel(backend or list(backends.values())[1:]):
-                    return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
-
-            def default(q=q, k=k, v=v, grouped=H != kv):
-                return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
-
-            call = forward if backend else default
             shape = f'{name}, ({B}, {H}/{kv}, {T}, {D})'
-            yield row(f'{shape}, forward', lambda call=call: call().detach(), flops)
-            yield row(f'{shape}, both', lambda call=call: call().sum().backward(), 3.5 * flops)
+            yield from both_ways(shape, partial(attend, q, k, v, backend), 4 * B * H * T * T * D)
 
     B, H, D = 4, 32, 128
     for pieces in (1, 4):
         q, k, v = (random(B * T, H, D, grad=True) for _ in range(3))
         borders = torch.arange(0, B * T + 1, T // pieces, dtype=torch.int32, device='cuda')
-        flops = 4 * B * H * T * T * D / pieces
+        yield from both_ways(f'varlen, ({B}, {H}, {T}, {D}), {pieces} a window',
+                             partial(varlen_attn, q, k, v, borders, borders, T, T), 4 * B * H * T * T * D / pieces)
 
-        def packed(q=q, k=k, v=v, borders=borders, longest=T):
-            return varlen_attn(q, k, v, borders, borders, longest, longest)
 
-        name = f'varlen, ({B}, {H}, {T}, {D}), {pieces} a window'
-        yield row(f'{name}, forward', lambda packed=packed: packed().detach(), flops)
-        yield row(f'{name}, both', lambda packed=packed: packed().sum().backward(), 3.5 * flops)
+def plain_head(h, weight, hidden, targets, weights, every):
+    """Logits of every row and most of them thrown away, or of the hidden rows at once."""
+    logits = F.linear(h, weight.bfloat16())[hidden] if every else F.linear(h[hidden], weight.bfloat16())
+    (F.cross_entropy(logits.float(), targets, reduction='none') * weights).sum().backward()
+
+
+def our_head(h, weight, hidden, targets, weights, chunk, ce):
+    models.weighted_cross_entropy(h[hidden], weight, targets, weights, chunk, ce).backward()
 
 
 def heads(cfg):
     """Loss and gradients of the rows that are hidden: half of 2 x head_rows."""
     M, V = cfg.head_rows, cfg.vocab_size
+    ways = {'ours': models.cross_entropy_and_gradient,
+            'ours, compiled': torch.compile(models.cross_entropy_and_gradient)}
     for C in (2048, 4096):
         h, weight = random(2 * M, C, grad=True), torch.randn(V, C, device='cuda') * C ** -0.5
-        weight.requires_grad_()
         hidden = torch.arange(2 * M, device='cuda') % 2 == 0
         targets = torch.randint(V, (M,), device='cuda')
-        weights = torch.rand(M, device='cuda') / (2 * M)
-
-        def plain(rows=None, h=h, weight=weight, targets=targets, weights=weights, hidden=hidden):
-            logits = F.linear(h if rows is None else h[rows], weight.bfloat16())
-            if rows is None:
-                logits = logits[hidden]
-            (F.cross_entropy(logits.float(), targets, reduction='none') * weights).sum().backward()
-
-        def ours(chunk, ce=models.cross_entropy_and_gradient, h=h, weight=weight, targets=targets, weights=weights,
-                 hidden=hidden):
-            models.weighted_cross_entropy(h[hidden], weight, targets, weights, chunk, ce).backward()
+        given = h, weight.requires_grad_(), hidden, targets, torch.rand(M, device='cuda') / (2 * M)
 
         flops = 6 * M * V * C
-        yield row(f'd {C}: every logit, then the hidden rows', plain, 2 * flops, 'peak')
-        yield row(f'd {C}: hidden rows, all at once', lambda plain=plain, rows=hidden: plain(rows), flops, 'peak')
-        for name, ce in (('ours', models.cross_entropy_and_gradient),
-                         ('ours, compiled', torch.compile(models.cross_entropy_and_gradient))):
+        yield row(f'd {C}: every logit, then the hidden rows', partial(plain_head, *given, True), 2 * flops, 'peak')
+        yield row(f'd {C}: hidden rows, all at once', partial(plain_head, *given, False), flops, 'peak')
+        for name, ce in ways.items():
             for chunk in (1024, 2048, 4096, 8192):
-                yield row(f'd {C}: {name}, {chunk} rows at a time',
-                          lambda chunk=chunk, ours=ours, ce=ce: ours(chunk, ce), flops, 'peak')
+                yield row(f'd {C}: {name}, {chunk} rows at a time', partial(our_head, *given, chunk, ce), flops, 'peak')
 
 
 def main():
     cfg = SimpleNamespace(**configure(globals()))
+    if not torch.cuda.is_available():
+        raise SystemExit('these kernels need a GPU: none here')
     print(f'torch {torch.__version__}, {torch.cuda.get_device_name()}: ' + ' '.join(sys.argv))
     for part in cfg.parts.split():
         evaluate.table(list(globals()[part](cfg)), [part, 'ms', 'TFLOP/s', 'GB'])

@@ -146,6 +146,9 @@ def on_a_checkpoint(cfg):
 def main():
     cfg = SimpleNamespace(**configure(globals()))
     torch.set_num_threads(cfg.threads)
+    known = [*VARIANTS, LAST if cfg.checkpoint else 'plain loop']
+    if cfg.only and not set(cfg.only.split(';')) <= set(known):
+        raise SystemExit(f'only: known are {"; ".join(known)}; got {cfg.only!r}')
     columns = ['sampler', 'passes', 'ms a pass', 'tokens/s', 'tokens a pass', 'x the first', 'as the first %']
     if cfg.checkpoint:
         evaluate.table(on_a_checkpoint(cfg), [*columns, 'right %', '+-'])

@@ -174,6 +174,20 @@ def test_caches(model, cache, settings):
     assert torch.equal(cached.x[prompt], x[prompt]) and not (cached.x == MASK).any()
 
 
+def test_a_rolling_cache_recomputes_every_column_in_turn():
+    """As many in every pass, so that one shape serves all: the block, and others until each had its turn."""
+    for T, block in ((40, (16, 24)), (12, (0, 8)), (8, (0, 8))):
+        n, seen = block[1] - block[0], set()
+        others = set(range(T)) - set(range(*block))
+        assert diffusion.recomputed_rows('roll', T, block, 0, 0) == list(range(T))
+        for step in range(1, 1 + -(-T // n)):
+            rows = diffusion.recomputed_rows('roll', T, block, step, step)
+            assert rows == sorted(set(rows)) and set(range(*block)) <= set(rows)
+            assert len(rows) == n + min(n, len(others))
+            seen |= set(rows)
+        assert seen == set(range(T))
+
+
 def test_ar_generation_with_and_without_a_cache():
     model = tiny_model(2, causal=True).eval()
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
