@@ -583,7 +583,8 @@ def recomputed_rows(cache, T, block, step, n_steps):
     if cache == 'roll':
         n, others = end - start, [*range(start), *range(end, T)]
         again = [others[(n_steps * n + i) % len(others)] for i in range(min(n, len(others)))]
-        return sorted([*range(start, end), *again])
+        again += range(start, end)
+        return sorted(again)
     return list(range(start, T if cache == 'prefix' else end))
 
 

@@ -227,8 +227,7 @@ def cross_entropy_and_gradient(z, y, weights):
     loss = (weights * (lse - z.gather(1, y))).sum()
 
     # d CE / d z = softmax(z) - onehot(y), in the memory of z
-    dz = z.sub_(lse).exp_()
-    dz = dz.scatter_add_(1, y, torch.full_like(lse, -1)).mul_(weights)
+    dz = z.sub_(lse).exp_().scatter_add_(1, y, torch.full_like(lse, -1)).mul_(weights)
     return loss, dz.to(dtype)
 
 
@@ -458,7 +457,7 @@ def pick_device(device, dtype):
 # Weights on disk: checkpoints of train.py
 
 
-def open_model(path, device='auto', dtype='auto', compile=False):
+def open_model(path, device, dtype, compile):
     """load_model for a script's settings: -> (model, meta, device, context manager for the forward pass).
 
     Weights of train.py are float32, cast for each pass; released ones stay as stored unless dtype is set.

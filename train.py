@@ -854,8 +854,14 @@ def main(config):
     if world > 1:
         dist.destroy_process_group()
     farewell(run, it, None if it < cfg.max_iters else entry, cfg, rank)
+
+    code = 0
     if it < cfg.max_iters:
-        sys.exit(128 + (signals[0][0] if signals else signal.SIGTERM))
+        code = 128 + (signals[0][0] if signals else signal.SIGTERM)
+    if world > 1:           # gloo's threads outlive their group, and now and then abort Python's own way out
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def farewell(run, it, entry, cfg, rank):
@@ -867,7 +873,7 @@ def farewell(run, it, entry, cfg, rank):
         after = cfg.then or f'python sample.py {run}'
         words = f"done: {entry['val_bits_per_byte']:.3f} bits/byte in {run}/iter_{it:07d}; next:  {after}"
     if rank == 0:
-        print(clean(words))
+        print(clean(words), flush=True)
 
 
 if __name__ == '__main__':
