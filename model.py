@@ -218,15 +218,12 @@ class Block(nn.Module):
 
 
 def cross_entropy_and_gradient(z, y, weights):
-    """Logits z (M, V), targets y (M, 1), weights (M, 1) -> sum of weights * CE (), and its gradient (M, V).
-
-    z is overwritten if its dtype is that of the weights.
-    """
+    """Logits z (M, V), targets y (M, 1), weights (M, 1) -> sum of weights * CE (), and its gradient (M, V)."""
     dtype, z = z.dtype, z.to(weights.dtype)
     lse = z.logsumexp(-1, keepdim=True)
     loss = (weights * (lse - z.gather(1, y))).sum()
 
-    # d CE / d z = softmax(z) - onehot(y), in the memory of z
+    # d CE / d z = softmax(z) - onehot(y), in the memory of z (the caller's own, if as wide as the weights)
     dz = z.sub_(lse).exp_().scatter_add_(1, y, torch.full_like(lse, -1)).mul_(weights)
     return loss, dz.to(dtype)
 
