@@ -1,85 +1,65 @@
-"""The mask predictor: a LLaMA-style Transformer that sees the whole canvas, and its weights on disk.
+"""The mask predictor, a LLaMA-style Transformer that sees the whole canvas, and its weights on disk.
 
-LLaDA (arXiv 2502.09992v3, Sec. 2.2 and App. B.2): pre-norm blocks, RMSNorm, SwiGLU, rotary positions, no
-biases, and attention without a causal mask. Logit i predicts token i (no shift). The network is not given the
-mask ratio t: it can count the masks. `causal=True` turns the same module into the autoregressive baseline.
+LLaDA (arXiv 2502.09992v3, Sec. 2.2 and App. B.2): pre-norm blocks, RMSNorm, SwiGLU, rotary positions, no biases, and
+no causal mask. Logit i predicts token i (no shift). The network is not given the mask ratio t, because it can count
+the masks. With causal=True the same module is the autoregressive baseline.
 
-    logits = Transformer(ModelConfig(...))(ids)             # (B, W) int64 -> (B, W, V)
+    logits = Transformer(ModelConfig(...))(ids)             # (B, T) int64 -> (B, T, V)
     model, meta = load_model('out/docs')                    # a run of train.py, or released weights
 
-Letters: B batch, W window (the tokens given), T canvas (the keys attended to; T = W without a cache), V
-vocabulary, C channels (d_model), H heads, D head size, M rows read out, N packed tokens.
+Letters: B batch, T sequence length, S keys attended to (S = T without a cache), V vocabulary, C channels (d_model),
+H heads, D head size, M positions to predict.
 """
 
 import hashlib
 import json
-import math
-import pickle
-import shutil
 import warnings
 import zlib
-from contextlib import contextmanager
 from dataclasses import dataclass
-from errno import EIO, ENOENT
 from functools import partial
 from pathlib import Path
 
+import safetensors
+import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import (
-    ROLES,
-    TOKENIZER_FILES,
-    Damaged,
-    Refused,
-    copy_tokenizer,
-    facts_sha256,
-    out_of_range,
-    own_tokenizer,
-    read_json,
-    read_manifest,
-    refuse,
-    say,
-    special_tokens,
-)
+from configurator import UserError
 
 
 @dataclass
 class ModelConfig:
-    """Everything that decides the shape of the weights. Field names are the keys of the config files."""
+    """Hold everything that decides the shape of the weights. The field names are settings of train.py."""
 
     vocab_size: int
     seq_len: int                    # longest canvas seen in training; rotary positions set no hard limit
     n_layer: int
     n_head: int
-    n_kv_head: int                  # fewer than n_head: grouped-query attention (iLLaDA: 8 for 32)
+    n_kv_head: int                  # fewer than n_head is grouped-query attention (iLLaDA: 8 for 32)
     d_model: int
     d_ff: int
     rope_theta: float = 500000.0
     norm_eps: float = 1e-5
     tied: bool = False              # the head shares the embedding matrix (iLLaDA)
     causal: bool = False            # the autoregressive baseline
-    rope_fp32: bool = True          # rotate in float32 (LLaDA); False: in the dtype of q and k (iLLaDA)
+    rope_fp32: bool = True          # rotate in float32 (LLaDA), or in the dtype of q and k (iLLaDA)
 
     def __post_init__(self):
-        refuse(out_of_range(self, (
-            ('n_layer', 'a whole number from 1 to 9999', lambda v: type(v) is int and 0 < v < 10 ** 4),
-            ('vocab_size seq_len n_head n_kv_head d_model d_ff', 'a whole number from 1 to 2147483647',
-             lambda v: type(v) is int and 0 < v < 2 ** 31),
-            ('rope_theta norm_eps', 'above 0', lambda v: type(v) in (int, float) and 0 < v < math.inf),
-            ('tied causal rope_fp32', 'true or false', lambda v: type(v) is bool))))
-
         if self.d_model % (2 * self.n_head):
-            raise Refused(f'd_model / n_head must be even and whole, got {self.d_model} / {self.n_head}')
+            raise UserError(f'd_model / n_head must be an even number, got {self.d_model} / {self.n_head}')
         if self.n_head % self.n_kv_head:
-            raise Refused(f'n_kv_head must divide n_head, got {self.n_kv_head} and {self.n_head}')
+            raise UserError(f'n_kv_head must divide n_head, got {self.n_kv_head} and {self.n_head}')
 
     @property
     def head_dim(self):
         return self.d_model // self.n_head
 
+
+# ----------------------------------------------------------------------------------------------------------
+# The network
 
 linear = partial(nn.Linear, bias=False)
 
@@ -91,104 +71,83 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        h = F.rms_norm(x, self.weight.shape, eps=self.eps)  # x / sqrt(mean(x^2) + eps), float32 inside
-        return h.to(x.dtype) * self.weight.to(x.dtype)      # cast, then multiply: as released weights expect
+        # cast first, then multiply: this order is what the released weights were trained with
+        h = F.rms_norm(x, self.weight.shape, eps=self.eps)
+        return h.to(x.dtype) * self.weight.to(x.dtype)
 
 
-def rope_angles(pos, head_dim, theta):
-    """cos and sin of position * theta^(-2j/D), j = 0 .. D/2-1: pos (...) -> two float32 tensors (..., D/2)."""
-    j = torch.arange(0, head_dim, 2, device=pos.device, dtype=torch.float32)
+def rope_angles(positions, head_dim, theta):
+    """Return cos and sin of position * theta^(-2j/D), j = 0 .. D/2-1: (...) -> two float32 tensors (..., D/2)."""
+    j = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = 1.0 / theta ** (j / head_dim)
-    angle = pos.to(torch.float32)[..., None] * frequency
+    angle = positions.to(torch.float32)[..., None] * frequency
     return angle.cos(), angle.sin()
 
 
 def apply_rope(x, cos, sin):
-    """Rotates dimension j together with j + D/2 ("half rotation"): x (B, H, W, D) -> same shape and dtype."""
+    """Rotate dimension j together with j + D/2 ("half rotation"): x (B, H, T, D) -> same shape and dtype."""
     a, b = x.to(cos.dtype).chunk(2, dim=-1)
-    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return turned.to(x.dtype)
+    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return rotated.to(x.dtype)
 
 
-def attention(q, k, v, *, causal=False, may_see=None, cu_seqlens=None):
-    """softmax(q k^T / sqrt(D)) v; q (B, H, W, D), k and v (B, Hkv, T, D) -> (B, H, W, D).
+def attention(q, k, v, *, attn_mask=None, causal=False, cu_seqlens=None):
+    """Return softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, H, T, D).
 
-    may_see: bool, broadcastable to (B, 1, W, T): whether a query attends to a key. causal: a query attends
-    only to itself and earlier keys (then W = T). cu_seqlens (n+1,) int32, CUDA only: see Transformer.forward.
+    attn_mask, bool, broadcastable to (B, 1, T, S): True where a query may attend to a key. causal: only to itself
+    and earlier keys. cu_seqlens: see Transformer.forward; here it selects CUDA's kernel for packed segments.
     """
     if cu_seqlens is not None:
         return packed_attention(q, k, v, cu_seqlens)
-
-    # In training on short canvases plain code beats torch's fused CPU kernel, whose bfloat16 backward is 4x slower
-    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.requires_grad and k.shape[2] <= 256:
-        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
-        scores = Scores.apply(q, k) * q.shape[-1] ** -0.5                               # (B, H, W, T) float32
-        if causal:
-            may_see = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
-        if may_see is not None:
-            scores = scores.masked_fill(~may_see, -math.inf)
-        return scores.softmax(-1).to(v.dtype) @ v
-
-    # (On CUDA a mask stays out of training: cuDNN's masked backward has returned NaN since torch 2.11.)
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=may_see, is_causal=causal, enable_gqa=grouped)
+    sdpa = partial(F.scaled_dot_product_attention, attn_mask=attn_mask, is_causal=causal, enable_gqa=grouped)
+    if q.device.type != 'cpu':
+        return sdpa(q, k, v)
 
-
-class Scores(torch.autograd.Function):
-    """q k^T in float32 (softmax amplifies rounding errors of scores); gradients in the dtype of q and k."""
-
-    @staticmethod
-    def forward(ctx, q, k):
-        ctx.save_for_backward(q, k)
-        with torch.autocast(q.device.type, enabled=False):
-            return q.float() @ k.float().transpose(-2, -1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k = ctx.saved_tensors
-        grad = grad.to(q.dtype)
-        return grad @ k, grad.transpose(-2, -1) @ q
-
-
-def repeat_heads(z, H):
-    """Keys or values of grouped-query attention, once for each query head: (B, Hkv, T, D) -> (B, H, T, D)."""
-    return z if z.shape[1] == H else z.repeat_interleave(H // z.shape[1], dim=1)
+    # on a CPU torch's kernel is faster in float32 than in bfloat16 (backward: up to 4 times), and more exact
+    with torch.autocast('cpu', enabled=False):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return sdpa(q.to(wide), k.to(wide), v.to(wide)).to(q.dtype)
 
 
 def packed_attention(q, k, v, cu_seqlens):
-    """Attention inside each segment of a packed batch, by CUDA's kernel for variable-length segments."""
+    """Attend inside each segment of a packed batch, with CUDA's kernel for segments of varying length."""
     from torch.nn.attention.varlen import varlen_attn
 
-    B, H, W, D = q.shape
-    k, v = repeat_heads(k, H), repeat_heads(v, H)           # torch 2.11's kernel has no GQA
-    q, k, v = (z.transpose(1, 2).reshape(B * W, H, D) for z in (q, k, v))                   # (N, H, D)
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, W, W)
-    return out.view(B, W, H, D).transpose(1, 2)
+    B, H, T, D = q.shape
+    if k.shape[1] != H:                                     # the kernel of torch 2.11 has no grouped queries
+        k = k.repeat_interleave(H // k.shape[1], dim=1)
+        v = v.repeat_interleave(H // v.shape[1], dim=1)
+    q, k, v = (z.transpose(1, 2).reshape(B * T, H, D) for z in (q, k, v))
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T)
+    return out.view(B, T, H, D).transpose(1, 2)
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, self.head_dim = config.d_model, config.head_dim
+        C = config.d_model
+        self.head_dim = config.head_dim
         self.q = linear(C, config.n_head * self.head_dim)
         self.k = linear(C, config.n_kv_head * self.head_dim)
         self.v = linear(C, config.n_kv_head * self.head_dim)
         self.out = linear(config.n_head * self.head_dim, C)
 
     def heads(self, y):
-        """(B, W, H * D) -> (B, H, W, D)."""
+        """(B, T, H * D) -> (B, H, T, D)."""
         return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def forward(self, x, cos, sin, pos, kv, **limits):
-        q = apply_rope(self.heads(self.q(x)), cos, sin)                                     # (B, H, W, D)
-        k = apply_rope(self.heads(self.k(x)), cos, sin)                                     # (B, Hkv, W, D)
+    def forward(self, x, cos, sin, kv, kv_positions, pattern):
+        q = apply_rope(self.heads(self.q(x)), cos, sin)                             # (B, H, T, D)
+        k = apply_rope(self.heads(self.k(x)), cos, sin)                             # (B, Hkv, T, D)
         v = self.heads(self.v(x))
 
-        if kv is not None:                                 # update rows pos of the cache, attend to all T
-            k = kv[0].index_copy_(2, pos, k.to(kv.dtype)).to(q.dtype)                       # (B, Hkv, T, D)
-            v = kv[1].index_copy_(2, pos, v.to(kv.dtype)).to(q.dtype)
-        y = attention(q, k, v, **limits)
-        return self.out(y.transpose(1, 2).flatten(2))                                       # (B, W, C)
+        if kv is not None:
+            # overwrite these positions of the cache, then attend to all S of it
+            k = kv[0].index_copy_(2, kv_positions, k.to(kv.dtype)).to(q.dtype)      # (B, Hkv, S, D)
+            v = kv[1].index_copy_(2, kv_positions, v.to(kv.dtype)).to(q.dtype)
+        y = attention(q, k, v, **pattern)
+        return self.out(y.transpose(1, 2).flatten(2))                               # (B, T, C)
 
 
 class SwiGLU(nn.Module):
@@ -210,200 +169,167 @@ class Block(nn.Module):
         self.ff_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ff = SwiGLU(config)
 
-    def forward(self, x, rows=None, **context):
-        x = x + self.attn(self.attn_norm(x), **context)
-        if rows is not None:                                # last block: nothing reads the other rows again
-            x = x[rows] if rows.dtype == torch.bool else x.flatten(0, 1)[rows]              # (M, C)
+    def forward(self, x, cos, sin, kv, kv_positions, pattern, positions=None):
+        x = x + self.attn(self.attn_norm(x), cos, sin, kv, kv_positions, pattern)
+        if positions is not None:
+            # the last block: only the positions to predict need its feed-forward part
+            x = x.flatten(0, 1)[positions]                                          # (M, C)
         return x + self.ff(self.ff_norm(x))
-
-
-def cross_entropy_and_gradient(z, y, weights):
-    """Logits z (M, V), targets y (M, 1), weights (M, 1) -> sum of weights * CE (), and its gradient (M, V)."""
-    dtype, z = z.dtype, z.to(weights.dtype)
-    lse = z.logsumexp(-1, keepdim=True)
-    loss = (weights * (lse - z.gather(1, y))).sum()
-
-    # d CE / d z = softmax(z) - onehot(y), in the memory of z (the caller's own, if as wide as the weights)
-    dz = z.sub_(lse).exp_().scatter_add_(1, y, torch.full_like(lse, -1)).mul_(weights)
-    return loss, dz.to(dtype)
-
-
-class FusedCrossEntropy(torch.autograd.Function):
-    """sum_i weights_i * CE(h_i W^T, targets_i), a few rows at a time: no float32 M x V matrix exists.
-
-    The gradients are computed in forward, while the logits of a chunk are at hand; backward only scales them.
-    """
-
-    @staticmethod
-    def forward(ctx, h, weight, targets, weights, chunk, ce):
-        w = weight.to(h.dtype)
-        wide = torch.promote_types(h.dtype, torch.float32)
-        loss = h.new_zeros((), dtype=wide)
-        dh, dw = torch.empty_like(h), torch.zeros_like(w, dtype=wide)
-
-        for start in range(0, len(h), chunk):
-            part = slice(start, start + chunk)
-            y, scale = targets[part, None], weights[part, None].to(wide)
-            summand, dz = ce(h[part] @ w.t(), y, scale)                                     # (), (chunk, V)
-            loss += summand
-            dh[part] = dz @ w
-            dw += dz.t() @ h[part]
-
-        ctx.save_for_backward(dh, dw)
-        ctx.weight_dtype = weight.dtype
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        dh, dw = ctx.saved_tensors
-        return dh * grad.to(dh.dtype), (dw * grad).to(ctx.weight_dtype), None, None, None, None
-
-
-def weighted_cross_entropy(h, weight, targets, weights, chunk=None, ce=cross_entropy_and_gradient):
-    """sum_i weights_i * CE(h_i W^T, targets_i): h (M, C), weight (V, C), targets (M,), weights (M,) -> ().
-
-    Cross-entropy in at least float32: a weight of 1/t multiplies its rounding error by up to 1000. chunk:
-    rows at a time, by default 2048 on a GPU, elsewhere what fits into a cache. ce: may be compiled.
-    """
-    if chunk is None:
-        chunk = 2048 if h.is_cuda else max(128, 10 ** 6 // len(weight))
-    with torch.autocast(h.device.type, enabled=False):
-        return FusedCrossEntropy.apply(h, weight, targets, weights, chunk, ce)
 
 
 class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config, self.recompute = config, False     # recompute: keep only each block's input for backward
-        self.ce = cross_entropy_and_gradient            # train.py compiles it together with the blocks
+        self.config = config
+        self.recompute = False                  # keep only each block's input, and recompute the rest in backward
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tied else linear(config.d_model, config.vocab_size)
 
-    def forward(self, ids, *, pos=None, kv=None, visible=None, cu_seqlens=None, rows=None, targets=None,
-                weights=None):
-        """ids (B, W) int64 -> logits (B, W, V).
+    def forward(self, ids, *, attention_mask=None, kv=None, kv_positions=None, cu_seqlens=None,
+                positions=None, targets=None):
+        """Predict all tokens: ids (B, T) int64 -> logits (B, T, V).
 
-        pos (W,) int64: positions of the ids on the canvas (default 0 .. W-1; packed: counted per segment).
-        kv (n_layer, 2, B, n_kv_head, T, D): cached keys (rotated) and values; rows `pos` are overwritten.
-        visible (B, T) bool: keys that may be attended to; False hides left padding.
-        cu_seqlens (n+1,) int32: the batch, read row by row, is n segments end to end; none continues in the
-            next row, and attention does not cross their borders.
-        rows (M,) int64 flat indices, or (B, W) bool: return only these, (M, V), as the head is the widest
-            matrix.
-        targets (M,) int64, weights (M,): return the scalar sum of weights * cross-entropy over those rows
-            instead. (Under FSDP the head is gathered inside this forward only.)
+        attention_mask (B, S): 1 or True for keys that may be attended to, so 0 hides left padding.
+        kv (n_layer, 2, B, n_kv_head, S, D): cached keys (rotated) and values, of which kv_positions (T,) int64, the
+            positions of the ids on the canvas, are overwritten.
+        cu_seqlens (n + 1,) int32: cumulative lengths of the n segments of the flattened batch, as in FlashAttention's
+            varlen API. Attention stays inside a segment, and a segment inside a row. Positions start anew in each.
+        positions (M,) int64 in the flattened batch, or (B, T) bool: predict only these -> (M, V).
+        targets (M,) int64: return their cross-entropy in nats instead, (M,) float32.
         """
-        x = self.embed(ids)                                                                 # (B, W, C)
-        x = x.to(dtype_of_pass(x))                         # a narrow residual stream: half the memory traffic
+        x = self.embed(ids)                                                         # (B, T, C)
+        x = x.to(dtype_of_pass(x))              # a narrow residual stream halves the memory traffic
+        if positions is not None and positions.dtype == torch.bool:
+            positions = positions.flatten().nonzero()[:, 0]
 
-        if pos is None and cu_seqlens is None:
-            pos = torch.arange(ids.shape[1], device=x.device)                               # (W,)
-        elif pos is None:
-            _, pos = segments(*ids.shape, cu_seqlens)                                       # (B, 1, W)
-        cos, sin = rope_angles(pos, self.config.head_dim, self.config.rope_theta)           # (..., W, D/2)
+        where = kv_positions
+        if cu_seqlens is not None:
+            _, where = segments_of(ids.shape, cu_seqlens)                           # (B, 1, T)
+        elif where is None:
+            where = torch.arange(ids.shape[1], device=ids.device)                   # (T,)
+        cos, sin = rope_angles(where, self.config.head_dim, self.config.rope_theta)
         if not self.config.rope_fp32:
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        context = dict(cos=cos, sin=sin, pos=pos, **self._limits(x, pos, kv, visible, cu_seqlens))
+        pattern = self.attention_pattern(x, kv, where, attention_mask, cu_seqlens)
 
         for i, block in enumerate(self.blocks):
-            context['kv'] = None if kv is None else kv[i]
-            context['rows'] = rows if block is self.blocks[-1] else None
+            cache = None if kv is None else kv[i]
+            wanted = positions if block is self.blocks[-1] else None
+            inputs = (x, cos, sin, cache, kv_positions, pattern, wanted)
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, **context, use_reentrant=False)
+                x = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = block(x, **context)
+                x = block(*inputs)
 
         x = self.norm(x)
         head = self.embed.weight if self.head is None else self.head.weight
-        if targets is not None:
-            return weighted_cross_entropy(x, head, targets, weights, ce=self.ce)
-        return F.linear(x, head)
+        if targets is None:
+            return F.linear(x, head)
+        return head_cross_entropy(x, head, targets)
 
-    def _limits(self, x, pos, kv, visible, cu_seqlens):
-        """Tells attention who may see whom, by a mask only if nothing shorter will do. x (B, W, C)."""
+    def attention_pattern(self, x, kv, where, attention_mask, cu_seqlens):
+        """Return the cheapest description of who attends to whom, the keyword arguments of `attention`.
+
+        Nothing or is_causal if that says it all, cu_seqlens where CUDA has a kernel for it, else a boolean mask.
+        """
         causal = self.config.causal
-        device = x.device
-        if cu_seqlens is None:
-            if visible is None and not (causal and kv is not None):
-                return dict(causal=causal)
-        elif visible is not None or kv is not None:
-            raise ValueError('cu_seqlens cannot be combined with visible or kv')
-        elif x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and not causal:
-            return dict(cu_seqlens=cu_seqlens)              # the kernel for segments takes only these
+        if cu_seqlens is None and attention_mask is None and (kv is None or not causal):
+            return dict(causal=causal)
+        # a mask stays out of training on CUDA: since torch 2.11, cuDNN's backward with one can return NaN
+        if cu_seqlens is not None and x.is_cuda and x.dtype == torch.bfloat16 and not causal:
+            return dict(cu_seqlens=cu_seqlens)
 
-        W = x.shape[1]
-        T = W if kv is None else kv.shape[-2]
-        may_see = torch.ones(1, 1, W, T, dtype=torch.bool, device=device)
-        if visible is not None:                             # padding is never attended to
-            may_see = may_see & visible[:, None, None, :]                                   # (B, 1, W, T)
+        T = x.shape[1]
+        S = T if kv is None else kv.shape[-2]
+        mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=x.device)
+        if attention_mask is not None:
+            mask = mask & attention_mask.bool()[:, None, None, :]                   # (B, 1, T, S)
+        if cu_seqlens is not None:
+            segment, _ = segments_of(x.shape[:2], cu_seqlens)                       # (B, 1, T)
+            mask = mask & (segment[..., :, None] == segment[..., None, :])          # (B, 1, T, T)
+        if causal:
+            queries = where if kv is not None else torch.arange(T, device=x.device)
+            mask = mask & (torch.arange(S, device=x.device) <= queries[:, None])
 
-        if cu_seqlens is not None:                          # attend only within the segment
-            segment, _ = segments(len(x), W, cu_seqlens)                                    # (B, 1, W)
-            may_see = segment[..., :, None] == segment[..., None, :]                        # (B, 1, W, W)
-
-        if causal:                                          # attend only to what comes before on the canvas
-            keys = torch.arange(T, device=device)
-            now = keys if kv is None else pos
-            may_see = may_see & (keys <= now[:, None])
-
-        nobody = ~may_see.any(-1, keepdim=True)             # a query that may see no key sees all: else NaN
-        return dict(may_see=may_see | nobody)
+        # a query without any visible key attends to everything, because a softmax over nothing is NaN
+        return dict(attn_mask=mask | ~mask.any(-1, keepdim=True))
 
     def new_kv(self, batch_size, length):
-        """An empty cache for `forward(kv=...)`: (n_layer, 2, B, n_kv_head, T, D) in the dtype of the pass."""
-        c, weight = self.config, self.embed.weight
+        """Return an empty cache for forward(kv=...): (n_layer, 2, B, n_kv_head, S, D)."""
+        c = self.config
+        weight = self.embed.weight
         shape = (c.n_layer, 2, batch_size, c.n_kv_head, length, c.head_dim)
         return torch.zeros(shape, device=weight.device, dtype=dtype_of_pass(weight))
 
     def num_params(self, non_embedding=False):
-        """All parameters, or those outside the embedding and head (N of the papers' 6ND)."""
+        """Count all parameters, or those outside embedding and head (N in the papers' 6ND)."""
         n = sum(p.numel() for p in self.parameters())
         if non_embedding:
             n -= (1 if self.config.tied else 2) * self.embed.weight.numel()
         return n
 
     def flops_per_token(self, masked_fraction=1.0, length=None):
-        """FLOPs per token of one forward and backward pass; the head counts only for the rows it computes.
+        """Return FLOPs per token of a forward and backward pass, where the head sees the masked fraction only.
 
-        The attention term counts the full square even under a causal mask, and the last block counts all rows,
-        though its feed-forward computes only those read out (1 % less for 8B). length: of the segments that
-        attention is confined to, default seq_len; for a mixture of lengths, sum(length^2) / sum(length).
+        Attention counts the full square, of segments of `length` tokens (default: seq_len).
         """
         c = self.config
-        blocks = self.num_params(non_embedding=True) - (2 * c.n_layer + 1) * c.d_model      # without norms
+        matrices = self.num_params(non_embedding=True) - (2 * c.n_layer + 1) * c.d_model    # without norms
         attention = 2 * c.n_layer * c.d_model * (length or c.seq_len)
-        return 6 * (blocks + c.d_model * c.vocab_size * masked_fraction + attention)
+        return 6 * (matrices + attention + c.d_model * c.vocab_size * masked_fraction)
 
 
-def segments(B, W, cu_seqlens):
-    """For B * W packed tokens, the number of the segment and the position in it: two tensors (B, 1, W)."""
-    if not cu_seqlens.is_cuda and cu_seqlens[-1] != B * W:  # (would make the host wait for a GPU)
-        raise ValueError(f'cu_seqlens must end at the {B * W} tokens of the batch, got {int(cu_seqlens[-1])}')
-    at = torch.arange(B * W, dtype=cu_seqlens.dtype, device=cu_seqlens.device).view(B, 1, W)
-    number = torch.bucketize(at, cu_seqlens[1:], right=True)
-    return number, at - cu_seqlens[number]
+def head_cross_entropy(h, weight, targets):
+    """Return cross-entropy of logits h W^T: h (M, C), weight (V, C), targets (M,) -> (M,) float32 or wider."""
+    def part(h, targets):
+        # in float32, because the loss weight 1/t multiplies its rounding error by up to 1000
+        logits = F.linear(h, weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, reduction='none')
+
+    # With a vocabulary of 126,464 the logits would be the largest tensor by far. So at most 2^28 of them (1 GB) exist
+    # at a time, and backward makes them again.
+    size = max(1, 2 ** 28 // len(weight))
+    if len(h) <= size:
+        return part(h, targets)
+    chunks = zip(h.split(size), targets.split(size))
+    return torch.cat([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def segments_of(shape, cu_seqlens):
+    """Return the segment number of each packed token and its position there, two tensors (B, 1, T)."""
+    B, T = shape
+    token = torch.arange(B * T, dtype=cu_seqlens.dtype, device=cu_seqlens.device).view(B, 1, T)
+    segment = torch.bucketize(token, cu_seqlens[1:], right=True)
+    return segment, token - cu_seqlens[segment]
 
 
 def dtype_of_pass(z):
-    """The dtype in which autocast computes on z's device; without autocast the dtype of z."""
+    """Return the dtype in which autocast computes on z's device, or the dtype of z if autocast is off."""
     kind = z.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else z.dtype
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Fresh weights, and where they live
+# Fresh weights, and the device they live on
+
+
+def empty_model(config):
+    """Return a Transformer whose parameters take no memory yet."""
+    with torch.device('meta'):
+        return Transformer(config)
 
 
 @torch.no_grad()
 def init_weights(model, seed=0, emb_std=None, device=None):
-    """Fills a fresh model; each matrix from its own generator, keyed by seed and name, however it is sharded.
+    """Initialise the weights. Each matrix has its own seeded generator, so sharding does not change the result.
 
-    The scheme is the one named in the released LLaDA config ("mitchell"; that pre-training used it is
-    unconfirmed): a normal truncated at three sigma with std 1/sqrt(fan_in), divided by sqrt(2 * layer) for the
-    two matrices of a block that write to the residual stream; the embedding has std 1/sqrt(C) unless `emb_std`
-    says otherwise. device: where matrices are drawn.
+    The scheme is the one named in the released LLaDA config ("mitchell"; that pre-training used it is unconfirmed): a
+    normal distribution truncated at 3 std, with std 1/sqrt(fan_in), and for the two matrices of a block that write to
+    the residual stream 1/sqrt(2 * layer) of that. The embedding has std 1/sqrt(C), or emb_std if given.
+    device: where the matrices are drawn (default: where they live).
     """
     for name, p in model.named_parameters():
         full = torch.ones(p.shape, dtype=p.dtype, device=device or p.device)
@@ -412,231 +338,56 @@ def init_weights(model, seed=0, emb_std=None, device=None):
             if name == 'embed.weight' and emb_std is not None:
                 std = emb_std
             if name.endswith(('attn.out.weight', 'ff.down.weight')):
-                std *= (2 * (int(name.split('.')[1]) + 1)) ** -0.5
+                layer = int(name.split('.')[1]) + 1
+                std /= (2 * layer) ** 0.5
 
-            key = zlib.crc32(f'{seed} {name}'.encode())     # torch's CPU generator uses 32 bits only
+            # hashed, because torch seeds its CPU generator with 32 bits only
+            key = zlib.crc32(f'{seed} {name}'.encode())
             generator = torch.Generator(full.device).manual_seed(key)
             nn.init.trunc_normal_(full, 0.0, std, -3 * std, 3 * std, generator=generator)
-        put(p, full)
+        copy_full(p, full)
     return model
 
 
 @torch.no_grad()
-def put(parameter, full):
-    """Copies a full matrix, present on every rank, into a parameter; of a DTensor each takes its shard."""
-    if hasattr(parameter, 'placements'):
+def copy_full(p, full):
+    """Copy a full tensor, present on every rank, into a parameter. Of a DTensor each rank takes its shard."""
+    if hasattr(p, 'placements'):
         from torch.distributed.tensor import distribute_tensor
-        full = distribute_tensor(full.to(parameter.device), parameter.device_mesh, parameter.placements,
-                                 src_data_rank=None)        # nothing is sent: every rank has it
-    parameter.copy_(full)
+        # src_data_rank=None sends nothing, because every rank has the tensor
+        full = distribute_tensor(full.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    p.copy_(full)
 
 
 def pick_device(device, dtype):
-    """-> (device, whether to compute in bfloat16: by default only where the hardware supports it)."""
-    found = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
-    here = [kind for kind in found if found[kind]]
+    """Resolve the settings device and dtype, of which 'auto' is a value -> device, torch.dtype to compute in."""
+    available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    names = [name for name in available if available[name]]
     if device == 'auto':
-        device = here[0]
-    if device not in here:
-        raise Refused(f'device {device!r} is not available here; choose one of auto, {", ".join(here)}')
+        device = names[0]
+    if device not in names:
+        raise UserError(f'device {device!r} is not available, choose one of: auto, {", ".join(names)}')
 
     if dtype not in ('auto', 'bfloat16', 'float32'):
-        raise Refused(f'dtype must be one of auto, bfloat16, float32, got {dtype!r}')
+        raise UserError(f'dtype must be auto, bfloat16 or float32, got {dtype!r}')
+    # bfloat16 pays only where the hardware multiplies it
     fast = False
     if device == 'cuda':
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device == 'cpu':
         fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return device, dtype == 'bfloat16' or dtype == 'auto' and fast
+    narrow = dtype == 'bfloat16' or dtype == 'auto' and fast
+    return device, torch.bfloat16 if narrow else torch.float32
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Weights on disk: checkpoints of train.py
+# Weights on disk, in the released layouts: config.json and safetensors. train.py writes the same.
 
+MODEL_TYPES = {'llada': 'LLaDAModelLM', 'illada': 'ILLaDAForCausalLM', 'nanollada_ar': 'Transformer'}
 
-def open_model(path, device, dtype, compile):
-    """load_model for a script's settings: -> (model, meta, device, context manager for the forward pass).
-
-    Weights of train.py are float32, cast for each pass; released ones stay as stored unless dtype is set.
-    compile: each block, when it is first called.
-    """
-    released = (Path(path) / 'config.json').is_file()
-    device, bf16 = pick_device(device, dtype)
-    stored = getattr(torch, dtype) if released and dtype != 'auto' else None
-    autocast = torch.autocast(device, torch.bfloat16, enabled=bf16 and not released)
-    model, meta = load_model(path, device, stored)
-    if compile:
-        torch._dynamo.config.recompile_limit = 64           # batches and canvases have many shapes
-        for block in model.blocks:
-            block.compile()
-    return model, meta, device, autocast
-
-
-def load_model(path, device='cpu', dtype=None):
-    """Loads weights of any kind -> (model in eval mode, meta).
-
-    path: a step folder or a run folder of train.py (its newest step), or a Hugging Face style folder
-    (config.json and *.safetensors) of LLaDA or iLLaDA. dtype None keeps the stored one.
-    meta: mask_id, eos_id, pad_id, bos_id, eot_id (None if the folder does not say), tokenizer (a spec for
-    data.get_tokenizer, or None), folder; config, iteration and examples (how many its data held) of
-    a run of train.py, None for released weights.
-    Only tensors are unpickled, no code is run, every shape is checked. Raises Refused or OSError.
-    """
-    folder = weights_in(path)
-    manifest = {}
-    if (folder / 'config.json').is_file():
-        model, meta = read_release(folder, device, dtype)
-    else:
-        manifest = read_checkpoint(folder)
-        model = empty_model(ModelConfig(**manifest['model'])).to_empty(device='cpu')
-        read_tensors(folder, {f'model.{name}': p.data for name, p in model.named_parameters()})
-        model.to(device=device, dtype=dtype)
-        meta = dict(manifest['ids'], tokenizer=own_tokenizer(manifest['tokenizer'], folder))
-
-    meta['folder'] = str(folder)
-    meta.update((key, manifest.get(key)) for key in ('config', 'iteration', 'examples'))
-    return model.eval(), meta
-
-
-def weights_in(path):
-    """The folder with the weights: `path`, or the newest step in it. FileNotFoundError if there is none."""
-    path = Path(path)
-    if any((path / name).is_file() for name in ('config.json', 'manifest.json')):
-        return path
-    steps = find_checkpoints(path)
-    if not steps:
-        what = 'no checkpoint here (train.py writes the first after eval_interval updates; or released weights)'
-        raise FileNotFoundError(ENOENT, what, str(path))
-    return steps[-1]
-
-
-def empty_model(config):
-    """A Transformer whose parameters take no memory yet."""
-    with torch.device('meta'):
-        return Transformer(config)
-
-
-def find_checkpoints(run):
-    """The complete step folders of a run, oldest first: a folder is complete once it has its manifest."""
-    return sorted(f for f in Path(run).glob('iter_' + '[0-9]' * 7) if (f / 'manifest.json').is_file())
-
-
-ASKED_FOR = {'masking', 'optimizer', 'batch_size', 'global_batch', 'seq_len', 'dataset'}      # by callers
-
-
-def read_checkpoint(folder, share=(0, 1)):
-    """The manifest of a step folder. share: which files are verified by checksum, see read_manifest."""
-    manifest = read_manifest(folder, share)
-    path = folder / 'manifest.json'
-    if manifest.get('format') != 'nanollada 3':
-        raise Refused(f"{path}: format {manifest.get('format')!r}, this code reads 'nanollada 3'")
-
-    try:
-        config = ModelConfig(**manifest['model'])
-        if not all(0 <= i < config.vocab_size for i in manifest['ids'].values()):
-            raise Refused('a special token lies outside the vocabulary')
-        if not ASKED_FOR <= manifest['config'].keys():
-            raise Refused('not all settings are there')
-    except (KeyError, TypeError, AttributeError, Refused) as error:
-        raise Refused(f'{path}: not a checkpoint ({type(error).__name__}: {error})') from None
-    return manifest
-
-
-class _OnlyTensors(pickle.Unpickler):
-    """Reads the table of contents of torch.distributed.checkpoint, a pickle, and builds nothing else."""
-
-    allowed = {
-        'torch.distributed.checkpoint.metadata':
-            'Metadata TensorStorageMetadata TensorProperties _MEM_FORMAT_ENCODING '
-            'ChunkStorageMetadata MetadataIndex StorageMeta',
-        'torch.distributed.checkpoint.filesystem': '_StorageInfo',
-        'torch': 'Size float32 bfloat16 float16 float64 int64',
-        'torch.serialization': '_get_layout',
-        'pathlib': 'PosixPath WindowsPath',
-        'pathlib._local': 'PosixPath WindowsPath'}
-
-    def find_class(self, module, name):
-        if (module, name) == ('builtins', 'getattr'):       # how some Pythons pickle members of an enum
-            return self.member
-        if name not in self.allowed.get(module, '').split():
-            raise ValueError(f'it asks for {module}.{name}')
-        return super().find_class(module, name)
-
-    def member(self, enumeration, name):
-        if enumeration is not self.find_class('torch.distributed.checkpoint.metadata', '_MEM_FORMAT_ENCODING'):
-            raise ValueError(f'it asks for {name} of {enumeration}')
-        return enumeration[name]
-
-
-def stored_tensors(folder):
-    """The tensors in a step folder: name -> torch.Size. Anything but whole tensors in its files is refused."""
-    path = folder / '.metadata'
-    sizes = {}
-    try:
-        with path.open('rb') as file:
-            table = _OnlyTensors(file).load()
-
-        for info in table.storage_data.values():
-            if not (folder / Path(info.relative_path).name).is_file():
-                raise ValueError(f'it points to {info.relative_path}')
-        for name, entry in table.state_dict_metadata.items():
-            if not covers(entry.chunks, entry.size):
-                raise ValueError(f'it has only parts of {name}')
-            sizes[name] = entry.size
-        return sizes
-
-    except Exception as error:                              # a pickle has a dozen ways to be broken
-        raise Refused(f'{path}: not a table of tensors ({type(error).__name__}: {error})') from None
-
-
-def covers(chunks, size):
-    """Whether chunks are the rows of a tensor of this size, each once, as FSDP cuts it. (A scalar: one chunk.)"""
-    end, (rows, *rest) = 0, size or (1,)
-    for chunk in sorted(chunks, key=lambda chunk: chunk.offsets):
-        start, *corner = chunk.offsets or (0,)
-        n, *width = chunk.sizes or (1,)
-        if start != end or any(corner) or width != rest:
-            return False
-        end += n
-    return end == rows
-
-
-def read_tensors(folder, state):
-    """Fills the tensors of `state` (name -> tensor or DTensor), saved on any number of ranks."""
-    import torch.distributed.checkpoint as dcp
-    sizes = stored_tensors(folder)
-    for name, tensor in state.items():
-        if sizes.get(name) != tensor.shape:
-            there = list(sizes[name]) if name in sizes else 'missing'
-            raise Refused(f'{folder}: {name} is {there}, the configuration says {list(tensor.shape)}')
-    with one_line(folder, 'cannot be read'):
-        dcp.load(state, checkpoint_id=folder, no_dist=not torch.distributed.is_initialized())
-
-
-@contextmanager
-def one_line(folder, what):
-    """Wraps torch.distributed.checkpoint: no warnings; its own exception, a BaseException, becomes OSError."""
-    from torch.distributed.checkpoint.api import CheckpointException
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            yield
-    except CheckpointException as error:
-        cause = error.__cause__ or error
-        last_line = (str(cause).splitlines() or [''])[-1]
-        free = shutil.disk_usage(folder.parent).free / 1e6      # a full disk goes by many names there
-        why = f'{type(cause).__name__}: {last_line[:150]}; {free:,.1f} MB are free there'
-        raise OSError(EIO, f'{what} ({why})', str(folder)) from None
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Weights on disk: the released layouts. LLaDA's gate is `ff_proj` (SiLU is applied to it), and `ff_out` names
-# two different matrices.
-
-KINDS = {'llada': 'LLaDAModelLM', 'illada': 'ILLaDAForCausalLM'}         # model_type -> class
-
-# What the two releases call our modules and, in config.json, the fields of ModelConfig
-PARTS = '''
+# Our parameters in the two layouts. In LLaDA's, ff_proj is the gate (SiLU is applied to it), and ff_out names two
+# different matrices.
+NAMES = '''
 ours                   llada                                    illada
 embed                  model.transformer.wte                    model.embed_tokens
 norm                   model.transformer.ln_f                   model.norm
@@ -651,6 +402,7 @@ blocks.{i}.ff.gate     model.transformer.blocks.{i}.ff_proj     model.layers.{i}
 blocks.{i}.ff.up       model.transformer.blocks.{i}.up_proj     model.layers.{i}.mlp.up_proj
 blocks.{i}.ff.down     model.transformer.blocks.{i}.ff_out      model.layers.{i}.mlp.down_proj
 '''
+# The fields of ModelConfig in the two kinds of config.json
 FIELDS = '''
 ours            llada                   illada
 vocab_size      embedding_size          vocab_size
@@ -665,217 +417,216 @@ norm_eps        rms_norm_eps            rms_norm_eps
 tied            weight_tying            tie_word_embeddings
 rope_fp32       rope_full_precision
 '''
-
-PLAIN = {           # what the two architectures fix, where config.json could say otherwise
+# Switches of config.json that change the logits, and the only value that is implemented here
+SWITCHES = {
     'llada': dict(
         activation_type='silu', block_type='llama', layer_norm_type='rms', rope=True, alibi=False,
         include_bias=False, include_qkv_bias=False, bias_for_layer_norm=False, attention_layer_norm=False,
         input_emb_norm=False, scale_logits=False, multi_query_attention=None, layer_norm_with_affine=True),
-    'illada': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, layer_norm_eps=None)}
-HARMLESS = (        # keys of config.json that do not change what is computed here
-    'architectures auto_map model_type torch_dtype dtype transformers_version use_cache sha256 _name_or_path '
-    'vocab_size bos_token_id eos_token_id pad_token_id mask_token_id eot_token_id init_fn init_std init_device '
-    'init_cutoff_factor initializer_range precision flash_attention block_group_size alibi_bias_max mlp_ratio '
-    'attention_layer_norm_with_affine attention_dropout embedding_dropout residual_dropout resid_pdrop').split()
+    'illada': dict(
+        hidden_act='silu', attention_bias=False, mlp_bias=False, layer_norm_eps=None, rope_scaling=None,
+        partial_rotary_factor=1.0)}
+ROLES = ('mask', 'eos', 'pad', 'bos', 'eot')            # special tokens whose ids config.json may hold
 
 
-def column(table, kind):
-    """A table as a dict: our name -> the name under this kind, if there is one."""
+def column(table, layout):
+    """Return a table as a dict: our name -> the name in this layout, if it has one."""
     heads, *rows = [line.split() for line in table.strip().splitlines()]
-    number = heads.index(kind)
-    return {row[0]: row[number] for row in rows if row[number:]}
+    number = heads.index('illada' if layout == 'illada' else 'llada')
+    return {row[0]: row[number] for row in rows if len(row) > number}
 
 
-def release_names(kind, config):
-    """Our parameter names -> the names in a released folder."""
+def released_names(config, layout):
+    """Return a dict: our parameter name -> its name in the layout."""
     names = {}
-    parts = column(PARTS, kind)
-    for i in range(config.n_layer):
-        for ours, theirs in parts.items():
+    for ours, theirs in column(NAMES, layout).items():
+        for i in range(config.n_layer if '{i}' in ours else 1):
             names[f'{ours.format(i=i)}.weight'] = f'{theirs.format(i=i)}.weight'
     if config.tied:
         del names['head.weight']
     return names
 
 
-def release_config(folder):
-    """config.json of a released folder -> (kind, ModelConfig, raw dict); what is not implemented is refused."""
-    path = folder / 'config.json'
-    raw = read_json(path)
-    kind = str(raw.get('model_type'))
-    if kind not in KINDS:
-        raise Refused(f"{path}: model_type {kind!r}; known are {', '.join(KINDS)}")
-
-    keys = column(FIELDS, kind)
-    plain = PLAIN[kind]
-    ropes = ('rope_scaling', 'rope_parameters')
-    known = {*keys.values(), *plain, *HARMLESS, *ropes}
-    for key, value in raw.items():
-        if key in plain and value not in (None, plain[key]):
-            raise Refused(f'{path}: {key} = {value!r} is not supported (only {plain[key]!r})')
-        if value and key not in known:                      # it may say something that changes the logits
-            raise Refused(f'{path}: {key} = {value!r} is not known here; '
-                          'if it changes nothing, take it out of the file')
-
-    told = dict(vocab_size=raw.get('vocab_size'), n_kv_head=raw.get(keys['n_head']))        # unless it says more
-    told.update((ours, raw[theirs]) for ours, theirs in keys.items() if raw.get(theirs) is not None)
-    for rope in (raw.get(key) or {} for key in ropes):     # transformers keeps the base and its scaling there
-        if not isinstance(rope, dict) or rope.get('rope_type', rope.get('type', 'default')) != 'default':
-            raise Refused(f'{path}: scaled rotary angles are not supported, got {rope}')
-        base = rope.get('rope_theta')
-        if base is not None and told.setdefault('rope_theta', base) != base:
-            raise Refused(f"{path}: rope_theta is {told['rope_theta']} and {base}: which one?")
-
-    if kind == 'illada':
-        told['rope_fp32'] = False
-    elif type(raw.get('mlp_ratio')) is int and type(raw.get('d_model')) is int:
-        told.setdefault('d_ff', raw['mlp_ratio'] * raw['d_model'])
-
-    unknown = [theirs for ours, theirs in keys.items() if told.get(ours) is None]
-    if unknown:                                             # a guessed theta degrades quietly: never guess
-        raise Refused(f"{path}: {', '.join(unknown)} missing")
-    return kind, ModelConfig(**told), raw
+def layout_of(config):
+    """Return the model_type in which a model is saved. A causal one has its own, so nobody opens it as LLaDA."""
+    if config.causal:
+        return 'nanollada_ar'
+    return 'llada' if config.rope_fp32 else 'illada'
 
 
-def release_files(folder):
-    """The safetensors files of a released folder, by its index if it has one."""
-    single = folder / 'model.safetensors'
-    index = folder / 'model.safetensors.index.json'
-    if not index.is_file():
-        return [single]
+def save_model(model, folder, meta):
+    """Write config.json and model.safetensors in LLaDA's layout (iLLaDA's if rope_fp32 is off). Call on all ranks.
 
-    names = read_json(index).get('weight_map')
-    if not isinstance(names, dict):
-        raise Refused(f'{index}: not a safetensors index')
-    files = {folder / Path(str(name)).name for name in names.values()}
-    if single.is_file() and single not in files:
-        raise Refused(f'{folder}: its index does not know {single.name}: which weights? Remove one of the two')
-    return sorted(files)
+    meta: the special ids, mask_id and so on. The tokenizer's files are the caller's business.
+    """
+    config = model.config
+    layout = layout_of(config)
+    names = released_names(config, layout)
+    tensors = {}
+    for ours, p in model.named_parameters():
+        # a sharded parameter is gathered by all ranks, and rank 0 writes it
+        full = p.full_tensor() if hasattr(p, 'full_tensor') else p
+        tensors[names[ours]] = full.detach().cpu().contiguous()
+    if dist.is_initialized() and dist.get_rank():
+        return
+
+    raw = {'model_type': layout, 'architectures': [MODEL_TYPES[layout]], 'vocab_size': config.vocab_size,
+           'torch_dtype': str(model.embed.weight.dtype).removeprefix('torch.')}
+    raw.update(SWITCHES['illada' if layout == 'illada' else 'llada'])
+    raw.update({theirs: getattr(config, ours) for ours, theirs in column(FIELDS, layout).items()})
+    raw.update({f'{role}_token_id': meta.get(f'{role}_id') for role in ROLES})
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
+    (folder / 'config.json').write_text(json.dumps(raw, indent=1), encoding='utf-8')
 
 
-def read_release(folder, device='cpu', dtype=None):
-    """A LLaDA or iLLaDA folder -> (model, meta). Memory-mapped: on a CPU what keeps its dtype is not copied."""
-    kind, config, raw = release_config(folder)
-    stored = {}
-    for file in release_files(folder):
-        stored.update(read_safetensors(file))
-    model = release_model(folder, kind, config, stored, device, dtype)
-
-    files = [folder / f'tokenizer{ending}' for ending in TOKENIZER_FILES]
-    tokenizer = next((str(file) for file in files if file.is_file()), None)
-    meta = dict(release_ids(folder, raw), tokenizer=tokenizer)
-
-    told = raw.pop('sha256', None)
-    if told and told != facts_sha256(raw):                  # people do edit it: reported, not refused
-        say(f'{folder / "config.json"}: changed since save_release wrote it')
+def open_model(path, device='auto', dtype='auto', compile=False):
+    """Load a model for a script, with its settings device and dtype -> model in eval mode, meta (of load_model)."""
+    device, narrow = pick_device(device, dtype)
+    # with dtype 'auto', released weights stay as they are stored
+    released = not (newest_checkpoint(path) / 'state.json').is_file()
+    model, meta = load_model(path, device, None if released and dtype == 'auto' else narrow)
+    if compile:
+        torch._dynamo.config.recompile_limit = 64           # batches and canvases have many shapes
+        for block in model.blocks:
+            block.compile()
     return model, meta
 
 
-def read_safetensors(file):
-    """name -> tensor. Damaged if they are not what save_release wrote; other writers leave no checksum."""
-    if not file.is_file():
-        raise FileNotFoundError(ENOENT, 'missing', str(file))
-    safetensors = _safetensors()
-    try:
-        tensors = safetensors.torch.load_file(file)
-        with safetensors.safe_open(file, 'pt') as opened:
-            told = (opened.metadata() or {}).get('sha256')
-    except safetensors.SafetensorError as error:
-        raise Refused(f'{file}: not a complete safetensors file ({error})') from None
+def load_model(path, device='cpu', dtype=None):
+    """Load a checkpoint of train.py or released LLaDA or iLLaDA weights -> model in eval mode, meta.
 
-    if told and told != tensors_sha256(tensors):
-        raise Damaged(f'{file}: damaged (its sha256 is not the one it bears)')
-    return tensors
+    path: a folder with config.json, or a run of train.py (its newest checkpoint). dtype: None keeps the stored one.
+    meta: mask_id, eos_id, pad_id, bos_id, eot_id (None if config.json does not say), folder; of a run of train.py also
+    its settings and iteration, else None. Raises UserError if it is not a model that this code computes.
+    """
+    folder = newest_checkpoint(path)
+    state = read_state(folder)
+    raw = read_json(folder / 'config.json')
+    config, layout = config_from(raw, folder)
+    names = released_names(config, layout)
+    stored = check_tensors(folder, config, names)
+
+    model = empty_model(config).to(dtype or stored).to_empty(device=device)
+    read_tensors(folder, {names[ours]: p.data for ours, p in model.named_parameters()})
+    more = read_json(folder / 'generation_config.json')     # some releases keep ids there
+    meta = {f'{role}_id': raw.get(f'{role}_token_id', more.get(f'{role}_token_id')) for role in ROLES}
+    meta.update(folder=str(folder), settings=state.get('settings'), iteration=state.get('iteration'))
+    return model.eval(), meta
 
 
-def release_model(folder, kind, config, stored, device='cpu', dtype=None):
-    """A model from tensors under their released names; every name and shape is checked."""
-    names = release_names(kind, config)
-    stored = {name: z for name, z in stored.items() if not name.endswith('.inv_freq')}      # rope_theta says it
-    if config.tied:                                         # some files store it twice, or as the head
-        head = stored.pop(f"{column(PARTS, kind)['head']}.weight", None)
-        if head is not None and not torch.equal(head, stored.setdefault(names['embed.weight'], head)):
-            raise Refused(f'{folder}: the configuration ties the head to the embedding, but they differ')
+def newest_checkpoint(path):
+    """Return the folder with the weights: path itself, or the newest checkpoint of a run."""
+    path = Path(path)
+    if (path / 'config.json').is_file():
+        return path
+    folders = checkpoints_of(path)
+    if folders:
+        return folders[-1]
+    if list(path.glob('iter_*/manifest.json')) or (path / 'manifest.json').is_file():
+        raise UserError(f'{path}: a run of an older version of nanoLLaDA, which cannot be read; train it again')
+    raise UserError(f'{path}: no checkpoint here; train.py writes one every eval_interval iterations')
 
-    wanted = set(names.values())
-    missing, extra = wanted - stored.keys(), stored.keys() - wanted
+
+def checkpoints_of(run):
+    """Return the checkpoint folders of a run, oldest first. (An unfinished one has another name.)"""
+    return sorted(folder for folder in Path(run).glob('iter_*') if (folder / 'state.json').is_file())
+
+
+def config_from(raw, folder):
+    """Turn the dict of a config.json into ModelConfig, layout. What this code does not compute is refused by name."""
+    layout = raw.get('model_type')
+    if layout not in MODEL_TYPES:
+        raise UserError(f'{folder}: model_type {layout!r} is unknown, expected one of {", ".join(MODEL_TYPES)}')
+    fields = column(FIELDS, layout)
+    values = {ours: raw[theirs] for ours, theirs in fields.items() if raw.get(theirs) is not None}
+
+    # what the files of some releases leave out
+    rope = raw.get('rope_parameters') or {}                 # transformers 5 keeps rope_theta there
+    values.setdefault('rope_theta', rope.get('rope_theta'))
+    values.setdefault('n_kv_head', values.get('n_head'))
+    values.setdefault('vocab_size', raw.get('vocab_size'))
+    if raw.get('mlp_ratio') and 'd_model' in values:
+        values.setdefault('d_ff', raw['mlp_ratio'] * values['d_model'])
+    if layout == 'illada':
+        values['rope_fp32'] = False
+
+    # a guessed rope_theta or norm_eps would degrade the model silently, so nothing is guessed
+    missing = [theirs for ours, theirs in fields.items() if values.get(ours) is None]
+    if missing:
+        raise UserError(f'{folder}/config.json: {", ".join(missing)} missing')
+    switches = SWITCHES['illada' if layout == 'illada' else 'llada']
+    for name, only in switches.items():
+        if raw.get(name) not in (None, only):
+            raise UserError(f'{folder}/config.json: {name} = {raw[name]!r} is not supported, only {only!r}')
+    if rope.keys() - {'rope_theta', 'rope_type'} or rope.get('rope_type', 'default') != 'default':
+        raise UserError(f'{folder}/config.json: rope_parameters {rope} are not supported')
+    return ModelConfig(**values, causal=layout == 'nanollada_ar'), layout
+
+
+def check_tensors(folder, config, names):
+    """Compare names and shapes of all tensors in a folder with the configuration -> dtype of the first one."""
+    shapes = {}
+    for file in sorted(folder.glob('model*.safetensors')):
+        try:
+            with safetensors.safe_open(file, 'pt') as opened:
+                for name in opened.keys():
+                    shapes[name] = opened.get_slice(name).get_shape()
+                    first = name
+                dtype = opened.get_tensor(first).dtype
+        except safetensors.SafetensorError as error:
+            raise UserError(f'{file}: damaged or incomplete ({error})') from None
+
+    # a tied head may be stored twice, and rotary frequencies follow from rope_theta
+    ignored = {'lm_head.weight', 'model.transformer.ff_out.weight'} if config.tied else set()
+    ignored |= {name for name in shapes if name.endswith('.inv_freq')}
+    missing = names.values() - shapes.keys()
+    extra = shapes.keys() - set(names.values()) - ignored
     if missing or extra:
-        raise Refused(f'{folder}: lacks {sorted(missing)[:1]}, has {sorted(extra)[:1]} that this architecture '
-                      f'does not have ({len(missing)} and {len(extra)} tensors)')
-
+        raise UserError(f'{folder}: {len(missing)} tensors are missing {sorted(missing)[:1]}, '
+                        f'{len(extra)} do not belong to this architecture {sorted(extra)[:1]}')
     model = empty_model(config)
     for ours, theirs in names.items():
-        there = stored[theirs].shape
-        want = model.get_parameter(ours).shape
-        if there != want:
-            raise Refused(f'{folder}: {theirs} has shape {list(there)}, the configuration says {list(want)}')
-
-    kinds = {str(tensor.dtype) for tensor in stored.values()}
-    if len(kinds) > 1 and dtype is None:
-        raise Refused(f'{folder}: tensors of {" and ".join(sorted(kinds))}; choose one by --dtype')
-    weights = {ours: stored[theirs].to(device=device, dtype=dtype) for ours, theirs in names.items()}
-    model.load_state_dict(weights, assign=True)
-    return model
+        want = list(model.get_parameter(ours).shape)
+        if shapes[theirs] != want:
+            raise UserError(f'{folder}: {theirs} has shape {shapes[theirs]}, config.json says {want}')
+    return dtype
 
 
-def release_ids(folder, raw):
-    """Special ids of a released folder, as far as its files give them: by number, or by name in the tokenizer."""
-    generation = read_json(folder / 'generation_config.json')
-    _, named = special_tokens(folder / 'tokenizer.json')
-    ids = {}
-    for role in ROLES:
-        key = f'{role}_token_id'
-        told = (raw.get(key), generation.get(key), named.get(role))
-        number = next((i for i in told if type(i) is int), None)
-        if named.get(role, number) != number:
-            raise Refused(f'{folder}: the weights say {role} is {number}, the tokenizer says {named[role]}')
-        ids[f'{role}_id'] = number
-    return ids
+def read_tensors(folder, tensors):
+    """Fill tensors (name -> tensor or DTensor) from the safetensors files of a folder; each rank reads its part."""
+    import torch.distributed.checkpoint as dcp
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                     # that a single process is a single process
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
-def _safetensors():
+def read_state(folder):
+    """Return state.json of a checkpoint of train.py ({} for released weights) after comparing all checksums."""
+    state = read_json(folder / 'state.json')
+    for name, sha256 in state.get('sha256', {}).items():
+        file = folder / name
+        if not file.is_file() or file_sha256(file) != sha256:
+            raise UserError(f'{file}: missing or damaged (its checksum is not the one in state.json)')
+    return state
+
+
+def read_json(path):
+    """Return the JSON object in a file, or {} if there is no such file."""
+    if not path.is_file():
+        return {}
     try:
-        import safetensors.torch
-    except ImportError:
-        raise Refused('released weights need one more package: pip install safetensors') from None
-    return safetensors
+        return dict(json.loads(path.read_text(encoding='utf-8')))
+    except (ValueError, TypeError) as error:
+        raise UserError(f'{path}: not a JSON object ({error})') from None
 
 
-def tensors_sha256(tensors):
-    """Checksum of tensors and their names."""
+def file_sha256(path):
+    """Return the checksum of a file of any size, as a hexadecimal string."""
     total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        total.update(name.encode())
-        total.update(tensor.contiguous().view(torch.uint8).numpy())
+    with path.open('rb') as file:
+        while chunk := file.read(1 << 20):
+            total.update(chunk)
     return total.hexdigest()
-
-
-def save_release(model, meta, path):
-    """Writes a model in LLaDA's release layout (iLLaDA's if rope_fp32 is off), which load_model reads.
-
-    meta: special ids and tokenizer as in load_model. The folder must be new.
-    """
-    config = model.config
-    path = Path(path)
-    kind = 'llada' if config.rope_fp32 else 'illada'
-    if config.causal:
-        raise Refused('the released layouts are bidirectional: no autoregressive model can be saved in them')
-    path.mkdir(parents=True, exist_ok=True)
-    if any(path.iterdir()):                                 # an old index would override the new file
-        raise Refused(f'{path}: not empty; choose a new folder')
-
-    state = model.state_dict()
-    names = release_names(kind, config)
-    tensors = {theirs: state[ours].cpu().contiguous() for ours, theirs in names.items()}
-    metadata = {'format': 'pt', 'sha256': tensors_sha256(tensors)}
-    _safetensors().torch.save_file(tensors, path / 'model.safetensors', metadata=metadata)
-    copy_tokenizer(meta.get('tokenizer'), path)
-
-    dtype = str(model.embed.weight.dtype).removeprefix('torch.')
-    raw = {'model_type': kind, 'architectures': [KINDS[kind]], 'torch_dtype': dtype, **PLAIN[kind],
-           'vocab_size': config.vocab_size}
-    raw.update((theirs, getattr(config, ours)) for ours, theirs in column(FIELDS, kind).items())
-    raw.update((f'{role}_token_id', meta.get(f'{role}_id')) for role in ROLES)
-    raw['sha256'] = facts_sha256(raw)
-    text = json.dumps(raw, indent=1)
-    (path / 'config.json').write_text(text, encoding='utf-8')               # last: completes the folder
