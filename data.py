@@ -1,450 +1,340 @@
-"""Text to tokens, tokens to batches: everything the training loop needs to know about data.
+"""Text becomes ids, ids become files, files become batches: everything that train.py needs to know about data.
 
-    python data.py                                          # what there is
-    python data.py shakespeare                              # downloads, tokenizes to data/shakespeare
+    python data.py                                          # lists the data sets that it can make
+    python data.py shakespeare                              # downloads one and tokenizes it to data/shakespeare
     python data.py --input=a.txt,b.jsonl --out=data/my --tokenizer=gpt2
 
-A data set is a folder: flat token files (train_00000.bin, val_00000.bin), a manifest that says what is in
-them, and the tokenizer (but 'bytes' needs no file). Batches are stateless: which rows form iteration i
-is a function of (seed, i), so a run resumes from a number, on any number of machines.
+A data set is a folder with its tokenizer (tokenizer.json), flat files of token ids (train_00000.bin, val_00000.bin)
+and a manifest that lists them. Batches have no state: which rows form iteration `it` is a function of (seed, it).
+So a run resumes from the number of its iteration, on any number of processes.
 
-Letters: B batch, T window length, N tokens in a split.
+Letters: B batch, T sequence length (tokens in a row of the batch).
 """
 
-from configurator import before_torch
-
-if __name__ == '__main__':
-    before_torch()
-
 import ast
+import functools
 import glob
 import gzip
+import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sysconfig
 import zlib
-from collections import Counter, defaultdict, namedtuple
-from errno import ENOENT
-from functools import partial
-from itertools import count, groupby, pairwise, takewhile
+from collections import namedtuple
+from datetime import datetime
+from itertools import count, groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
-from types import SimpleNamespace
 
+import jinja2
+import jinja2.sandbox
 import numpy as np
 import tiktoken
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from configurator import (
-    NAMES,
-    ROLES,
-    TOKENIZER_FILES,
-    Refused,
-    alone,
-    command,
-    copy_tokenizer,
-    facts_sha256,
-    own_tokenizer,
-    read_json,
-    read_manifest,
-    say,
-    special_tokens,
-    write_manifest,
-)
+from configurator import UserError, run, say
 
-name = ''                       # a data set from the list below
-input = ''                      # .txt, .jsonl(.gz), .json or .parquet files or patterns, separated by commas
-val_input = ''                  # likewise, held out; default: a part of the input, see val_every
-out = ''                        # folder to write; default data/NAME
-tokenizer = ''            # 'bytes', bpe-N (learned), a tiktoken name or a tokenizer.json; default bpe-1024 for files
-workers = 0                     # processes, for several files; 0: one per core
-val_every = 10                  # hold out every N-th piece of text, or question
-
-Batch = namedtuple('Batch', 'x0 maskable cu_seqlens')       # (B, T) int64, (B, T) bool, (n+1,) int32 or None
-Dataset = namedtuple('Dataset', 'parts weights')            # lists of Corpus and of float
-Cuts = namedtuple('Cuts', 'random_length random_split isolate times pad_group', defaults=(0., 0., False, 1, 1))
-WHOLE = Cuts()                                              # see Windows and Examples
-progress = partial(tqdm, disable=None, leave=False)         # silent if not on a terminal
+name = ''                       # a data set from the list that `python data.py` prints
+input = ''                      # your own files instead: .txt .jsonl .jsonl.gz .json .parquet, or patterns, with commas
+val_input = ''                  # likewise, files to hold out. Default: a part of the input (val_every)
+out = ''                        # folder to write, default data/NAME. A data set that is there is replaced
+tokenizer = ''                  # bytes, bpe-N (learned from the text), gpt2 or another tiktoken name, a tokenizer.json
+workers = 0                     # processes, one file each. 0: one per core
+val_every = 10                  # hold out every N-th piece of a document, or one in N examples
 
 # ----------------------------------------------------------------------------------------------------------
-# Tokenizers: one kind, a tiktoken.Encoding and a table from its ranks to ids; three sources
+# 1. The tokenizer. `tokenizers` does the work, so that ids are the same as everywhere else.
 
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"    # GPT-2's, digits alone
-GPT2_PATTERN = PATTERN.replace(r'\p{N}|', r'\p{N}+|')
-ADDED = [names[0] for names in NAMES.values() if names]         # special tokens of a learned vocabulary
-LONGEST_PIECE = 400_000                                 # tiktoken gives up on about a million spaces in a row
-LONGEST_WORD = 200                              # merges are learned from words; longer ones are cut up
-TWO_MEANINGS = r'\}\+|[$^]'                      # possessive or repeated, of a text or a line: engines differ
-# The two chat formats known here, LLaDA's as released and the one shown in its guideline: the texts that a
-# template puts around a message -> what it puts between header and message.
-CHAT_FORMATS = {
-    frozenset({'<|start_header_id|>', '<|end_header_id|>\n\n', '<|eot_id|>',
-               '<|start_header_id|>assistant<|end_header_id|>\n\n'}): '\n\n',
-    frozenset({'<start_id>', '<end_id>\n', '<eot_id>', '<start_id>assistant<end_id>\n'}): '\n'}
+# What special tokens are called: in LLaDA's release, which we follow, then in its guideline, then elsewhere.
+ROLES = {'bos': ('<|startoftext|>', '<s>', '<|begin_of_text|>'),
+         'eos': ('<|endoftext|>', '</s>', '<|end_of_text|>'),
+         'mask': ('<|mdm_mask|>', '<[MASK]>', '[MASK]', '<mask>'),
+         'start_header': ('<|start_header_id|>',),
+         'end_header': ('<|end_header_id|>',),
+         'eot': ('<|eot_id|>', '<eot_id>'),
+         'pad': ()}
+LLADA_TEMPLATE = ("{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}"
+                  "<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+                  "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"       # GPT-2's, but digits alone
+BREAK = '\U0010ffff'            # no text contains this code point: Unicode reserves it
 
 
 class Tokenizer:
-    """Text to ids and back. `mask_id`, `eos_id`, `pad_id`, `bos_id`, `eot_id`: ids, or None in a release without.
+    """Turn text into ids and back.
 
-    id_of: the bytes of a token -> its id, in the order of merging, which is tiktoken's rank. others: ids that
-    encode never produces -> bytes.
-    specials: role -> id. complete: a role that the vocabulary lacks gets the next free id. chat: what the
-    template puts between header and message, None if it is not known. `spec` is what a checkpoint stores.
+    mask_id, eos_id, pad_id, bos_id, eot_id: the ids of special tokens, None where released weights have no such
+    token. A tokenizer_config.json (`config`) says which they are, otherwise their usual names do.
+    complete: add the special tokens that training needs and the vocabulary does not have.
     """
 
-    def __init__(self, pattern, id_of, specials, spec, others, chat='\n\n', complete=True):
-        self.spec, self.chat, self.pattern, self.id_of = str(spec), chat, pattern, id_of
-        self.start = []                                     # ids put before plain text
-        self.encoding = tiktoken.Encoding(
-            self.spec, pat_str=pattern, special_tokens={}, mergeable_ranks=dict(zip(id_of, count())))
-        self._id_of_rank = list(id_of.values())
-        self._bytes = {i: token for token, i in id_of.items()} | others
+    def __init__(self, hf, config=None, template=None, complete=True):
+        self.hf = hf                                        # a tokenizers.Tokenizer
+        self.hf.no_truncation()                             # some files say so, but a text is encoded whole
+        self.hf.no_padding()
+        self.config = dict(config or {})
 
-        specials = dict(specials)
-        for role, names in NAMES.items():
-            if complete and names and role not in specials:
-                specials[role] = max(self._bytes) + 1
-                self._bytes[specials[role]] = names[0].encode()
-        self.vocab_size = max(self._bytes) + 1
-        self.set_specials(specials)
+        for role, usual in ROLES.items():
+            # with a template of its own, a vocabulary needs none of LLaDA's tokens for chat
+            needed = complete and (role in ('bos', 'eos', 'mask') or not template)
+            names = [name for name in (token_name(self.config.get(f'{role}_token')), *usual) if name]
+            found = [name for name in names if needed or hf.token_to_id(name) is not None]
+            known = [name for name in found if hf.token_to_id(name) is not None] or found
+            setattr(self, f'{role}_id', self.add_special(known[0]) if known else None)
+            if known and role in ('bos', 'eos', 'mask', 'pad'):
+                self.config[f'{role}_token'] = known[0]
 
-    def set_specials(self, specials):
-        """role -> id, or None."""
-        self.specials = specials
-        for role in ROLES:
-            setattr(self, f'{role}_id', specials.get(role))
-        if self.pad_id is None:
+        if self.pad_id is None:                             # LLaDA pads with EOS
             self.pad_id = self.eos_id
+            self.config['pad_token'] = self.config.get('eos_token')
 
-    def encode(self, text):
-        """The ids of a text, list of int. Names of special tokens typed by a user are text like any other."""
-        ids = []
-        for start in range(0, len(text), LONGEST_PIECE):
-            ranks = self.encoding.encode_ordinary(text[start:start + LONGEST_PIECE])
-            ids += [self._id_of_rank[rank] for rank in ranks]
-        return ids
+        if not template and None not in (self.start_header_id, self.end_header_id, hf.token_to_id('<|eot_id|>')):
+            template = LLADA_TEMPLATE
+        self.template = template
+        self.ids = set(hf.get_vocab().values())
+        self.vocab_size = max(self.ids) + 1
 
-    def decode_bytes(self, ids):
-        """The exact bytes of ids; ids that stand for no token are written out as <|id|>."""
-        return b''.join(self._bytes.get(int(i), f'<|{i}|>'.encode()) for i in ids)
+        special = [token.content for token in hf.get_added_tokens_decoder().values() if token.special]
+        self.special = re.compile('(%s)' % '|'.join(map(re.escape, sorted(special, key=len, reverse=True))))
 
-    def decode(self, ids):
-        """Text of ids; half a character becomes U+FFFD."""
-        return self.decode_bytes(ids).decode(errors='replace')
+    def add_special(self, name):
+        """Make a name a special token, with a new id if the vocabulary does not have it -> its id."""
+        # Some files call such a token not special. Then `encode` would read its name in a text as the token.
+        if name not in [token.content for token in self.hf.get_added_tokens_decoder().values() if token.special]:
+            self.hf.add_special_tokens([name])
+        return self.hf.token_to_id(name)
 
-    def ended(self, ids, stop=()):
-        """Whether generated ids hold an end token or a stop string."""
-        return self.answer(ids, stop) != self.decode(ids)
+    def encode(self, text, special_names=False):
+        """Return the ids of a text. The name of a special token in it is text, unless special_names."""
+        self.hf.encode_special_tokens = not special_names
+        return self.hf.encode(text, add_special_tokens=False).ids
 
-    def answer(self, ids, stop=()):
-        """The text of generated ids, up to the first end token or stop string."""
-        text = self.decode(takewhile(lambda i: i not in (self.eos_id, self.eot_id), ids))
-        cuts = [text.find(s) for s in stop if s in text]
-        return text[:min(cuts, default=None)]
+    def decode(self, ids, skip_special_tokens=False):
+        """Return the text of ids. Half a character becomes U+FFFD, and an id without a token becomes nothing."""
+        return self.hf.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     def encode_chat(self, messages):
-        """Ids of a conversation [{'role', 'content'}, ...] and of the assistant's header (LLaDA's template)."""
-        if self.chat is None:
-            raise Refused(f'{self.spec}: its chat template is not one of the two known here (LLaDA as released, '
-                          'and as in its guideline); make the ids elsewhere, give them in a file as {"ids"}')
-        parts = [self.specials.get(role) for role in ('bos', 'start_header', 'end_header', 'eot')]
-        if None in parts:
-            raise Refused(f'{self.spec}: it has no tokens for the chat template (BOS, headers, end of turn)')
-        bos, start, end, eot = parts
+        """Return the ids of a conversation [{'role', 'content'}, ...] and of the assistant's header.
 
-        ids = [bos]
-        for message in [*messages, {'role': 'assistant', 'content': ''}]:
-            content = self.encode(self.chat + message['content'].strip())
-            ids += [start, *self.encode(message['role']), end, *content, eot]
-        return ids[:-1]                                     # the assistant's turn is open
+        If the last message is by the assistant, it is left open, to be continued.
+        """
+        if messages and messages[-1]['role'] == 'assistant':
+            return self.encode_chat(messages[:-1]) + self.encode(messages[-1]['content'].strip())
 
-    def encode_begun(self, messages):
-        """encode_chat, but a last message by the assistant is left open, to be continued."""
-        if not messages or messages[-1]['role'] != 'assistant':
-            return self.encode_chat(messages)
-        *before, last = messages
-        return self.encode_chat(before) + self.encode(last['content'].strip())
+        # Nothing of a conversation may get lost on the way, so we look whether the template shows all contents.
+        probes = [f'content {i}.' for i in range(len(messages))]
+        shown = self.render([message | {'content': probe} for message, probe in zip(messages, probes)])
+        if any(shown.count(probe) != 1 for probe in probes):
+            raise UserError('the chat template of the tokenizer changes, repeats or drops the content of a message')
 
-    def cut(self, ids, room):
-        """Cuts the ids of a prompt to at most `room`: BOS and a first header stay, what follows is cut."""
-        keep = int(ids[:1] == [self.bos_id])
-        if keep and ids[1:2] == [self.specials.get('start_header')]:
-            keep += ids.index(self.specials['end_header'])
-        lost = max(0, len(ids) - room)
-        return ids[:keep] + ids[keep + lost:]
+        # A user may type the name of a special token. With BREAK inside it is no name, as far as rendering goes.
+        safe = [message | {'content': self.special.sub(broken, message['content'])} for message in messages]
+        text = self.render(safe)
+        if BREAK not in text:
+            return self.encode(text, special_names=True)
+
+        ids = []
+        for part in self.special.split(text):               # here only the template's own names are left
+            if self.special.fullmatch(part):
+                ids.append(self.hf.token_to_id(part))
+            else:
+                ids += self.encode(part.replace(BREAK, ''))
+        return ids
+
+    def render(self, messages):
+        """Return the text that the chat template makes of a conversation, as transformers does."""
+        if not self.template:
+            raise UserError('the tokenizer has no chat template; put a chat_template.jinja beside its tokenizer.json')
+        names = {key: token_name(token) for key, token in self.config.items() if token and key.endswith('_token')}
+        try:
+            template = compile_template(self.template)
+            return template.render(messages=messages, add_generation_prompt=True, **names)
+        except jinja2.TemplateError as error:
+            raise UserError(f'the chat template of the tokenizer says: {error}') from None
+
+    def save(self, folder):
+        """Write tokenizer.json and tokenizer_config.json, for get_tokenizer and for transformers."""
+        config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False, **self.config}
+        config['chat_template'] = self.template
+        self.hf.save(str(folder / 'tokenizer.json'))
+        (folder / 'tokenizer_config.json').write_text(json.dumps(config, indent=1), encoding='utf-8')
 
     def fingerprint(self):
-        """The same for two tokenizers that encode every text to the same ids."""
-        return facts_sha256(repr((self.pattern, list(self.id_of.items()), self.mask_id, self.eos_id)))
+        """Return a checksum, the same for two tokenizers that encode every text to the same ids."""
+        facts = self.hf.to_str() + repr((self.mask_id, self.eos_id))
+        return hashlib.sha256(facts.encode()).hexdigest()
 
     def unused(self, vocab_size):
-        """The ids below vocab_size without a token: rows of a head that were never trained."""
-        return [i for i in range(vocab_size) if i not in self._bytes]
+        """Return the ids below vocab_size that are no token, because a head may have more rows than tokens."""
+        return [i for i in range(vocab_size) if i not in self.ids]
+
+
+def token_name(token):
+    """Return the name of a token in a tokenizer_config.json, where it stands as a text or as {"content"}."""
+    return token['content'] if isinstance(token, dict) else token
+
+
+def broken(match):
+    """Return a special name with BREAK behind its first character."""
+    return match[0][0] + BREAK + match[0][1:]
+
+
+@functools.lru_cache
+def compile_template(source):
+    """Compile a chat template, a stranger's program, in jinja's sandbox, with what transformers offers to it."""
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
+    environment.globals['raise_exception'] = raise_exception
+    environment.globals['strftime_now'] = lambda form: datetime.now().strftime(form)
+    environment.filters['tojson'] = lambda value, **how: json.dumps(value, **{'ensure_ascii': False, **how})
+
+    # {% generation %} only marks what the assistant says; a comment takes the same space
+    source = re.sub(r'\{%(-?)\s*(?:end)?generation\s*(-?)%\}', r'{#\1 \2#}', source)
+    return environment.from_string(source)
 
 
 def get_tokenizer(spec, complete=True):
-    """'bytes', a tiktoken name ('gpt2', ...), or the path of a byte-level BPE tokenizer.json -> Tokenizer.
-
-    Or the path of a data set's copy of a tiktoken vocabulary. complete: see Tokenizer. Raises Refused for
-    what cannot be read without loss.
-    """
-    spec = str(spec)
-    if spec.endswith(TOKENIZER_FILES) and not Path(spec).is_file():
-        raise FileNotFoundError(ENOENT, 'no such tokenizer file', spec)
-    if spec.endswith('.json'):
-        return read_bpe(Path(spec), complete)
-    facts = read_json(spec) if spec.endswith('.tiktoken') else tiktoken_facts(spec)
-    try:
-        ids = sorted(facts['ids'].items(), key=itemgetter(1))                   # ids are ranks, with gaps
-        id_of = {bytes.fromhex(token): i for token, i in ids}
-
-        special = facts['special']
-        roles = {role: special[n] for role, names in NAMES.items() for n in names if n in special}
-        others = {i: n.encode() for n, i in special.items()}
-        return Tokenizer(facts['pattern'], id_of, roles, spec, others)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise Refused(f'{spec}: not a vocabulary ({type(error).__name__}: {error})') from None
-
-
-def tiktoken_facts(name):
-    """A vocabulary as JSON, so that a data set can keep a copy; tiktoken downloads all but 'bytes'."""
-    if name == 'bytes':
-        return {'pattern': r'[\s\S]', 'ids': {f'{b:02x}': b for b in range(256)}, 'special': {}}
-
+    """Return the Tokenizer of 'bytes', of a tiktoken name, of a tokenizer.json, or of a folder that holds one."""
     known = tiktoken.list_encoding_names()
-    if name not in known:
-        raise Refused(f"tokenizer must be 'bytes', bpe-N, a tokenizer.json or {', '.join(known)}; got {name!r}")
+    path = Path(spec)
+    if path.is_dir():
+        path = path / 'tokenizer.json'
+
+    if spec == 'bytes':
+        return Tokenizer(byte_level({symbol: byte for byte, symbol in enumerate(byte_symbols())}))
+    if spec in known:
+        return from_tiktoken(spec)
+    if not path.is_file():
+        raise UserError(f'{spec}: no such tokenizer; expected a tokenizer.json, a folder that holds one, bytes, '
+                        f'or {", ".join(known)}')
     try:
-        full = tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:
-        raise Refused(f'tokenizer {name}: could not be downloaded ({type(error).__name__}); where there is no '
-                      'network, TIKTOKEN_CACHE_DIR names a folder that has it, or give a tokenizer.json') from None
-    ids = {token.hex(): i for token, i in full._mergeable_ranks.items()}
-    return {'pattern': full._pat_str, 'ids': ids, 'special': full._special_tokens}
+        hf = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:                              # the library raises nothing more special
+        raise UserError(f'{path}: not a tokenizer.json ({error})') from None
+
+    beside = path.with_name('tokenizer_config.json')
+    config = json.loads(beside.read_text(encoding='utf-8')) if beside.is_file() else {}
+    template = config.get('chat_template')
+    if isinstance(template, list):
+        template = {each['name']: each['template'] for each in template}.get('default')
+    beside = path.with_name('chat_template.jinja')
+    if beside.is_file():
+        template = beside.read_text(encoding='utf-8')
+    return Tokenizer(hf, config, template, complete)
 
 
-def tokenizer_for(meta, mask_id=None):
-    """The tokenizer of loaded weights (meta of model.load_model), with the special ids that they name.
+def tokenizer_of(meta, mask_id=None):
+    """Return the Tokenizer of loaded weights (meta of model.load_model), with the special ids that they name.
 
-    mask_id: to be given where released weights do not name it.
+    mask_id: given by the user, where released weights do not name it. Raises UserError if two of these differ, or if
+    mask or EOS are unknown: a guess, such as the unknown token, would go wrong silently.
     """
-    where, config = meta['folder'], meta['config']          # config: of train.py, None for released weights
-    if meta['tokenizer'] is None:
-        raise Refused(f'{where}: no tokenizer.json beside the weights')
-    if mask_id is not None and meta['mask_id'] not in (None, mask_id):
-        raise Refused(f"{where}: the weights say mask is {meta['mask_id']}, you say {mask_id}")
-
-    tok = get_tokenizer(meta['tokenizer'], complete=config is not None)
-    told = {role: meta[f'{role}_id'] for role in ROLES}
-    if mask_id is not None:
-        told['mask'] = mask_id
-    for role in ('mask', 'eos'):
-        if told[role] is None:
-            raise Refused(f'{where}: neither config.json nor the tokenizer say which id is {role}')
-    tok.set_specials(tok.specials | told)
-    if config and config.get('masking') == 'response':      # trained on examples, which begin with BOS
-        tok.start = [tok.bos_id]
+    tok = get_tokenizer(meta['folder'], complete=False)
+    for role in ('mask', 'eos', 'bos', 'eot', 'pad'):
+        named = [meta[f'{role}_id'], getattr(tok, f'{role}_id')]
+        if role == 'mask':
+            named.insert(0, mask_id)
+        ids = [i for i in named if i is not None]
+        if role != 'pad' and len(set(ids)) > 1:
+            raise UserError(f"{meta['folder']}: the {role} id is {ids[0]} in one place and {ids[-1]} in another "
+                            '(--mask_id, config.json, tokenizer)')
+        if role in ('mask', 'eos') and not ids:
+            raise UserError(f"{meta['folder']}: neither config.json nor the tokenizer names the {role} token"
+                            f"{'; give --mask_id' * (role == 'mask')}")
+        setattr(tok, f'{role}_id', ids[0] if ids else None)
     return tok
 
 
 def byte_symbols():
-    """GPT-2's printable character for each byte, in which tokenizer.json files spell tokens: str -> byte."""
+    """Return GPT-2's printable characters for the bytes 0 to 255, in which vocabularies spell their tokens."""
     others = count(256)
-    return {chr(b if chr(b).isprintable() and chr(b) != ' ' else next(others)): b for b in range(256)}
+    return [chr(b if chr(b).isprintable() and chr(b) != ' ' else next(others)) for b in range(256)]
 
 
-def read_bpe(path, complete):
-    """A Hugging Face byte-level BPE file as a Tokenizer, without loss; or Refused, naming what is in the way."""
-    def demand(condition, what):
-        if not condition:
-            raise Refused(f'{path}: cannot be converted without loss: {what}')
+def byte_level(vocab, merges=(), pattern=WORDS):
+    """Return a tokenizers.Tokenizer: byte-pair encoding inside of the words that a regular expression finds."""
+    # tiktoken looks up a whole word before it merges, hence ignore_merges; a learned vocabulary does not mind
+    hf = tokenizers.Tokenizer(models.BPE(vocab, list(merges), ignore_merges=True))
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), 'isolated')
+    bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    hf.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_of_words])
+    hf.decoder = decoders.ByteLevel()
+    return hf
 
-    file = read_json(path)
+
+def from_tiktoken(name):
+    """Return a vocabulary of OpenAI as a Tokenizer. tiktoken downloads it, or finds it in TIKTOKEN_CACHE_DIR."""
     try:
-        pattern = check_kind(file, demand)
-        names, roles = special_tokens(path)
-        id_of, others = convert_merges(file['model'], names, demand)
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise Refused(f'{path}: not a tokenizer.json with a BPE model '
-                      f'({type(error).__name__}: {error})') from None
+        encoding = tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f'could not download tokenizer {name} ({type(error).__name__}); without a network, set '
+                        'TIKTOKEN_CACHE_DIR to a folder that has it, or give a tokenizer.json') from None
 
-    chat = chat_format(path, roles)
-    try:
-        tok = Tokenizer(pattern, id_of, roles, path, others, chat, complete)
-    except ValueError as error:
-        raise Refused(f'{path}: its regex cannot be used here ({error})') from None
-    characters = [chr(i) for i in range(2 ** 16) if not 0xD800 <= i < 0xE000]
-    for glue in ('', ' ', 'a', '1.', '\n'):
-        text = glue.join(characters)
-        demand(tok.decode(tok.encode(text)) == text, 'its pattern leaves out characters')
-    return tok
-
-
-def check_kind(file, demand):
-    """Refuses a tokenizer.json of a kind that cannot be converted -> its splitting pattern."""
-    model = file['model']
-    demand(model.get('type', 'BPE') == 'BPE', f"model type {model.get('type')}")
-    for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback'):
-        demand(not model.get(key), f'{key} is {model.get(key)!r}')
-    normalizer = file.get('normalizer') or {'normalizers': []}
-    demand(normalizer.get('normalizers') == [], f"it has a normalizer ({normalizer.get('type')})")
-    plain = [added['content'] for added in file.get('added_tokens') or [] if not added.get('special')]
-    demand(not plain, f'added token {plain[:1]} is matched in plain text')
-
-    before = file.get('pre_tokenizer') or {}
-    steps = before.get('pretokenizers', [before])
-    kinds = [step.get('type') for step in steps]
-    demand(kinds in (['ByteLevel'], ['Split', 'ByteLevel']), f'pre-tokenizer {kinds}')
-    *splits, byte_level = steps
-    demand(not byte_level.get('add_prefix_space', True), 'add_prefix_space')
-    by_itself = byte_level.get('use_regex', True)
-    demand(by_itself != bool(splits), f'ByteLevel has use_regex {by_itself} behind {len(splits)} Split')
-    if not splits:
-        return GPT2_PATTERN
-
-    split, = splits
-    pattern = split['pattern'].get('Regex')
-    demand(pattern, 'Split without a regex')
-    bare = re.sub(r'\\[pP]\{[^}]*\}|\\.|\[(\\.|[^\]])*\]', 'x', pattern)         # without classes and escapes
-    demand(not re.search(TWO_MEANINGS, bare), f'its regex means different things to different engines: {pattern}')
-
-    behavior, inverted = split.get('behavior'), bool(split.get('invert'))
-    demand(behavior == ('Removed' if inverted else 'Isolated'), f'Split is {behavior}, inverted: {inverted}')
-    if inverted:
-        return pattern                                      # read_bpe checks that it leaves nothing out
-    return f'{pattern}|(?:(?!{pattern})[\\s\\S])+'          # what lies between matches is a piece of its own
-
-
-def convert_merges(model, names, demand):
-    """Merges in order -> the tokens that they make (bytes -> id), and ids that none makes -> bytes.
-
-    tiktoken merges by rank, so the rank must be the position in the merge list, never the id. It joins any
-    two pieces that make a token, Hugging Face only the pairs listed: the same for every learned vocabulary,
-    and for those that list all ways to make a token one after the other (Llama 3).
-    """
-    vocab = model['vocab']
-    byte_of = byte_symbols()
-    raw = {}                                                # token as spelled -> its bytes
-    for token in vocab:
-        if token not in names:
-            demand(set(token) <= byte_of.keys(), f'token {token!r} is not spelled in bytes')
-            raw[token] = bytes(byte_of[c] for c in token)
-
-    lacking = byte_of.keys() - raw.keys()
-    demand(not lacking, f'{len(lacking)} of the 256 single bytes have no token')
-    used = (vocab | names).values()
-    whole = all(type(i) is int and 0 <= i < 2 ** 31 for i in used)
-    demand(whole, 'an id is not a whole number below 2^31')
-    demand(len(set(used)) == len(used), 'two tokens share an id')
-
-    id_of, last = {raw[symbol]: vocab[symbol] for symbol in byte_of}, ''      # bytes may be in any order
-    for merge in model['merges']:
-        pair = merge.split(' ') if isinstance(merge, str) else merge
-        new = ''.join(pair)
-        demand(len(pair) == 2 and {*pair, new} <= raw.keys(), f'merge {pair} has no token')
-        demand(new == last or raw[new] not in id_of, f'merges far apart make the token {new!r}')
-        id_of[raw[new]] = vocab[new]                        # made again: keeps its place
-        last = new
-
-    others = {vocab[token]: spelled for token, spelled in raw.items() if spelled not in id_of}
-    demand(not others or not model.get('ignore_merges'), f'ignore_merges, and no merge makes {len(others)} tokens')
-    others.update((i, name.encode()) for name, i in names.items())
-    return id_of, others
-
-
-def chat_format(path, roles):
-    """What the chat template beside a tokenizer.json puts between header and message; None if unknown."""
-    config = read_json(path.with_name('tokenizer_config.json'))
-    template = str(config.get('chat_template') or '')
-    if not template:                                # our own file, or a release whose tokens are all there
-        return '\n\n' if not config or {'start_header', 'end_header', 'eot'} <= roles.keys() else None
-
-    quoted = re.findall(r"""(['"])(.*?)\1""", template, re.S)
-    texts = {text.replace('\\n', '\n') for _, text in quoted} - {'role', 'content', ''}
-    return CHAT_FORMATS.get(frozenset(texts)) if 'bos_token' in template else None
-
-
-def train_bpe(text, n_merges):
-    """Byte-pair encoding on word counts: -> list of (bytes, bytes) merges, most frequent pair first."""
-    import regex  # comes with tiktoken
-
-    words = Counter()
-    for word, n in Counter(regex.findall(PATTERN, text)).items():
-        for start in range(0, len(word), LONGEST_WORD):     # or a word of a megabyte would take forever
-            words[word[start:start + LONGEST_WORD]] += n
-    spelled = {word: list(map(bytes, zip(word.encode()))) for word in words}       # in single bytes
-    pairs, where = Counter(), defaultdict(set)              # how often, in which words
-
-    def count_pairs(word, sign):
-        for pair in pairwise(spelled[word]):
-            pairs[pair] += sign * words[word]
-            where[pair].add(word)
-
-    for word in words:
-        count_pairs(word, 1)
-
+    symbols, ranks = byte_symbols(), encoding._mergeable_ranks
+    spelled = {token: ''.join(symbols[byte] for byte in token) for token in ranks}
     merges = []
-    for _ in progress(range(n_merges), desc='learning merges'):
-        best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
-        if pairs[best] < 2:
-            break
-        merges.append(best)
+    for token in sorted(ranks, key=ranks.get):
+        parts = parts_of(token, ranks)
+        if len(parts) == 2:
+            merges.append(tuple(spelled[part] for part in parts))
 
-        for word in where.pop(best):
-            count_pairs(word, -1)
-            spelled[word] = merged(spelled[word], best)
-            count_pairs(word, 1)
-        pairs = +pairs                                      # drops pairs that are gone
-    return merges
-
-
-def merged(word, pair):
-    """A word (list of bytes) in which the pair is joined wherever it stands, from the left."""
-    new = []
-    for piece in word:
-        if new and (new[-1], piece) == pair:        # `a a a` merges once: a fresh `aa` is not merged again
-            new[-1] += piece
-        else:
-            new.append(piece)
-    return new
+    # the special tokens are in the vocabulary too, since their ids need not follow without a gap
+    vocab = {spelled[token]: rank for token, rank in ranks.items()} | encoding._special_tokens
+    # {1,3}+ takes all digits here, but at most three in tiktoken
+    hf = byte_level(vocab, merges, encoding._pat_str.replace('{1,3}+', '{1,3}'))
+    hf.add_special_tokens(list(encoding._special_tokens))
+    return Tokenizer(hf)
 
 
-def save_bpe(path, merges):
-    """Writes merges as a Hugging Face tokenizer.json, which serves get_tokenizer and other programs alike."""
-    vocab = byte_symbols()                                  # the single bytes come first
-    symbol = list(vocab)
+def parts_of(token, ranks):
+    """Return the two parts of which the last merge made a token (bytes), by doing all merges before it.
 
-    def spell(raw):
-        return ''.join(symbol[b] for b in raw)
+    >>> parts_of(b'abc', {b'a': 0, b'b': 1, b'c': 2, b'bc': 3, b'abc': 4})
+    [b'a', b'bc']
+    """
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        merged = [ranks.get(a + b, math.inf) for a, b in pairwise(parts)]
+        lowest = min(merged)
+        if lowest >= ranks[token]:
+            break                                           # no merge makes it: it is only found as a whole word
+        i = merged.index(lowest)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
 
-    for a, b in merges:
-        vocab[spell(a + b)] = len(vocab)
 
-    off = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
-    added = [{'id': i, 'content': text, 'special': True, **off} for i, text in enumerate(ADDED, len(vocab))]
-
-    split = {'type': 'Split', 'pattern': {'Regex': PATTERN}, 'behavior': 'Isolated', 'invert': False}
-    byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
-    file = {'version': '1.0', 'added_tokens': added,
-            'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [split, byte_level]}, 'decoder': byte_level,
-            'model': {'type': 'BPE', 'vocab': vocab, 'merges': [[spell(a), spell(b)] for a, b in merges]}}
-    Path(path).write_text(json.dumps(file, ensure_ascii=False, indent=0), encoding='utf-8')
+def learn_tokenizer(texts, vocab_size):
+    """Learn a byte-level vocabulary of up to vocab_size tokens, special ones included -> Tokenizer."""
+    n_special = sum(1 for usual in ROLES.values() if usual)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + n_special:
+        raise UserError(f'tokenizer bpe-N needs N >= {len(alphabet) + n_special}, got {vocab_size}')
+    hf = byte_level({})
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - n_special, min_frequency=2, initial_alphabet=alphabet,
+                                  show_progress=False)
+    hf.train_from_iterator(texts, trainer)
+    return Tokenizer(hf)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Texts and records: {"text"} is a piece of a document, {"messages"} or {"response"} an example
+# 2. Texts become records: {"text"} is a document, {"messages"} or {"response"} an example for fine-tuning.
 
 
 def docs_text():
-    """Real text that ships with every Python: pydoc's language reference, docstrings of the standard library.
+    """Yield real text that ships with Python: pydoc's language reference, docstrings of the standard library.
 
-    Modules are parsed, never imported, and repeated paragraphs are dropped. About 1.5 million characters,
-    varying a little with the Python version. Yields records.
+    Modules are parsed, never imported, and repeated paragraphs are dropped. This makes about 1.5 million characters,
+    and varies a little with the Python version.
     """
     try:
         from pydoc_data.topics import topics
@@ -456,15 +346,14 @@ def docs_text():
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
     texts = {'language': '\n\n'.join(topics[key] for key in sorted(topics))}
-    files = sorted([*root.glob('*.py'), *root.glob('*/*.py')])
-    for file in progress(files, desc='reading docstrings'):
+    for file in sorted([*root.glob('*.py'), *root.glob('*/*.py')]):
         inside = file.relative_to(root).parts
         if skip & set(inside) or inside[0].startswith('_'):
             continue
         try:
             tree = ast.parse(file.read_text(encoding='utf-8'))
         except (SyntaxError, ValueError, OSError):
-            continue                                # a module that this Python cannot read has no docs
+            continue                                        # written for another Python
         docs = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
         texts['/'.join(inside)] = '\n\n'.join(filter(None, docs))
 
@@ -480,7 +369,7 @@ def docs_text():
 
 
 def shakespeare_text():
-    """The 1.1 MB of tiny Shakespeare, downloaded once and checked."""
+    """Yield the 1.1 MB of tiny Shakespeare, downloaded once and checked."""
     url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
     path = Path(torch.hub.get_dir()) / 'tinyshakespeare.txt'
     if not path.exists():
@@ -488,310 +377,280 @@ def shakespeare_text():
         sha256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-        except Exception as error:                          # urllib raises a dozen kinds
-            raise Refused(f'could not download {url} ({error}); get the file by other means, and give it '
-                          'with --input=FILE') from None
+        except (OSError, RuntimeError) as error:
+            raise UserError(f'could not download {url} ({error}); get it by other means, then add --input=FILE') from None
     yield from read_records(path)
 
 
 DATASETS = {        # name -> (records, default tokenizer, what it is)
-    'docs': (docs_text, 'bpe-4096', 'documentation that every Python carries; needs no network'),
+    'docs': (docs_text, 'bpe-4096', 'documentation that comes with Python; needs no network'),
     'shakespeare': (shakespeare_text, 'bpe-1024', 'tiny Shakespeare, 1.1 MB; downloaded, or --input=FILE')}
-MADE_BY = {name: f'data.py {name}' for name in DATASETS}
-MADE_BY.update(dict.fromkeys(('world', 'instruct', 'facts'), 'tests/lab/worlds.py'))
 
 
 def read_records(source, accept=None):
-    """(where, record) of a file: .txt is one document, .jsonl(.gz), .json and .parquet have a record per row.
+    """Yield (where, record) of a file: a .txt is one document, the other formats hold a record per row.
 
-    accept(row) -> record, or ValueError, which becomes Refused with file and line; default: as_record. A
-    source that is not a path is already a list of such pairs.
+    accept: turns a row (dict) into a record, or raises ValueError. Default: as_record. Raises UserError with file and
+    line. A source that is not a path is already a list of (where, record).
     """
     if not isinstance(source, (str, Path)):
         yield from source
         return
-
     path = Path(source)
-    kind = ''.join(path.suffixes[-2:]) if path.suffix == '.gz' else path.suffix
-    if kind not in READERS:
-        raise Refused(f'{path}: input must be one of {", ".join(READERS)}')
-    if not path.is_file():
-        raise FileNotFoundError(ENOENT, 'no such file', str(path))
+    kinds = [kind for kind in READERS if path.name.endswith(kind)]
+    if not kinds:
+        raise UserError(f'{path}: unknown kind of file; expected one of {", ".join(READERS)}')
 
     where = None
-    for where, row in READERS[kind](path):
+    for where, row in READERS[kinds[0]](path):
         try:
-            row = json.loads(row) if isinstance(row, bytes) else row
+            if isinstance(row, bytes):
+                row = json.loads(row)
             if not isinstance(row, dict):
-                raise ValueError(f'want a JSON object, got {json.dumps(row)[:60]}')
+                raise ValueError(f'expected a JSON object, got {row!r:.60}')
             record = (accept or as_record)(row)
-            json.dumps(record, ensure_ascii=False).encode()     # half a surrogate pair is not text
-        except (ValueError, RecursionError) as error:
-            raise Refused(f'{where}: {error}') from None
-
+        except (ValueError, KeyError, TypeError) as error:
+            keys = f'; its keys are {list(row)[:9]}' if isinstance(row, dict) else ''
+            raise UserError(f'{where}: {error}{keys}') from None
         yield where, record
     if where is None:
-        raise Refused(f'{path}: no text in it')
+        raise UserError(f'{path}: no text in it')
 
 
-def _text_pieces(path):
-    """A .txt file: pieces of 64 kB or more, cut at line ends."""
-    number = 1
-    with path.open('rb') as file:
-        while lines := file.readlines(1 << 16):
-            raw = b''.join(lines)
-            try:
-                text = raw.decode('utf-8-sig' if number == 1 else 'utf-8')
-            except UnicodeDecodeError as error:
-                number += raw.count(b'\n', 0, error.start)
-                raise Refused(f'{path}:{number}: not UTF-8 (byte {error.object[error.start]})') from None
-            number += len(lines)
-            if text.strip():
-                yield path.name, {'text': text}
-
-
-def _lines(path):
-    open_file = gzip.open if path.suffix == '.gz' else open
+def read_txt(path):
+    """Yield the only row of a text file. Line ends stay as they are."""
+    raw = path.read_bytes()
     try:
-        with open_file(path, 'rb') as file:
-            for number, line in enumerate(file, 1):
-                if line.strip(b'\xef\xbb\xbf \t\r\n'):      # json skips the byte order mark
-                    yield f'{path}:{number}', line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise Refused(f'{path}: not a complete gzip file ({error})') from None
+        yield path.name, {'text': raw.decode('utf-8-sig')}
+    except UnicodeDecodeError as error:
+        line = raw.count(b'\n', 0, error.start) + 1
+        raise UserError(f'{path}:{line}: not UTF-8 (byte {error.object[error.start]})') from None
 
 
-def _json_items(path):
+def read_jsonl(path):
+    """Yield the lines of a file as bytes, but no empty ones."""
+    with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as file:
+        for number, line in enumerate(file, 1):
+            line = line.removeprefix(b'\xef\xbb\xbf')       # Windows writes a byte order mark
+            if line.strip():
+                yield f'{path}:{number}', line
+
+
+def read_json(path):
+    """Yield the items of a file that is one list."""
     try:
-        items = json.loads(path.read_text(encoding='utf-8-sig'))
-    except (ValueError, RecursionError) as error:
-        raise Refused(f'{path}: not JSON ({error})') from None
+        items = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f'{path}: not JSON ({error})') from None
     if not isinstance(items, list):
-        raise Refused(f'{path}: a .json file must be one list; a file of lines is called .jsonl')
+        raise UserError(f'{path}: a .json file must be one list; if it has an object per line, call it .jsonl')
     for number, item in enumerate(items, 1):
         yield f'{path}, item {number}', item
 
 
-def _parquet_rows(path):
+def read_parquet(path):
+    """Yield the rows of a table."""
     try:
         import pyarrow.parquet
     except ImportError:
-        raise Refused(f'{path}: .parquet needs one more package: pip install pyarrow') from None
-    try:
-        rows = (row for part in pyarrow.parquet.ParquetFile(path).iter_batches() for row in part.to_pylist())
-        for number, row in enumerate(rows, 1):
-            yield f'{path}, row {number}', json.dumps(row, default=str).encode()        # dates become text
-    except pyarrow.ArrowException as error:
-        raise Refused(f'{path}: not a parquet file ({str(error).splitlines()[0][:100]})') from None
+        raise UserError(f'{path}: .parquet needs one more package: pip install pyarrow') from None
+    number = 0
+    for part in pyarrow.parquet.ParquetFile(path).iter_batches():
+        for row in part.to_pylist():
+            number += 1
+            yield f'{path}, row {number}', row
 
 
-READERS = {'.txt': _text_pieces, '.jsonl': _lines, '.jsonl.gz': _lines, '.json': _json_items,
-           '.parquet': _parquet_rows}
+READERS = {'.txt': read_txt, '.jsonl': read_jsonl, '.jsonl.gz': read_jsonl, '.json': read_json,
+           '.parquet': read_parquet}
 
-
-# What others call the two sides of an example (TRL, Alpaca), the list of messages (ShareGPT), and who speaks
+# What others call the two sides of an example (TRL, Alpaca), the list of messages (ShareGPT), and who speaks.
 PAIRS = ('prompt', 'response'), ('question', 'answer'), ('prompt', 'completion'), ('instruction', 'output')
 LISTS = 'messages', 'conversations', 'conversation'
-IDS = 'prompt_ids', 'response_ids'
-CONTENT = {'text', *LISTS, *IDS}.union(*PAIRS)
-LONGEST_EXAMPLE = 1 << 20
 SPEAKERS = {'human': 'user', 'gpt': 'assistant'}
-
-
-def as_message(said):
-    """A message of a conversation as {"role", "content"}, both texts that are not empty; or ValueError."""
-    if not isinstance(said, dict):
-        raise ValueError(f'a message has a "role" and a "content", got {json.dumps(said)[:60]}')
-    for key in ('tool_calls', 'function_call'):
-        if said.get(key):
-            raise ValueError(f'a message with "{key}": calls of tools are not supported')
-
-    role, content = said.get('role', said.get('from')), said.get('content', said.get('value'))
-    if isinstance(content, list):                           # in parts
-        try:
-            content = ''.join(part['text'] for part in content)
-        except (KeyError, TypeError):
-            content = None
-    for key, text in (('role', role), ('content', content)):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f'the "{key}" of a message must be a text, got {json.dumps(said)[:80]}')
-    return {'role': SPEAKERS.get(role, role), 'content': content}
-
-
-def as_messages(row):
-    """The messages of a row, or its prompt and response as messages, under any known name; else None."""
-    for key in LISTS:
-        said = row.get(key)
-        if isinstance(said, list):
-            return list(map(as_message, said))
-        if said is not None and 'text' not in row:
-            raise ValueError(f'"{key}" must be a list of messages, got {json.dumps(said)[:60]}')
-
-    for prompt, response in PAIRS:
-        if prompt in row and response in row:
-            asked, answer = row[prompt], row[response]
-            if prompt == 'instruction' and row.get('input'):
-                texts = [as_message({'role': 'user', 'content': text}) for text in (asked, row['input'])]
-                asked = '\n\n'.join(said['content'] for said in texts)
-            messages = []
-            for role, said in (('user', asked), ('assistant', answer)):
-                messages += said if isinstance(said, list) else [{'role': role, 'content': said}]
-            return list(map(as_message, messages))
-    return None
+CONTENT = {'text', 'prompt_ids', 'response_ids', 'input', *LISTS}.union(*PAIRS)
 
 
 def as_record(row):
-    """A row as {"text"}, {"messages": [{"role", "content"}]} or {"response"}, other keys kept; or ValueError.
+    """Return a row as {"text"}, {"messages"}, {"response"} or {"prompt_ids", "response_ids"}, or raise ValueError.
 
-    "prompt" and "response", by this or another of the names in PAIRS, become messages; "prompt_ids" and
-    "response_ids" are for templates that Tokenizer does not know. A row that fits several of these counts as
-    the first: messages, ids, text.
+    Both sides of an example become messages, whatever their names. A row with several of these is the first of
+    messages, ids, text, because public sets carry the flattened text beside the messages. Other keys stay.
     """
-    messages = as_messages(row)
-    if messages is not None:
-        kept, roles = {'messages': messages}, [message['role'] for message in messages]
-        if roles[-1:] != ['assistant'] or 'user' not in roles:
-            raise ValueError(f'"messages" must end with an answer by "assistant" to a "user", got {roles[:9]}')
+    record = {key: value for key, value in row.items() if key not in CONTENT}
+    messages = messages_of(row)
+    if messages:
+        roles = [message['role'] for message in messages]
+        if 'user' not in roles or roles[-1] != 'assistant':
+            raise ValueError(f'messages must end with an answer by "assistant" to a "user", got {roles[:9]}')
+        return record | {'messages': messages}
 
-    elif all(key in row for key in IDS):
-        kept = {key: row[key] for key in IDS}
-        if not all(re.fullmatch(r'\[\d+(, \d+)*\]', json.dumps(ids)) for ids in kept.values()):
-            raise ValueError('"prompt_ids" and "response_ids" must be lists of ids that are not empty')
+    if row.get('prompt_ids') and row.get('response_ids'):
+        # for a model that is prompted in a way that no chat template describes
+        return record | {key: list(map(int, row[key])) for key in ('prompt_ids', 'response_ids')}
 
-    elif 'text' in row or 'response' in row:
-        key = 'text' if 'text' in row else 'response'
-        kept = {key: row[key]}
-        if not isinstance(row[key], str) or not row[key].strip():
-            raise ValueError(f'want a text that is not empty, got {json.dumps(row[key])[:60]}')
-    else:
-        raise ValueError(f'want "text", "prompt" and "response", or "messages"; got the keys {list(row)[:9]}')
+    for key in ('text', 'response'):
+        if key in row:
+            return record | {key: as_text(row[key])}
+    raise ValueError('expected "text", or "messages", or "prompt" and "response"')
 
-    if 'text' not in kept and len(text_of(kept)) > LONGEST_EXAMPLE:
-        raise ValueError(f'an example of {len(text_of(kept)):,} characters; the limit is {LONGEST_EXAMPLE:,}')
-    return {key: value for key, value in (row | kept).items() if key in kept or key not in CONTENT}
+
+def messages_of(row):
+    """Return the messages of a row, under any of the usual names, or None."""
+    for key in LISTS:
+        if isinstance(row.get(key), list):
+            return list(map(as_message, row[key]))
+
+    for prompt, response in PAIRS:
+        if prompt in row and response in row:
+            question, answer = row[prompt], row[response]
+            if prompt == 'instruction' and row.get('input'):
+                question = f"{as_text(question)}\n\n{as_text(row['input'])}"
+            messages = []
+            for role, said in (('user', question), ('assistant', answer)):
+                messages += said if isinstance(said, list) else [{'role': role, 'content': said}]
+            return list(map(as_message, messages))
+
+
+def as_message(said):
+    """Return a message as {"role", "content"}, two texts that are not empty, or raise ValueError."""
+    if not isinstance(said, dict):
+        raise ValueError(f'a message needs "role" and "content", got {said!r:.60}')
+    role, content = said.get('role', said.get('from')), said.get('content', said.get('value'))
+    if isinstance(content, list):                           # in parts, as OpenAI has them
+        content = ''.join(part['text'] for part in content)
+    return {'role': SPEAKERS.get(role, as_text(role)), 'content': as_text(content)}
+
+
+def as_text(value):
+    """Return a text that is not empty, or raise ValueError."""
+    if isinstance(value, bytes):                            # a column of a .parquet that is not declared as text
+        value = value.decode()
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f'expected a text that is not empty, got {value!r:.60}')
+    value.encode()                                          # half a surrogate pair is not text
+    return value
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Preparation: records -> token shards
+# 3. Preparing: records become files of token ids.
+
+FORMAT = 'nanollada data 3'
 
 
 def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
-    """Tokenizes sources (paths of files, or lists of (name, record)) into the folder `out` -> its manifest.
+    """Tokenize sources (paths of files, or lists of (where, record)) into the folder `out` -> its manifest.
 
-    val: sources to hold out. Without any, every val_every-th piece of about 4 kB of the documents (a tail
-    would share long passages with the rest), with an EOS left in its place; of examples one in val_every, by
-    its first question, so that none is asked in both splits.
-    tokenizer: a spec of get_tokenizer, or 'bpe-N' to learn a vocabulary of N entries from the training
-    pieces. One process per file. The folder is complete or absent; after an interruption or a bad line the
-    same call reuses the files that are finished.
+    val: sources to hold out. Without any, one in val_every pieces of the others is held out.
+    tokenizer: what get_tokenizer takes, or bpe-N to learn N tokens from the training pieces, or a Tokenizer.
+    The folder is written aside under another name, so it is complete or absent. One process per file.
     """
-    out, all_sources = Path(out), [*sources, *val]
-    if not out.name:
-        raise Refused(f'out must name a folder, got {str(out)!r}')
-    if out.exists() and any(out.iterdir()) and not (out / 'manifest.json').is_file():
-        raise Refused(f'{out}: something else is here; choose another --out')
-    # report at once what is broken from the start
-    kinds = {'text' in next(read_records(source))[1] for source in all_sources}
+    out, sources, val = Path(out).resolve(), list(sources), list(val)
+    check_out(out, [*sources, *val])
+    kinds = {'text' in next(read_records(source))[1] for source in [*sources, *val]}
     if len(kinds) > 1:
-        raise Refused('some of the files hold documents ("text"), some examples: prepare them apart')
+        raise UserError('some files hold documents ("text"), some examples; prepare them separately')
+    every = 0 if val else val_every
+    if isinstance(tokenizer, str) and tokenizer.startswith('bpe-') and tokenizer[4:].isdecimal():
+        tokenizer = learn_tokenizer(training_texts(sources, every), int(tokenizer[4:]))
+    elif not isinstance(tokenizer, Tokenizer):
+        tokenizer = get_tokenizer(tokenizer)
 
-    aside = out.with_name(f'.{out.name}.unfinished')        # replaces `out` when complete
-    with alone(out.with_name(f'.{out.name}.lock')):
-        aside.mkdir(exist_ok=True)
-        try:
-            if val:
-                val_every = 0                               # nothing is held out of the other sources
-            spec = place_tokenizer(tokenizer, sources, val_every, aside)
+    aside = out.with_name(f'.{out.name}.{os.getpid()}')
+    aside.mkdir(parents=True)
+    try:
+        tokenizer.save(aside)
+        jobs = [(number, source, every, aside) for number, source in enumerate(sources)]
+        jobs += [(number, source, 1, aside) for number, source in enumerate(val, len(sources))]
+        manifest = finish(tokenize_all(jobs, workers), aside, tokenizer.vocab_size)
 
-            jobs = [(number, source, val_every if number < len(sources) else 1, aside, spec)
-                    for number, source in enumerate(all_sources)]
-            write_manifest(aside, collect(run_jobs(jobs, workers), aside, spec))
-        except BaseException:
-            if not any(aside.glob('part_*')):               # nothing to reuse
-                shutil.rmtree(aside, ignore_errors=True)
-            raise
-
-        shutil.rmtree(out, ignore_errors=True)
+        check_out(out, [])                                  # once more: hours may have passed
+        if out.exists():
+            shutil.rmtree(out)
         os.replace(aside, out)
-    return read_manifest(out, None)
+    except BaseException:                                   # Ctrl-C, too
+        shutil.rmtree(aside)
+        raise
+    return manifest
 
 
-def run_jobs(jobs, workers):
-    """tokenize_source for all jobs, in this process or several -> what they return, in order."""
-    bar = partial(progress, desc='files', total=len(jobs))
-    workers = min(workers, len(jobs))
-    if workers < 2:
-        return list(bar(map(tokenize_source, jobs)))
+def check_out(out, sources):
+    """Raise UserError if writing to `out` would remove anything but a data set that prepare once made."""
+    for source in sources:
+        if isinstance(source, (str, Path)) and out in Path(source).resolve().parents:
+            raise UserError(f'{source}: this input lies inside of {out}, which is replaced; choose another --out')
 
-    ignore = (signal.SIGINT, signal.SIG_IGN)               # Ctrl-C is for this process, which ends the others
-    with multiprocessing.get_context('spawn').Pool(workers, signal.signal, ignore) as pool:
-        return list(bar(pool.imap(tokenize_source, jobs)))
+    manifest = out / 'manifest.json'
+    found = {path.name for path in out.iterdir()} if out.exists() else set()
+    facts = json.loads(manifest.read_text(encoding='utf-8')) if manifest.is_file() else {}
+    ours = {'manifest.json', *facts.get('files', ())} if 'nanollada' in str(facts.get('format')) else set()
+    if found - ours:
+        raise UserError(f'{out}: holds other files than a data set, such as {min(found - ours)}; choose another --out')
+    if found and sources:
+        say(f'{out}: the data set that is there will be replaced')
 
 
-def collect(parts, folder, spec):
-    """The facts of a manifest; files that are not part of the data set are removed from the folder."""
-    splits = {'train': [], 'val': []}
+def finish(entries, folder, vocab_size):
+    """Write the manifest of a data set. entries: what tokenize_source returned, for each source."""
+    splits = {split: [entry[split] for entry in entries if entry[split]['tokens']] for split in ('train', 'val')}
     for split, shards in splits.items():
-        shards += [part[split] for part in parts if part[split]['tokens']]
         if not shards:
-            shutil.rmtree(folder)                           # the same call would end here again
-            raise Refused(f'too little text: some of its pieces of 4 kB, or of the first questions of its examples, '
-                          f'are held out, and none is left for {split}; --val_input=FILE says what to hold out')
-
-    kept = {'tokenizer', 'tokenizer_config'}
-    kept.update(shard['name'] for shards in splits.values() for shard in shards)
-    for file in folder.iterdir():
-        if file.name.split('.')[0] not in kept:
-            file.unlink()
-    vocab_size = get_tokenizer(own_tokenizer(spec, folder)).vocab_size
-    return {'format': 'nanollada data 2', 'tokenizer': spec, 'vocab_size': vocab_size, 'splits': splits}
+            raise UserError(f'not enough text to hold out a validation split (nothing is left for {split}); give more, '
+                            'or say with --val_input=FILE what to hold out')
+    files = sorted(path.name for path in folder.iterdir())
+    manifest = {'format': FORMAT, 'vocab_size': vocab_size, 'splits': splits, 'files': files}
+    (folder / 'manifest.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
+    return manifest
 
 
-def place_tokenizer(tokenizer, sources, val_every, out):
-    """Learns or copies the tokenizer into the data set, unless it is well known -> what the manifest says."""
-    for old in out.glob('tokenizer*'):                      # left by an interrupted call with another one
-        old.unlink()
-    if tokenizer in tiktoken.list_encoding_names():         # kept, so that nobody needs the network again
-        (out / 'tokenizer.tiktoken').write_text(json.dumps(tiktoken_facts(tokenizer)))
-        return 'tokenizer.tiktoken'
-    if not tokenizer.startswith('bpe-'):
-        get_tokenizer(tokenizer)                            # refuse before anything is written
-        return copy_tokenizer(tokenizer, out)
-
-    size = tokenizer.removeprefix('bpe-')
-    least = 256 + len(ADDED)
-    if not size.isdecimal() or not least <= int(size) <= 65536:
-        raise Refused(f'tokenizer bpe-N: N must lie between {least} and 65536, got {size!r}')
-
-    sample = '\n'.join(training_texts(sources, val_every))
-    save_bpe(out / 'tokenizer.json', train_bpe(sample, int(size) - least))
-    return 'tokenizer.json'
+def tokenize_all(jobs, workers):
+    """Run tokenize_source for all jobs, in this process or in several -> what they return, in order."""
+    if min(workers, len(jobs)) < 2:
+        return list(map(tokenize_source, jobs))
+    with multiprocessing.get_context('spawn').Pool(min(workers, len(jobs))) as pool:
+        return list(tqdm(pool.imap(tokenize_source, jobs), 'files', len(jobs), disable=None, leave=False))
 
 
-def training_texts(sources, val_every, room=50_000_000):
-    """The texts of all sources that tokenize_source will put into the training split.
+def tokenize_source(job):
+    """Tokenize one source into a shard for each split -> {split: its entry in the manifest}."""
+    number, source, val_every, folder = job
+    tok = get_tokenizer(folder)
+    shards = {split: Shard(folder, f'{split}_{number:05d}', tok) for split in ('train', 'val')}
+    records = tqdm(read_records(source), 'tokenizing', disable=number > 0 or None, leave=False)
+    for (where, split), pieces in groupby(split_pieces(records, number, val_every), key=itemgetter(0, 1)):
+        for _, _, piece in pieces:
+            if isinstance(piece, str):
+                shards[split].write(tok.encode(piece), len(piece.encode()))
+            else:
+                shards[split].write_example(piece, where, tok)
 
-    About `room` characters of them, which is enough to learn words from.
+        # here a document ends, or continues in the other split
+        if not shards[split].rows:
+            shards[split].write([tok.eos_id])
+    return {split: shard.close() for split, shard in shards.items()}
+
+
+def split_pieces(records, number, val_every):
+    """Assign records to splits: yield (where, split, piece), a piece of a document (str) or a whole example (dict).
+
+    Of documents every val_every-th piece is held out, counted from `number` on: a tail of the text would share long
+    passages with the rest. Of examples, one in val_every, by a hash of the first question: so no question is asked
+    in both splits. val_every 1: all, 0: none.
     """
-    for number, source in enumerate(sources):
-        for _, split, piece in placed(read_records(source), number, val_every):
-            if split == 'train':
-                text = piece if isinstance(piece, str) else text_of(piece)
-                yield text
-                room -= len(text)
-            if room < 0:
-                return
+    is_text = None
+    for where, record in records:
+        if is_text not in (None, 'text' in record):
+            raise UserError(f'{where}: a file holds documents ("text") or examples, not both')
+        is_text = 'text' in record
 
-
-def text_of(record):
-    """All text of an example."""
-    if 'messages' in record:
-        return '\n\n'.join(message[key] for message in record['messages'] for key in ('role', 'content'))
-    return record.get('response') or json.dumps(record)
+        pieces = enumerate(chunks(record['text']), number + 1) if is_text else [(question_hash(record), record)]
+        for number, piece in pieces:
+            held_out = val_every and number % val_every == 0
+            yield where, 'val' if held_out else 'train', piece
 
 
 def chunks(text, size=4096):
-    """A text in pieces of about `size` characters, cut at line ends, else at spaces, else anywhere."""
+    """Yield a text in pieces of about `size` characters, cut at line ends, else at spaces, else anywhere."""
     start = 0
     while start < len(text):
         least, most = start + size, start + 2 * size
@@ -802,163 +661,142 @@ def chunks(text, size=4096):
         start = end
 
 
-class Shard:
-    """A file of tokens being written; for examples also where each is: (start, response, end, dialogue)."""
-
-    def __init__(self, path, tok):
-        self.path, self.file = path, path.open('wb')
-        self.dtype = 'uint16' if tok.vocab_size <= 2 ** 16 else 'uint32'
-        self.tokens, self.bytes, self.rows = 0, 0, []
-
-    def write(self, ids, text=b''):
-        self.file.write(np.array(ids, self.dtype))
-        self.tokens += len(ids)
-        self.bytes += len(text)
-
-    def close(self):
-        """-> its entry in the manifest."""
-        self.file.close()
-        if self.rows:
-            np.save(self.path.with_suffix('.rows.npy'), np.array(self.rows, np.int64))
-        return {'name': self.path.stem, 'dtype': self.dtype, 'tokens': self.tokens, 'bytes': self.bytes,
-                'examples': len(self.rows)}
-
-
-def tokenize_source(job):
-    """Tokenizes one source into a shard for each split -> {split: its entry in the manifest}."""
-    number, source, val_every, folder, spec = job
-    tok = get_tokenizer(own_tokenizer(spec, folder))
-    done, made_from = folder / f'part_{number:05d}.json', None
-    if isinstance(source, (str, Path)):
-        state = Path(source).stat()
-        made_from = [str(source), state.st_size, state.st_mtime_ns, val_every, tok.fingerprint(), tok.specials]
-        before = read_json(done)
-        if before.pop('made_from', None) == made_from:      # by an earlier call
-            return before
-
-    shards = {split: Shard(folder / f'{split}_{number:05d}.bin', tok) for split in ('train', 'val')}
-    records = progress(read_records(source), desc='tokenizing', disable=number > 0 or None)
-    dialogues, held_out = 0, ''
-    for (where, split), run in groupby(placed(records, number, val_every), key=itemgetter(0, 1)):
-        for _, _, piece in run:
-            if isinstance(piece, str):
-                shards[split].write(tok.encode(piece), piece.encode())
-                continue
-
-            write_example(shards[split], piece, where, dialogues, tok)
-            dialogues += 1
-            if split == 'val':
-                held_out += json.dumps(piece, ensure_ascii=False) + '\n'
-        if not dialogues:                                   # a document ends, or goes on in the other split
-            shards[split].write([tok.eos_id])
-
-    entry = {split: shard.close() for split, shard in shards.items()}
-    if held_out:
-        shards['val'].path.with_suffix('.jsonl').write_text(held_out, encoding='utf-8')
-    if made_from:
-        done.write_text(json.dumps({**entry, 'made_from': made_from}), encoding='utf-8')
-    return entry
-
-
-def placed(records, number, val_every):
-    """Assigns records to splits: yields (where, split, piece of a document's text or whole example).
-
-    Every val_every-th is held out: 1 all, 0 none. Pieces are counted from `number` on.
-    """
-    kinds = set()
-    for where, record in records:
-        kinds.add('text' in record)
-        if len(kinds) > 1:
-            raise Refused(f'{where}: a file holds documents ("text") or examples, not both')
-
-        if 'text' in record:
-            pieces = enumerate(chunks(record['text']), number + 1)
-        else:
-            pieces = [(checksum(record), record)]
-        for number, piece in pieces:
-            held_out = val_every and number % val_every == 0
-            yield where, 'val' if held_out else 'train', piece
-
-
-def checksum(record):
-    """The number of an example, a hash of its first question, so that no question is in both splits.
-
-    (Where several answers are right there may be few questions: those examples go by the whole record.)
-    """
-    if 'accept' in record:
+def question_hash(record):
+    """Return a number for an example, the same for all examples with the same first question."""
+    if 'accept' in record:                                  # many answers are right: there may be few questions
         key = json.dumps(record, sort_keys=True)
     elif 'prompt_ids' in record:
         key = str(record['prompt_ids'])
     elif 'messages' in record:
-        key = next(said['content'] for said in record['messages'] if said['role'] == 'user')
+        key = next(message['content'] for message in record['messages'] if message['role'] == 'user')
     else:
         key = record['response']
     return zlib.crc32(key.strip().encode())
 
 
-def write_example(shard, record, where, dialogue, tok):
-    """A dialogue of n answers is n examples, each with the whole history as its prompt (LLaDA, App. B.1)."""
-    special = set(tok.specials.values())
-    for prompt, response in turns_of(record, tok):
-        start, ids = shard.tokens, [*prompt, *response, tok.eos_id]
-        if max(ids) >= tok.vocab_size:
-            raise Refused(f'{where}: an id is not below {tok.vocab_size}, the size of the vocabulary')
-        shard.write(ids, tok.decode_bytes(i for i in ids if i not in special))
-        shard.rows.append((start, start + len(prompt), shard.tokens, dialogue))
+def training_texts(sources, val_every):
+    """Yield the text of everything that tokenize_source puts into the training split, in pieces."""
+    for number, source in enumerate(sources):
+        for _, split, piece in split_pieces(read_records(source), number, val_every):
+            if split == 'train':
+                # short pieces, because the time to learn from a word grows with the square of its length
+                yield from chunks(piece if isinstance(piece, str) else text_of(piece))
+
+
+def text_of(record):
+    """Return all text of an example."""
+    if 'messages' in record:
+        return '\n\n'.join(f"{message['role']}\n\n{message['content']}" for message in record['messages'])
+    return record.get('response', '')
+
+
+class Shard:
+    """Write one file of token ids. Of examples it also keeps where each one is: (start, response, end, dialogue)."""
+
+    def __init__(self, folder, name, tok):
+        self.path = folder / f'{name}.bin'
+        self.file = self.path.open('wb')
+        self.dtype = dtype_of(tok.vocab_size)
+        self.tokens, self.bytes = 0, 0
+        self.rows, self.records = [], []
+
+    def write(self, ids, n_bytes=0):
+        """Append ids that stand for n_bytes of text."""
+        self.file.write(np.array(ids, self.dtype))
+        self.tokens += len(ids)
+        self.bytes += n_bytes
+
+    def write_example(self, record, where, tok):
+        """Append all turns of an example. Each has the whole history as its prompt (LLaDA, App. B.1)."""
+        for prompt, response in turns_of(record, tok):
+            ids = [*prompt, *response, tok.eos_id]
+            if max(ids) >= tok.vocab_size:
+                raise UserError(f'{where}: id {max(ids)} is outside of the vocabulary of {tok.vocab_size}')
+            start = self.tokens
+            self.write(ids, len(tok.decode(ids, skip_special_tokens=True).encode()))
+            self.rows.append((start, start + len(prompt), self.tokens, len(self.records)))
+        self.records.append(record)
+
+    def close(self):
+        """Finish the file -> its entry in the manifest."""
+        self.file.close()
+        if self.rows:
+            np.save(self.path.with_suffix('.rows.npy'), np.array(self.rows, np.int64))
+        if self.rows and self.path.name.startswith('val'):
+            # evaluate.py asks these questions
+            lines = [json.dumps(record, ensure_ascii=False, default=str) + '\n' for record in self.records]
+            self.path.with_suffix('.jsonl').write_text(''.join(lines), encoding='utf-8')
+        return {'name': self.path.stem, 'tokens': self.tokens, 'bytes': self.bytes, 'examples': len(self.rows)}
+
+
+def dtype_of(vocab_size):
+    """Return the type of the numbers in the files. In uint16, id 126336 would silently become 60800."""
+    return np.dtype('uint16' if vocab_size <= 2 ** 16 else 'uint32')
 
 
 def turns_of(record, tok):
-    """Yields the prompt of each answer of an example, and the answer, as ids.
-
-    A response without a prompt gets BOS as its prompt: a canvas of masks alone looks the same everywhere, and
-    needs an edge to count from.
-    """
-    if 'response' in record:
-        yield [tok.bos_id], tok.encode(record['response'].strip())
+    """Yield (prompt ids, response ids) for each answer of an example."""
     if 'prompt_ids' in record:
         yield record['prompt_ids'], record['response_ids']
-    said = record.get('messages', ())
-    for i, message in enumerate(said):
+    if 'response' in record:
+        # BOS is the prompt: a canvas of masks looks the same everywhere, so positions need an edge to count from
+        yield [tok.bos_id], tok.encode(record['response'].strip())
+
+    messages = record.get('messages', [])
+    for i, message in enumerate(messages):
         if i and message['role'] == 'assistant':
-            yield tok.encode_chat(said[:i]), tok.encode(message['content'].strip())
+            yield tok.encode_chat(messages[:i]), tok.encode(message['content'].strip())
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Loading: what is in a batch is a function of (seed, iteration)
+# 4. Loading: files become batches.
+
+Dataset = namedtuple('Dataset', 'parts weights')            # lists of Corpus and of float
+Batch = namedtuple('Batch', 'x0 maskable cu_seqlens')       # (B, T) int64, (B, T) bool, (n+1,) int32 or None
+Options = namedtuple('Options', 'random_length random_split isolate copies pad_group', defaults=(0., 0., False, 1, 0))
+ORDER, CUTS, TURNS, MIXTURE = range(4)                      # what random numbers are drawn for
 
 
 class Corpus:
-    """A prepared folder, its shards memory-mapped. share: which files are verified, see read_manifest."""
+    """A prepared folder. Its shards are mapped into memory, not read."""
 
-    def __init__(self, folder, share=(0, 1)):
+    def __init__(self, folder):
         self.folder = Path(folder)
-        if not (self.folder / 'manifest.json').is_file():
-            how = MADE_BY.get(self.folder.name, f'data.py --input=FILE --out={folder}')
-            raise FileNotFoundError(ENOENT, f'no data set here; run: python {how}', str(folder))
+        made_by = f'data.py --input=FILE --out={folder}'
+        if self.folder.name in DATASETS:
+            made_by = f'data.py {self.folder.name}'
+        if self.folder.name in ('world', 'instruct', 'facts'):
+            made_by = 'tests/lab/worlds.py'
 
-        self.manifest = read_manifest(self.folder, share)
-        if self.manifest.get('format') != 'nanollada data 2':
-            raise Refused(f'{folder}: a data set of another version; prepare it again')
-        splits = self.manifest['splits']
-        self.shards = {split: list(map(self._open, entries)) for split, entries in splits.items()}
+        path = self.folder / 'manifest.json'
+        if not path.is_file():
+            raise UserError(f'{folder}: no data set here; make it with: python {made_by}')
+        self.manifest = json.loads(path.read_text(encoding='utf-8'))
+        if self.manifest.get('format') != FORMAT:
+            raise UserError(f'{folder}: made by another version of data.py; make it again with: python {made_by}')
 
-    def _open(self, entry):
+        self.shards = {}
+        for split, entries in self.manifest['splits'].items():
+            self.shards[split] = [self.open_shard(entry) for entry in entries]
+
+    def open_shard(self, entry):
+        """Map a file of tokens into memory -> (n,) uint16 or uint32."""
         path = self.folder / f"{entry['name']}.bin"
-        size, want = path.stat().st_size, entry['tokens'] * np.dtype(entry['dtype']).itemsize
-        if size != want:
-            raise Refused(f'{path}: {size} bytes, the manifest says {want}; prepare the data again')
-        return np.memmap(path, entry['dtype'], 'r')
+        dtype = dtype_of(self.manifest['vocab_size'])
+        if path.stat().st_size != entry['tokens'] * dtype.itemsize:
+            raise UserError(f"{path}: the file should have {entry['tokens']} tokens; prepare the data again")
+        return np.memmap(path, dtype, 'r')
 
     def tokenizer(self):
-        """The tokenizer that made it."""
-        return get_tokenizer(own_tokenizer(self.manifest['tokenizer'], self.folder))
+        """Return the Tokenizer that made it."""
+        return get_tokenizer(self.folder)
 
     def count(self, split, what):
-        """How many 'tokens', 'bytes' of text or 'examples' a split has."""
+        """Return how many 'tokens', 'bytes' of text or 'examples' a split has."""
         return sum(entry[what] for entry in self.manifest['splits'][split])
 
     def read(self, split, start, length):
-        """Tokens start .. start+length of a split, as if its shards were one array: (length,) int64."""
+        """Return the tokens start .. start+length of a split, as if its shards were one array: (length,) int64."""
         parts = []
         for shard in self.shards[split]:
             if -length < start < len(shard):
@@ -967,18 +805,18 @@ class Corpus:
         return np.concatenate(parts, dtype=np.int64)
 
     def rows(self, split):
-        """Where a split's examples are, likewise: (n, 4) start, response, end, number of the dialogue."""
-        tables, at, dialogue = [], 0, 0
+        """Return where the examples of a split are, as if its shards were one: (n, 4) start, response, end, dialogue."""
+        tables, start, dialogue = [], 0, 0
         for entry in self.manifest['splits'][split]:
-            rows = np.load(self.folder / f"{entry['name']}.rows.npy")
-            tables.append(rows + [at, at, at, dialogue])
-            at += entry['tokens']
-            dialogue += 1 + rows[-1, 3]
+            table = np.load(self.folder / f"{entry['name']}.rows.npy")
+            tables.append(table + [start, start, start, dialogue])
+            start += entry['tokens']
+            dialogue += 1 + table[-1, 3]
         return np.concatenate(tables)
 
 
-def open_dataset(name, share=(0, 1)):
-    """The data set of a name, a folder or a mixture 'a:0.7,b:0.3' -> Dataset; `docs` is made on first use."""
+def open_dataset(name):
+    """Return the Dataset of a name in data/, of a folder, or of a mixture 'a:0.7,b:0.3'. 'docs' is made if missing."""
     names, weights = [name], [1.0]
     if (',' in name or ':' in name) and not Path(name).is_dir():
         try:
@@ -986,217 +824,189 @@ def open_dataset(name, share=(0, 1)):
             weights = list(map(float, weights))
         except ValueError:
             weights = [0.0]
-        if not all(0 < weight < np.inf for weight in weights):
-            raise Refused('dataset: a mixture is written name:weight,name:weight, weights above 0; got '
-                          f'{name!r}')
+        if not min(weights) > 0:
+            raise UserError(f'dataset: a mixture is written name:weight,name:weight with weights > 0, got {name!r}')
 
-    parts = [open_corpus(part.strip(), share) for part in names]
-    for corpus in parts[1:]:
-        check_same(corpus.tokenizer(), parts[0].tokenizer(), corpus.folder, parts[0].folder)
+    parts = [open_corpus(part.strip()) for part in names]
+    prints = {corpus.tokenizer().fingerprint() for corpus in parts} if len(parts) > 1 else ()
+    if len(prints) > 1:
+        raise UserError(f'{name}: the parts of a mixture must have the same tokenizer')
     return Dataset(parts, weights)
 
 
-def open_corpus(name, share):
-    """The Corpus of a folder, or of a name: a folder in data/."""
+def open_corpus(name):
+    """Return the Corpus of a folder, or of a name in data/."""
     folder = Path(name)
     if '/' not in name and not (folder / 'manifest.json').is_file():
         folder = Path('data') / name
     if name == 'docs' and not (folder / 'manifest.json').is_file():
         records, tokenizer, what = DATASETS[name]
-        print(f'preparing data/{name} (once): {what}')
+        say(f'preparing {folder} (once): {what}')
         prepare([list(records())], folder, tokenizer)
-    return Corpus(folder, share)
+    return Corpus(folder)
 
 
-def check_same(theirs, ours, name, folder):
-    """Refused if the tokenizer of a checkpoint or corpus is not that of a data set."""
-    if theirs.fingerprint() != ours.fingerprint():
-        raise Refused(f'{name}: its tokenizer is not the one of {folder}')
+def open_source(dataset, split, masking, tok, seq_len, seed=0, **options):
+    """Return the rows of a split as training sees them: Examples if masking is 'response', else Windows.
 
-
-def open_source(dataset, split, masking, tok, seq_len, seed=0, **cuts):
-    """The rows of a split as training sees them: Examples for masking 'response', else Windows.
-
-    dataset: a Dataset. cuts: fields of Cuts. Both have batch, held_out and bytes_per_token.
+    options: the fields of Options. random_length, random_split, isolate concern Windows, pad_group Examples. copies:
+    how many successive rows each window or example fills, for complementary masks.
     """
     kind = Examples if masking == 'response' else Windows
-    return kind(dataset, split, tok, seq_len, seed, Cuts(**cuts))
+    return kind(dataset, split, tok, seq_len, seed, Options(**options))
 
 
-def shuffled(index, n, key):
-    """Where a random permutation of range(n) sends index: a Feistel network over 4^k >= n, no memory."""
-    half = max(1, (n - 1).bit_length() + 1 >> 1)
-    low = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & low
-        for k in key:
-            scrambled = (right ^ k) * 0x9E3779B97F4A7C15 % 2 ** 64
-            scrambled = (scrambled ^ scrambled >> 29) * 0xBF58476D1CE4E5B9 % 2 ** 64
-            left, right = right, left ^ (scrambled >> 32) & low
-        index = left << half | right
-        if index < n:                                       # outside: walk the cycle until it comes back
-            return index
+def keyed_rng(*key):
+    """Return a numpy generator that depends on the key alone, some integers."""
+    return np.random.default_rng(key)
 
 
-def philox(seed, number, stream, index=0):
-    """A numpy generator. Streams: 0 noise of rows (diffusion.row_noise), 1 orders, 2 turns, 3 cuts."""
-    return np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, 0, stream, index]))
+def shuffled(sample, n, seed):
+    """Return (epoch, which of n things, generator of the epoch) for place `sample` of an endless stream.
 
-
-def nth(sample, n, seed, slack=1):
-    """Sample number `sample` of an endless stream that goes through n things, in a new order every epoch.
-
-    -> (epoch, which of the n, the epoch's own offset below slack).
+    Each epoch has every thing once, in a random order that takes no memory: i -> (a i + b) mod n, a coprime to n.
     """
-    epoch, index = divmod(int(sample), n)
-    rng = philox(seed, epoch, 1)
-    offset = int(rng.integers(slack))
-    key = rng.integers(2 ** 63, size=4).tolist()
-    return epoch, shuffled(index, n, key), offset
+    epoch, i = divmod(int(sample), n)
+    rng = keyed_rng(seed, epoch, ORDER)
+    a, b = rng.integers(n, size=2).tolist()
+    while math.gcd(a, n) > 1:
+        a = int(rng.integers(n))
+    return epoch, (a * i + b) % n, rng
 
 
-def evenly(n, limit):
-    """`limit` of the numbers 0 .. n-1, evenly spread; all of them for 0."""
+def evenly_spaced(n, limit):
+    """Return `limit` of the numbers 0 .. n-1, evenly spaced; all of them for 0."""
     limit = min(limit or n, n)
     return [i * n // limit for i in range(limit)]
 
 
 class Windows:
-    """Windows of seq_len tokens, everything in them maskable; the stream is cut anew each epoch.         Eq. 3
+    """Pre-training: windows of seq_len tokens, all of them maskable (Eq. 3). Each epoch cuts the text anew.
 
-    Cuts: random_length is the share of windows of which only a random length is kept (LLaDA: 0.01),
-    random_split the share cut into two parts that do not attend to each other (iLLaDA: 0.3). isolate: nor do
-    documents, with borders behind each EOS. times: how many successive rows each window fills.
+    random_length: share of windows of which only a random length is kept (LLaDA: 0.01). random_split: share cut into
+    two parts that do not attend to each other (iLLaDA: 0.3). isolate: documents do not attend to each other, either.
     """
 
-    logit_normal = 0.5                                      # not in the papers: a better bound per update
-
-    def __init__(self, dataset, split, tok, seq_len, seed=0, cuts=WHOLE):
+    def __init__(self, dataset, split, tok, seq_len, seed=0, options=Options()):
         self.parts, self.split, self.tok = dataset.parts, split, tok
-        self.T, self.seed, self.asked = seq_len, seed, cuts
-        self.examples = sum(corpus.count(split, 'examples') for corpus in self.parts)
-        self.tokens = [corpus.count(split, 'tokens') for corpus in self.parts]
-        for corpus, n in zip(self.parts, self.tokens):
-            if n < seq_len:
-                raise Refused(f'{corpus.folder}: split {split} is too short for a window of {seq_len} tokens: '
-                              f'it has {n}')
-
-        # each part gives its share of every 1000 windows, in a fixed order
+        self.T, self.seed, self.options = seq_len, seed, options
         self.share = np.array(dataset.weights) / sum(dataset.weights)
-        turns = np.floor(self.share * 1000).astype(int)
-        missing = 1000 - turns.sum()
-        turns[np.argsort(turns - self.share * 1000)[:missing]] += 1          # the largest remainders round up
-        if turns.min() == 0:
-            raise Refused('dataset: a weight is less than a thousandth of the whole')
-        self.turns = philox(0, 0, 1).permutation(np.repeat(np.arange(len(turns)), turns))
+        self.tokens = [corpus.count(split, 'tokens') for corpus in self.parts]
+        self.n_examples = sum(corpus.count(split, 'examples') for corpus in self.parts)
 
-        each = [corpus.count(split, 'bytes') / n for corpus, n in zip(self.parts, self.tokens)]
-        self.bytes_per_token = float(self.share @ each)
+        for corpus, tokens in zip(self.parts, self.tokens):
+            if tokens < seq_len:
+                raise UserError(f'{corpus.folder}: split {split} has {tokens} tokens, too few for seq_len={seq_len}')
+        bytes_per_token = [corpus.count(split, 'bytes') / n for corpus, n in zip(self.parts, self.tokens)]
+        self.bytes_per_token = float(self.share @ bytes_per_token)
 
     def window(self, sample):
-        """Window number `sample` of an endless, shuffled stream: (seq_len,) int64."""
-        turn, slot = divmod(sample, len(self.turns))
-        which = self.turns[slot]
-        mine = self.turns == which
-        number, total = turn * mine.sum() + mine[:slot].sum(), self.tokens[which]
-
-        n = max(1, (total - self.T + 1) // self.T)          # windows that fit behind any offset
-        _, index, offset = nth(number, n, self.seed, min(self.T, total - n * self.T + 1))
-        return self.parts[which].read(self.split, offset + index * self.T, self.T)
+        """Return window number `sample` of an endless stream: (T,) int64."""
+        if len(self.parts) > 1:
+            # a mixture draws with replacement, so that its weights hold however small a part is
+            rng = keyed_rng(self.seed, sample, MIXTURE)
+            part = rng.choice(len(self.parts), p=self.share)
+            start = rng.integers(self.tokens[part] - self.T + 1)
+        else:
+            part, total = 0, self.tokens[0]
+            n = max(1, (total - self.T + 1) // self.T)      # windows that fit behind any offset
+            _, index, rng = shuffled(sample, n, self.seed)
+            start = index * self.T + rng.integers(min(self.T, total - n * self.T + 1))
+        return self.parts[part].read(self.split, int(start), self.T)
 
     def cuts(self, it, size):
-        """For each window of an iteration, how many tokens are kept, and where a border lies (T: nowhere)."""
-        which, where = philox(self.seed, it, 3).random((size, 2)).T
-        short = which < self.asked.random_length
-        split = ~short & (which < self.asked.random_length + self.asked.random_split)
+        """Return for each of `size` windows how many tokens are kept, and where a border is (T: nowhere)."""
+        which, where = keyed_rng(self.seed, it, CUTS).random((size, 2)).T
+        short = which < self.options.random_length
+        split = ~short & (which < self.options.random_length + self.options.random_split)
         keep = np.where(short, 1 + (where * self.T).astype(int), self.T)
         border = np.where(split, 1 + (where * (self.T - 1)).astype(int), keep)
         return keep, border
 
     def batch(self, it, rows, size):
-        """Rows `rows` (a range) of the `size` windows of iteration `it` -> Batch. Every window once an epoch."""
-        windows = [self.window((it * size + row) // self.asked.times) for row in rows]
+        """Return rows `rows` (a range) of the `size` windows of iteration `it` as a Batch."""
+        windows = [self.window((it * size + row) // self.options.copies) for row in rows]
         x0 = torch.from_numpy(np.stack(windows))
         keep, border = (cut[rows] for cut in self.cuts(it, size))
         maskable = torch.arange(self.T) < torch.from_numpy(keep)[:, None]
-        if not self.asked.isolate and border.min() == self.T:
+        if not self.options.isolate and border.min() == self.T:
             return Batch(x0, maskable, None)
 
+        # Segments end at the end of each row and at its border. Their number is padded, because the kernel is
+        # compiled anew for each new shape: empty segments at the end cost nothing.
         starts = np.arange(0, x0.numel() + 1, self.T)
         borders = np.union1d(starts, starts[:-1] + border)
-        n = 2 * len(x0) + 1                                 # few different sizes: few graphs to compile
-        if self.asked.isolate:
+        n = 2 * len(x0) + 1
+        if self.options.isolate:
             borders = np.union1d(borders, np.flatnonzero(x0 == self.tok.eos_id) + 1)
             n = -(-len(borders) // 64) * 64
         borders = np.pad(borders, (0, n - len(borders)), 'edge')
         return Batch(x0, maskable, torch.from_numpy(borders).int())
 
     def held_out(self, limit=0):
-        """The split in order, less a last partial window: [(x0, maskable)], (n, T) both, bytes of text in a row."""
+        """Return ([(x0, maskable)], bytes of text per row): the split in order, or `limit` windows of it, (n, T)."""
         x0 = []
         for corpus, tokens, share in zip(self.parts, self.tokens, self.share):
             n = limit
-            if len(self.parts) > 1:                         # each part of a mixture gives its share
+            if len(self.parts) > 1:                         # each part of a mixture has its share
                 n = max(1, round(share * (limit or 1000)))
-            x0 += [corpus.read(self.split, i * self.T, self.T) for i in evenly(tokens // self.T, n)]
+            x0 += [corpus.read(self.split, i * self.T, self.T) for i in evenly_spaced(tokens // self.T, n)]
         x0 = torch.from_numpy(np.stack(x0))
         return [(x0, torch.ones_like(x0, dtype=torch.bool))], self.T * self.bytes_per_token
 
 
 class Examples:
-    """One example per row, EOS up to the longest of pad_group rows: LLaDA's fine-tuning.       Eq. 5
+    """Fine-tuning (Eq. 5): one example per row. The response, its EOS and the padding are maskable, the prompt is not.
 
-    The response, its EOS and the padding are maskable, hence counted as L' (App. B.1); the prompt is not.
-    Of Cuts only pad_group and times apply, the latter for how many successive rows each example fills.
+    pad_group: how many consecutive rows are padded to one length (0: all of an update). Padding is EOS and counts in
+    L' (LLaDA, App. B.1).
     """
 
     bytes_per_token = None
-    logit_normal = 0.0                                      # an answer begins at t = 1: that must be trained
 
-    def __init__(self, dataset, split, tok, seq_len, seed=0, cuts=WHOLE):
-        self.corpus, self.split, self.tok, self.seed = dataset.parts[0], split, tok, seed
-        self.T, self.asked = seq_len, cuts
-        self.examples = self.corpus.count(split, 'examples')
-        if len(dataset.parts) > 1 or not self.examples:
-            raise Refused(f"{self.corpus.folder}: masking = 'response' needs one set of examples, made of "
-                          '"messages" or "prompt" and "response"')
+    def __init__(self, dataset, split, tok, seq_len, seed=0, options=Options()):
+        self.corpus, self.split, self.tok = dataset.parts[0], split, tok
+        self.T, self.seed, self.options = seq_len, seed, options
+        self.n_examples = self.corpus.count(split, 'examples')
+        if len(dataset.parts) > 1 or not self.n_examples:
+            raise UserError(f"{self.corpus.folder}: masking='response' needs one data set of examples, made of "
+                            '"messages" or of "prompt" and "response"')
 
         rows = self.corpus.rows(split)
-        short = rows[:, 2] - rows[:, 0] <= seq_len
-        told = (f'{self.corpus.folder}: {(~short).sum()} of {len(rows)} examples of {split} are longer than '
-                f'seq_len = {seq_len}')
-        if not short.any():
-            raise Refused(told)
-        if not short.all() and os.environ.get('RANK', '0') == '0':
-            say(f'{told} and left out')
+        fits = rows[:, 2] - rows[:, 0] <= seq_len
+        too_long = f'{(~fits).sum()} of {len(rows)} examples of {split} are longer than seq_len={seq_len}'
+        if not fits.any():
+            raise UserError(f'{self.corpus.folder}: {too_long}')
+        if not fits.all() and os.environ.get('RANK', '0') == '0':
+            say(f'{self.corpus.folder}: {too_long} and are left out')
 
-        self.rows = rows[short]
+        self.rows = rows[fits]
         _, first_turns = np.unique(self.rows[:, 3], return_index=True)
-        self.borders = np.append(first_turns, len(self.rows))                # where each dialogue begins
+        self.dialogues = np.append(first_turns, len(self.rows))              # where each one begins
 
     def drawn(self, samples):
-        """Examples by number in an endless stream, (n, 4): every dialogue once an epoch, one random turn of it.
+        """Return examples (n, 4) by their place in an endless stream: each dialogue once an epoch, one turn of it.
 
-        The other turns have to wait for another epoch (issue 77 of the official repository).
+        The turn is random, and the others wait for other epochs (issue 77 of the official repository).
         """
         chosen = []
         for sample in samples:
-            epoch, dialogue, _ = nth(sample, len(self.borders) - 1, self.seed)
-            turns = self.borders[dialogue:dialogue + 2]
-            chosen.append(philox(self.seed, epoch, 2, dialogue).integers(*turns))
+            epoch, dialogue, _ = shuffled(sample, len(self.dialogues) - 1, self.seed)
+            turns = self.dialogues[dialogue:dialogue + 2]
+            chosen.append(keyed_rng(self.seed, epoch, TURNS, dialogue).integers(*turns))
         return self.rows[chosen]
 
     def batch(self, it, rows, size):
-        """Rows `rows` (a range inside a group) of the `size` examples of iteration `it` -> Batch."""
-        each = self.asked.pad_group
-        start = rows.start // each * each
-        stop = max(rows.stop, min(start + each, size))
-        group = self.drawn([(it * size + row) // self.asked.times for row in range(start, stop)])
+        """Return rows `rows` (a range inside of a group) of the `size` examples of iteration `it` as a Batch."""
+        group_size = self.options.pad_group or size
+        start = rows.start // group_size * group_size
+        stop = max(rows.stop, min(start + group_size, size))
+        group = self.drawn([(it * size + row) // self.options.copies for row in range(start, stop)])
         longest = int((group[:, 2] - group[:, 0]).max())
         return Batch(*self.padded(group[rows.start - start:rows.stop - start], longest), None)
 
     def padded(self, rows, length):
-        """Examples (n, 4) -> x0 (n, length), maskable (n, length)."""
+        """Return examples (n, 4) as x0 (n, length) int64, maskable (n, length) bool."""
         x0 = torch.full((len(rows), length), self.tok.eos_id)
         maskable = torch.arange(length) >= torch.from_numpy(rows[:, 1] - rows[:, 0])[:, None]
         for row, (start, _, end, _) in zip(x0, rows.tolist()):
@@ -1204,59 +1014,57 @@ class Examples:
         return x0, maskable
 
     def held_out(self, limit=0):
-        """The examples by length: [(x0 (n, T), maskable (n, T)), ...] for several T, bytes of text in a row.
+        """Return ([(x0 (n, T), maskable (n, T)), ...] for several T, bytes of text per row).
 
-        Each is padded to a multiple of 32, so that its loss does not depend on which others are there.
+        Each example is padded to a multiple of 32, so that its loss does not depend on which others are there.
         """
-        rows = self.rows[evenly(len(self.rows), limit)]
-        length = -(-(rows[:, 2] - rows[:, 0]) // 32) * 32
-        length = np.minimum(length, self.T)
-        groups = [self.padded(rows[length == T], int(T)) for T in np.unique(length)]
+        rows = self.rows[evenly_spaced(len(self.rows), limit)]
+        lengths = np.minimum(-(-(rows[:, 2] - rows[:, 0]) // 32) * 32, self.T)
+        groups = [self.padded(rows[lengths == T], int(T)) for T in np.unique(lengths)]
 
-        ends = (self.tok.eos_id, self.tok.pad_id)
-        answers = (i for x0, maskable in groups for i in x0[maskable].tolist() if i not in ends)
-        return groups, len(self.tok.decode_bytes(answers)) / len(rows)
+        texts = [self.tok.decode(x[m], skip_special_tokens=True) for x0, maskable in groups for x, m in zip(x0, maskable)]
+        return groups, sum(len(text.encode()) for text in texts) / len(texts)
 
 
 # ----------------------------------------------------------------------------------------------------------
 
 
 def files_of(patterns):
-    """File names and patterns, list of str -> list of file names."""
+    """Return the files that a list of names and patterns stands for, each once."""
     found = []
     for pattern in filter(None, patterns):
-        found += sorted(glob.glob(pattern)) or [pattern]
-    return found
+        # a name that exists is that file, even if it looks like a pattern: part[1].txt
+        found += [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern)) or [pattern]
+    return list({Path(file).resolve(): file for file in found}.values())
 
 
-def main(config):
-    cfg = SimpleNamespace(**config)
-    sources, held_out = files_of(cfg.input.split(',')), files_of(cfg.val_input.split(','))
-    own = 'for your own text: --input=FILE --out=data/my'
+def main(cfg):
+    sources, val = files_of(cfg.input.split(',')), files_of(cfg.val_input.split(','))
     if not cfg.name and not sources:
-        lines = [f'  {name:<12} {what}' for name, (_, _, what) in DATASETS.items()]
-        print('data sets:', *lines, f'{own}; see --help', sep='\n')
+        for known, (_, _, what) in DATASETS.items():
+            print(f'{known:<12} {what}')
+        print('for your own text: python data.py --input=FILE --out=data/my   (--help lists all settings)')
         return
 
     if cfg.name and cfg.name not in DATASETS:
-        raise Refused(f"no data set {cfg.name!r}; there are {', '.join(DATASETS)}; {own}")
+        raise UserError(f"unknown data set {cfg.name!r}; expected {' or '.join(DATASETS)}, or --input=FILE")
     if not cfg.name and not cfg.out:
-        raise Refused('--input needs --out=FOLDER')
-    if cfg.val_every < 2 or cfg.workers < 0:
-        raise Refused(f'val_every must be 2 or more and workers 0 or more, got {cfg.val_every} and {cfg.workers}')
+        raise UserError('--input needs --out=FOLDER')
+    if cfg.val_every < 2:
+        raise UserError(f'val_every must be at least 2, got {cfg.val_every}')
 
     records, tokenizer, _ = DATASETS.get(cfg.name, (None, 'bpe-1024', ''))
     out = cfg.out or f'data/{cfg.name}'
-    prepare(sources or [list(records())], out, cfg.tokenizer or tokenizer, val=held_out,
-            val_every=cfg.val_every, workers=cfg.workers or os.cpu_count() or 1)
+    prepare(sources or [list(records())], out, cfg.tokenizer or tokenizer, val=val, val_every=cfg.val_every,
+            workers=cfg.workers or os.cpu_count())
 
-    corpus = Corpus(out, None)
-    for split, shards in corpus.shards.items():
-        tokens, size = corpus.count(split, 'tokens'), corpus.count(split, 'bytes')
-        print(f'{out}/{split}: {tokens:,} tokens, {size / tokens:.2f} bytes each, {len(shards)} shard(s)')
+    corpus = Corpus(out)
+    for split in corpus.shards:
+        tokens = corpus.count(split, 'tokens')
+        print(f"{out}/{split}: {tokens:,} tokens, {corpus.count(split, 'bytes') / tokens:.2f} bytes per token")
     how = ' --masking=response' if corpus.count('train', 'examples') else ''
-    print(f'train on it:  python train.py --dataset={out}{how} --out_dir=out/{Path(out).name}')
+    print(f'train on it: python train.py --dataset={out}{how} --out_dir=out/{Path(out).name}')
 
 
 if __name__ == '__main__':
-    command(main, globals(), positional=('name',))
+    run(main, globals(), positional=('name',))

@@ -1,20 +1,14 @@
-"""Trains a mask predictor (or, with --causal=true, the autoregressive baseline), on a laptop or on many GPUs.
+"""Train a mask predictor (or, with --causal, the autoregressive baseline), on a laptop or on many GPUs.
 
-    python train.py                                     # the default: config/docs.py, minutes on two cores
-    python train.py --resume                            # goes on from the newest checkpoint in out_dir
+    python train.py config/docs.py                          # a small model in minutes, on two cores
+    python train.py config/docs.py --resume                 # continue from the newest checkpoint in out_dir
     torchrun --nproc-per-node=8 train.py config/llada_8b.py --dataset=data/my
 
-The objective is Eq. 3 of LLaDA (arXiv 2502.09992v3), or Eq. 5 on examples (masking = 'response').
-Data and noise of a row are functions of (seed, iteration, row): a resumed run ends with the same bits, and
-rows and masks are the same for any number of processes and any split of the batch.
+The defaults are the objective of LLaDA (arXiv 2502.09992v3), Eq. 3, or Eq. 5 with masking = 'response'. Data and noise
+of a row depend on (seed, iteration, row) alone. So a resumed run ends with the same bits as one without a break, and
+any number of processes trains on the same rows and masks.
 """
 
-from configurator import before_torch
-
-if __name__ == '__main__':
-    before_torch()
-
-import bisect
 import json
 import math
 import os
@@ -23,428 +17,323 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import data
 import diffusion
 import model as models
-from configurator import (
-    ROLES,
-    Damaged,
-    Refused,
-    alone,
-    clean,
-    command,
-    copy_tokenizer,
-    fail,
-    out_of_range,
-    refuse,
-    say,
-    write_manifest,
-)
+from configurator import UserError, run, say
 
 # --- run
-out_dir = 'out/docs'            # checkpoints (iter_*/) and log.jsonl
-resume = False                  # continue from the newest checkpoint in out_dir, with its settings
-init_from = ''                  # start from weights of this checkpoint or released folder (iteration 0)
+out_dir = 'out/docs'            # folder for checkpoints (iter_*/), log.jsonl, and config.py with all settings
+resume = False                  # continue from the newest checkpoint in out_dir
+init_from = ''                  # start from the weights of this checkpoint or released folder, at iteration 0
 seed = 1337                     # of the weights, the order of the data, and the noise
 # --- data
 dataset = 'docs'                # a name that `python data.py` lists, a folder, or a mixture 'a:0.7,b:0.3'
-verify_data = True              # compare every shard with its sha256 at the start (1-2 GB/s)
+masking = 'unified'             # 'unified': windows of text, any token may be hidden (pre-training; iLLaDA's SFT)
+                                # 'response': examples whose prompt is never hidden (LLaDA's SFT)
 random_length = 0.0             # share of windows of which only a random length is kept (LLaDA: 0.01)
-random_split = 0.0              # share of windows cut in two, with no attention across (iLLaDA: 0.3)
-isolate = False                 # attention stays within a document or example of a window (iLLaDA's packing)
-masking = 'unified'             # 'unified': windows, any token maskable; 'response': examples, prompts never
-pad_group = 0                   # examples padded to one length; 0: batch_size (fix it if batch_size changes)
+random_split = 0.0              # share of windows cut in two, without attention across the cut (iLLaDA: 0.3)
+isolate = False                 # if True, attention stays within a document of a window (iLLaDA's packing)
+pad_group = 0                   # examples that are padded to one length; 0 = all of an update
 # --- model (the fields of model.ModelConfig)
 seq_len = 128                   # tokens in a training window
 n_layer = 4                     # blocks
 n_head = 4                      # attention heads
-n_kv_head = 4                   # key/value heads; fewer is grouped-query attention
+n_kv_head = 4                   # key/value heads; fewer than n_head is grouped-query attention
 d_model = 192                   # width of the residual stream
 d_ff = 512                      # width inside the SwiGLU
-vocab_size = 0                  # rows of embedding and head; 0: as many as the tokenizer of the data has
-rope_theta = 10000.0            # base of the rotary frequencies (500000 in LLaDA, whose context is 4096)
+vocab_size = 0                  # rows of embedding and head; 0 = as many as the tokenizer of the data has
+rope_theta = 10000.0            # base of the rotary frequencies (LLaDA: 500000, with a context of 4096)
 norm_eps = 1e-5                 # of RMSNorm
-rope_fp32 = True                # rotate queries and keys in float32 (LLaDA); False: in their dtype (iLLaDA)
-tied = False                    # the head shares the embedding matrix
-causal = False                  # True: the autoregressive baseline
-emb_std = 1.0                   # std of the initial embedding; 0 takes 1/sqrt(d_model), as in LLaDA's config
+rope_fp32 = True                # rotate queries and keys in float32 (LLaDA); False = in their dtype (iLLaDA)
+tied = False                    # if True, the head shares the embedding matrix (iLLaDA)
+causal = False                  # if True, train the autoregressive baseline
+emb_std = 0.0                   # std of the initial embedding; 0 = 1/sqrt(d_model), as in LLaDA's config
 # --- objective
-count_form = True             # hide exactly l of L, weight L/l; False: with probability t, weight 1/t (Eq. 3)
-stratified = True               # one t in each of B equal slices; False: i.i.d., as in LLaDA's guideline
-mask_eps = 1e-3                 # smallest t when count_form is off
-logit_normal = -1.0             # t = sigmoid(width * normal); 0: uniform (papers); -1: windows 0.5, examples 0
-complementary = True            # each row twice in an update, under complementary masks (not in the papers)
+fixed_count = False             # False = hide each token with probability t, weight 1/t (Eq. 3)
+                                # True = hide exactly l = ceil(tL) of L tokens, weight L/l (Eq. 14)
+stratified = True               # True = one t in each of B equal slices; False = independent, as in LLaDA
+mask_eps = 1e-3                 # the smallest t (not used with fixed_count)
+logit_normal = 0.0              # 0 = t is uniform; > 0: t = sigmoid(logit_normal * normal), not in the papers
+complementary = False           # if True, each row comes twice, under complementary masks (not in the papers)
 # --- optimizer
-optimizer = 'muon'              # 'muon': on the matrices of the blocks, with AdamW elsewhere; or 'adamw'
-learning_rate = 2e-2            # AdamW's peak
+optimizer = 'adamw'             # 'adamw', or 'muon' for the matrices of the blocks with AdamW for the rest
+learning_rate = 1e-3            # AdamW's peak
 muon_lr = 5e-3                  # Muon's peak
-beta1 = 0.9                     # AdamW
-beta2 = 0.95                    # AdamW
-weight_decay = 0.1              # on matrices; with Muon on those of the blocks only
-grad_clip = 1.0                 # largest gradient norm; 0 turns clipping off
+beta1 = 0.9                     # of AdamW
+beta2 = 0.95                    # of AdamW
+weight_decay = 0.1              # on matrices; with Muon only on those of the blocks
+grad_clip = 1.0                 # largest gradient norm; 0 = no clipping
 # --- schedule
 max_iters = 1600                # optimizer updates
-batch_size = 16                 # windows in one forward pass of one process
-global_batch = 0                # windows in one update, by all processes and forward passes; 0: batch_size
-schedule = 'wsd'                # warm up, hold, decay linearly; or 'cosine', or 'points': see lr_points
+batch_size = 16                 # windows in one forward pass of one process (a micro-batch)
+global_batch = 0                # windows in one update, over all processes and micro-batches; 0 = batch_size
+schedule = 'wsd'                # warm up, hold, decay linearly; 'cosine' = decay along half a cosine;
+                                # 'points' = linear between lr_points
 warmup_iters = 50               # linear from 0
-decay_iters = 950               # wsd only: how many at the end decay
+decay_iters = 0                 # the last iterations, in which the rate decays; 0 = all after the warm-up
 min_lr_ratio = 0.0              # the final learning rate as a fraction of the peak
-lr_points = []                # [[tokens, rate], ...], linear between; [.., 'cosine']: half a cosine to it
+lr_points = []                  # for 'points': [[tokens, rate], ...]
 # --- reports
 eval_interval = 400             # iterations between checkpoints, each with its validation bound and a sample
-eval_windows = 256              # validation windows in that bound (all, if there are fewer)
+eval_windows = 256              # validation windows in that bound (all if there are fewer)
 eval_draws = 4                  # masks drawn for each of them
-log_interval = 10               # iterations between lines of log.jsonl
-keep_last = 2                   # newest checkpoints to keep
-sample_tokens = 64              # length of the sample shown at each evaluation; 0 shows none
-then = ''                       # the command to type next, shown at the end
+log_interval = 10               # iterations between lines of the log
+keep_last = 2                   # how many checkpoints to keep
+sample_tokens = 64              # length of the sample shown with each checkpoint; 0 = none
 # --- machine
-device = 'auto'                 # 'cuda', 'mps' or 'cpu'; auto takes the first available
-dtype = 'auto'                 # 'bfloat16' or 'float32' for activations; auto: bfloat16 where hardware has it
-compile = False                 # torch.compile each block (on CPU needs a C++ compiler and half a minute)
-fsdp = 0                        # 0: DDP; -1: sharded over all processes; k: in groups of k, replicated between
-act_memory = 1.0                # share of a block's activations kept for backward; 0 keeps its input only
-force = False                   # start even if the estimate does not fit into memory
+device = 'auto'                 # 'cuda', 'mps' or 'cpu'; auto takes the first that is available
+dtype = 'auto'                  # 'bfloat16' or 'float32' for activations; auto = bfloat16 where hardware has it
+compile = False                 # torch.compile each block (on a CPU it needs a C++ compiler and half a minute)
+fsdp = 0                        # 0 = DDP; -1 = shard over all processes; k = shard in groups of k, replicate between
+act_memory = 1.0                # share of a block's activations that is kept for backward; 0 = only its input
 
-# dense bfloat16 FLOP/s from the data sheets (SXM unless named); other devices print no MFU
+RANK = int(os.environ.get('RANK', 0))                   # of this process; torchrun sets both
+WORLD = int(os.environ.get('WORLD_SIZE', 1))
+# dense bfloat16 FLOP/s by the data sheets, for MFU (SXM unless named)
 PEAKS = {'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'H800': 989e12, 'A100': 312e12, 'A800': 312e12}
-SHAPE = [field.name for field in fields(models.ModelConfig) if field.name != 'vocab_size']
+
+
+def check(cfg):
+    """Raise UserError for settings that contradict each other."""
+    size = cfg.global_batch
+    if cfg.complementary and size % 2:
+        raise UserError(f'complementary masks need an even global_batch, got {size} (or pass --complementary=false)')
+    if size % (cfg.batch_size * WORLD):
+        raise UserError(f'global_batch {size} must divide into {WORLD} processes of batch_size {cfg.batch_size}')
+    if WORLD % max(cfg.fsdp, 1):
+        raise UserError(f'fsdp groups of {cfg.fsdp} do not divide {WORLD} processes')
+    for name, allowed in (('masking', ('unified', 'response')), ('optimizer', ('adamw', 'muon')),
+                          ('schedule', ('wsd', 'cosine', 'points'))):
+        if getattr(cfg, name) not in allowed:
+            raise UserError(f'{name} must be one of {", ".join(allowed)}, got {getattr(cfg, name)!r}')
+
 
 # ----------------------------------------------------------------------------------------------------------
-# Settings, schedule, optimizers
-
-RANGES = (          # see configurator.out_of_range
-    ('seq_len max_iters batch_size eval_interval eval_windows eval_draws log_interval keep_last '
-     'learning_rate muon_lr', 'above 0', lambda v: v > 0),
-    ('batch_size global_batch eval_windows eval_draws sample_tokens pad_group', 'below 10^5',
-     lambda v: v < 10 ** 5),
-    ('seed pad_group warmup_iters decay_iters grad_clip weight_decay sample_tokens emb_std '
-     'global_batch vocab_size', '0 or more', lambda v: v >= 0),
-    ('fsdp', '-1, 0 or the size of a group', lambda v: v >= -1),
-    ('mask_eps min_lr_ratio beta1 beta2', 'in [0, 1)', lambda v: 0 <= v < 1),
-    ('random_length random_split act_memory', 'in [0, 1]', lambda v: 0 <= v <= 1),
-    ('seed', 'below 2^62', lambda v: v < 2 ** 62),
-    ('max_iters', 'below 10^7', lambda v: v < 10 ** 7),             # seven digits name a checkpoint
-    ('optimizer', 'one of muon, adamw', lambda v: v in ('muon', 'adamw')),
-    ('schedule', 'one of cosine, wsd, points', lambda v: v in ('cosine', 'wsd', 'points')),
-    ('masking', 'one of unified, response', lambda v: v in ('unified', 'response')))
+# One update: micro-batches with their noise, forward, backward, step
 
 
-def check(cfg, world):
-    """Refuses invalid settings, all of them at once, one per line."""
-    wrong, size = out_of_range(cfg, RANGES), update_size(cfg)
-    rules = (
-        (size % copies(cfg),
-         f'an update of {size} windows is odd, complementary masks come in pairs (--complementary=false)'),
-        (size % max(cfg.batch_size * world, 1),
-         f'global_batch: {size} windows do not divide into {world} processes x batch_size {cfg.batch_size}'),
-        (not cfg.out_dir, 'out_dir must not be empty'),
-        (cfg.tied and cfg.emb_std, f'a tied head is as large as the embedding: emb_std=0, got {cfg.emb_std}'),
+def micro_batches(source, it, cfg, tok):
+    """Build this rank's micro-batches for update `it`, a list of diffusion.MaskedBatch on the CPU."""
+    size = cfg.global_batch
+    if cfg.masking == 'response':
+        form = dict(normalize='sequence', normalizer=size)                          # Eq. 5: 1/(b L')
+    else:
+        form = dict(normalize='token', normalizer=size * cfg.seq_len)               # Eq. 3: 1/(b L)
 
-        ((cfg.causal or cfg.masking == 'response') and (cfg.random_length or cfg.random_split or cfg.isolate),
-         "random_length, random_split and isolate are for diffusion on windows: not causal, nor masking = 'response', "
-         'which has one example a row'),
-        (cfg.random_length + cfg.random_split > 1,
-         'random_length and random_split are shares of the same windows: together at most 1'),
-        (cfg.pad_group % max(cfg.batch_size, 1),
-         f'pad_group must be a multiple of batch_size, got {cfg.pad_group}'),
+    batches = []
+    for start in range(RANK * cfg.batch_size, size, WORLD * cfg.batch_size):
+        rows = range(start, start + cfg.batch_size)
+        x0, maskable, cu_seqlens = source.batch(it, rows, size)
+        if cfg.causal:
+            batches.append(diffusion.ar_batch(x0, maskable, bos_id=tok.eos_id, **form))
+            continue
 
-        ((cfg.schedule == 'points') != bool(cfg.lr_points), "lr_points goes with schedule = 'points'"),
-        (not in_order(cfg.lr_points),
-         f'lr_points holds [tokens, rate] in order of tokens (in a config file), got {cfg.lr_points}'),
-        (world % max(cfg.fsdp, 1), f'fsdp: groups of {cfg.fsdp} do not divide {world} processes'))
-    refuse(wrong + [says for bad, says in rules if bad])
+        t, u = draw_noise(it, rows, x0.shape[1], cfg)
+        xt, masked = diffusion.forward_process(
+            x0, t, tok.mask_id, maskable, fixed_count=cfg.fixed_count, u=u)
+        weights = diffusion.loss_weights(maskable, masked, t, fixed_count=cfg.fixed_count, **form)
+        batches.append(diffusion.masked_batch(x0, xt, masked, weights, cu_seqlens))
+    return batches
 
 
-def in_order(points):
-    """Whether points are [tokens, rate] or [tokens, rate, 'cosine'], tokens never decreasing."""
-    for point in points:
-        if not isinstance(point, list) or len(point) < 2 or point[2:] not in ([], ['cosine']):
-            return False
-        if not all(type(x) in (int, float) and x >= 0 for x in point[:2]):
-            return False
-    return points == sorted(points, key=lambda point: point[0])
+def draw_noise(it, rows, T, cfg):
+    """Draw mask ratios t (B,) and noise u (B, T) for some rows of update `it`."""
+    eps = 0.0 if cfg.fixed_count else cfg.mask_eps
+    copies = 2 if cfg.complementary else 1
+    t = diffusion.sample_t(
+        cfg.global_batch // copies, eps, stratified=cfg.stratified,
+        logit_normal=cfg.logit_normal, generator=diffusion.keyed_generator(cfg.seed, it))
+    drawn = [row // copies for row in rows]
+    t = t[drawn]
+    u = diffusion.row_noise(cfg.seed, it, drawn, T)
+
+    if cfg.complementary:
+        # The second row of a pair gets 1 - t and 1 - u: equally likely, and it hides what the first one shows.
+        # (With fixed_count a token may be hidden in both, because the count is rounded up.)
+        odd = torch.tensor(rows) % 2 == 1
+        t[odd] = 1 + eps - t[odd]
+        u[odd] = 1 - u[odd]
+    return t, u
 
 
-def update_size(cfg):
-    """Windows in one update, over all processes and forward passes."""
-    return cfg.global_batch or cfg.batch_size
+def prefetch(make, it):
+    """Yield make(it), make(it + 1), ...; a thread makes the next one while the last is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(make, it)
+        while True:
+            ready = coming.result()
+            it += 1
+            coming = pool.submit(make, it)
+            yield ready
 
 
-def copies(cfg):
-    """How many successive rows each row of data fills: 2 if rows 2k and 2k + 1 have complementary masks."""
-    return 2 if cfg.complementary and not cfg.causal else 1
+def loss_of(net, batch, cfg):
+    """Return the loss of a micro-batch, a scalar on the device."""
+    device = cfg.device
+    batch = batch._make(z if z is None else z.to(device, non_blocking=True) for z in batch)
+    # FSDP casts by its own policy
+    with torch.autocast(device, torch.bfloat16, enabled=cfg.bf16 and not cfg.sharded):
+        return diffusion.diffusion_loss(net, batch)
 
 
-def lr_at(x, points):
-    """The learning rate at x, tokens or updates: linear, or half a cosine, between points; constant beyond.
+def train_step(net, optimizers, batches, factor, cfg):
+    """Make one update -> this rank's part of the loss in nats, gradient norm. No update if it is not finite."""
+    total = 0.
+    for i, batch in enumerate(batches):
+        # DDP sums gradients over ranks in the last micro-batch only
+        if hasattr(net, 'require_backward_grad_sync'):
+            net.require_backward_grad_sync = i == len(batches) - 1
+        loss = loss_of(net, batch, cfg)
+        (loss * WORLD).backward()               # DDP and FSDP average over ranks, but our weights are for a sum
+        total += loss.detach()
 
-    Two points at the same x are a jump.
-    """
-    i = bisect.bisect_right([point[0] for point in points], x)
-    if i in (0, len(points)):
-        return points[max(i - 1, 0)][1]
-    (x0, y0), (x1, y1) = points[i - 1][:2], points[i][:2]
-    part = (x - x0) / (x1 - x0)
-    if points[i][2:] == ['cosine']:
-        part = 0.5 - 0.5 * math.cos(math.pi * part)
-    return y0 + (y1 - y0) * part
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
+    norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
+    norm = norm.item()                          # the only point of an update where the host waits for the device
+    if not math.isfinite(norm):
+        raise FloatingPointError(f'loss {float(total)}, gradient norm {norm}')
+    step(optimizers, factor)
+    return float(total), norm
+
+
+def step(optimizers, factor):
+    """Update the weights with their gradients, at this fraction of the peak learning rates."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = optimizer.defaults['lr'] * factor
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def lr_factor(it, cfg):
-    """The learning rate of update `it` (0-based) as a fraction of either peak: a pure function."""
+    """Return the learning rate of update `it` (from 0) as a fraction of the peak."""
     if cfg.schedule == 'points':
-        tokens = (it + 1) * update_size(cfg) * cfg.seq_len
-        return lr_at(tokens, cfg.lr_points) / cfg.learning_rate
+        tokens, rates = zip(*cfg.lr_points)
+        seen = (it + 1) * cfg.global_batch * cfg.seq_len
+        return float(np.interp(seen, tokens, rates)) / cfg.learning_rate
+    # 1) warm up
+    if it < cfg.warmup_iters:
+        return (it + 1) / cfg.warmup_iters
 
-    # during warmup, update `it` is number it + 1 of warmup_iters; a run may end before its warmup does
-    end = max(cfg.max_iters, cfg.warmup_iters)
-    decay, bend = end - cfg.warmup_iters, ['cosine']
-    if cfg.schedule == 'wsd':
-        decay, bend = min(cfg.decay_iters, decay), []           # in a short run all of it
-    last = [end, cfg.min_lr_ratio, *bend]
-    return lr_at(it, [[-1, 0.0], [cfg.warmup_iters - 1, 1.0], [end - decay, 1.0], last])
+    # 2) hold, until only decay_iters remain, 3) decay to min_lr_ratio
+    after_warmup = max(cfg.max_iters - cfg.warmup_iters, 1)
+    decay_iters = min(cfg.decay_iters or after_warmup, after_warmup)
+    height = min(1.0, (cfg.max_iters - it) / decay_iters)
+    if cfg.schedule == 'cosine':
+        height = 0.5 - 0.5 * math.cos(math.pi * height)
+    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * height
 
 
-def make_optimizers(model, cfg, device):
-    """[AdamW], or [Muon for the blocks' matrices, AdamW for the rest], at their peaks."""
-    muon, optimizers, decay = [], [], cfg.weight_decay
+def make_optimizers(model, cfg):
+    """Return [AdamW], or [Muon for the matrices of the blocks, AdamW for the rest], at their peaks."""
+    optimizers = []
+    weight_decay = cfg.weight_decay
+    rest = list(model.parameters())
     if cfg.optimizer == 'muon':
-        muon = [p for p in model.blocks.parameters() if p.dim() == 2]
-        optimizers = [torch.optim.Muon(muon, lr=cfg.muon_lr, momentum=0.95, weight_decay=decay,
-                                       adjust_lr_fn='match_rms_adamw')]
-        decay = 0.0
+        matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+        optimizers.append(torch.optim.Muon(
+            matrices, lr=cfg.muon_lr, momentum=0.95, weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw'))
+        weight_decay = 0.0
+        taken = set(matrices)
+        rest = [p for p in rest if p not in taken]
 
-    taken = set(muon)
-    rest = [p for p in model.parameters() if p not in taken]
-    groups = [{'params': [p for p in rest if p.dim() == 2], 'weight_decay': decay},
+    # norms are not decayed
+    groups = [{'params': [p for p in rest if p.dim() == 2], 'weight_decay': weight_decay},
               {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
-    fused = True if device in ('cuda', 'cpu') else None
-    betas = (cfg.beta1, cfg.beta2)
-    adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused)
-    return [*optimizers, adamw]
+    fused = True if cfg.device in ('cuda', 'cpu') else None
+    optimizers.append(torch.optim.AdamW(
+        groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=fused))
+    return optimizers
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Processes
+# Processes, and the model spread over them
 
 
-@dataclass(frozen=True)
-class Processes:
-    """This process among the others, and what it computes on."""
-
-    rank: int
-    world: int
-    device: str
-    bf16: bool
-    sharded: bool
-
-    def total(self, part):
-        """A tensor on the host summed over all processes, in place, for all of them."""
-        if self.world > 1:
-            dist.all_reduce(part)
-        return part
-
-    def any(self, flag):
-        """Whether a flag is set on any process. (On the host: no waiting for the GPU.)"""
-        return bool(self.total(torch.tensor(int(flag))))
-
-    def from_first(self, value):
-        """The value of rank 0, on every rank; none goes on before rank 0 is here."""
-        box = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
-
-    def wait_for_first(self):
-        """No rank goes on before rank 0 is here."""
-        self.from_first(None)
-
-    def here(self, question):
-        """A diffusion.Question on this process's device."""
-        return question._make(z if z is None else z.to(self.device, non_blocking=True) for z in question)
-
-    def autocast(self):
-        """For a forward pass. (Under FSDP its own policy casts the parameters instead.)"""
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16 and not self.sharded)
-
-
-def join_processes(cfg, rank, world):
-    """Meets the other processes, if torchrun has started any -> Processes."""
-    device, bf16 = models.pick_device(cfg.device, cfg.dtype)
-    if world > 1:
-        if device == 'cuda':
-            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-        # A restarted group must not see the addresses of the last one, which torchrun's store still holds.
-        # (Each node counts its own restarts; for several nodes see config/llada_8b.py.)
-        one_node = os.environ.get('LOCAL_WORLD_SIZE') == str(world)
-        turn = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if one_node else '0'
-        store = dist.PrefixStore(f'turn {turn}', next(dist.rendezvous('env://'))[0])
-        backend = 'cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo'
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return Processes(rank, world, device, bf16, sharded=world > 1 and cfg.fsdp != 0)
-
-
-def refuse_giants(config, cfg, procs):
-    """Refuses, before the model is made, a run that exceeds memory even by a low estimate."""
-    if procs.device == 'cuda':
-        have = torch.cuda.mem_get_info()[1]
-    elif hasattr(os, 'sysconf'):
-        have = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    else:
+def join_processes(cfg):
+    """Join the other processes, if torchrun has started any."""
+    if WORLD == 1:
         return
+    if cfg.device == 'cuda':
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    # After a restart the group must not find the addresses of the last one, which torchrun's store still holds.
+    # (Each node counts its own restarts, so this works on one node. For more see config/llada_8b.py.)
+    one_node = os.environ.get('LOCAL_WORLD_SIZE') == str(WORLD)
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if one_node else '0'
+    store = dist.PrefixStore(attempt, next(dist.rendezvous('env://'))[0])
+    backend = 'cpu:gloo,cuda:nccl' if cfg.device == 'cuda' else 'gloo'
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
 
-    c, shards = config, procs.world if cfg.fsdp < 0 else max(cfg.fsdp, 1)
-    block = 2 * (c.n_head + c.n_kv_head) * c.head_dim * c.d_model + 3 * c.d_model * c.d_ff
-    weights = 16 * (c.n_layer * block + c.vocab_size * c.d_model) / shards      # with gradient and two moments
-    kept = 16 * cfg.batch_size * cfg.seq_len * c.d_model * max(c.n_layer * cfg.act_memory, 1)
-    if weights + kept > have and not cfg.force:
-        raise Refused(f'{weights / 1e9:,.0f} GB for n_layer, d_model, d_ff and vocab_size, {kept / 1e9:,.0f} GB for '
-                      f'batch_size x seq_len; {procs.device} has {have / 1e9:,.0f} GB; --force tries it')
+
+def all_reduce(x):
+    """Sum a CPU tensor over all ranks, in place."""
+    if WORLD > 1:
+        dist.all_reduce(x)
+    return x
 
 
-def build(cfg, procs, vocab_size):
-    """The model, its weights empty and distributed as cfg.fsdp says -> (model, what to call in training)."""
-    shape = {name: getattr(cfg, name) for name in SHAPE}
-    config = models.ModelConfig(vocab_size=vocab_size, **shape)
-    refuse_giants(config, cfg, procs)
-    model = models.empty_model(config)
+def broadcast(value=None):
+    """Return the value of rank 0 on all ranks. This is a barrier as well."""
+    box = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def build(cfg, vocab_size):
+    """Make the model, its weights still empty, and spread it over the ranks -> model, what to call in training."""
+    shape = {field.name: getattr(cfg, field.name) for field in fields(models.ModelConfig)}
+    model = models.empty_model(models.ModelConfig(**{**shape, 'vocab_size': vocab_size}))
+
+    # 1) compile the blocks; a share of the activations can be kept only by the compiler
     if cfg.compile:
         from torch._functorch import config as functorch
         functorch.activation_memory_budget = cfg.act_memory or 1.0
-        model.ce = torch.compile(model.ce)
         for block in model.blocks:
             block.compile()
-    model.recompute = cfg.act_memory == 0 or cfg.act_memory < 1 and not cfg.compile     # shares need compile
+    model.recompute = cfg.act_memory == 0 or (cfg.act_memory < 1 and not cfg.compile)
 
-    if procs.sharded:
+    # 2) shard the parameters (FSDP2), over all ranks or in groups (HSDP)
+    if cfg.sharded:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        mesh = init_device_mesh(procs.device, (procs.world,))
-        if 0 < cfg.fsdp < procs.world:
-            sizes = procs.world // cfg.fsdp, cfg.fsdp
-            mesh = init_device_mesh(procs.device, sizes, mesh_dim_names=('replicate', 'shard'))
+        mesh = init_device_mesh(cfg.device, (WORLD,))
+        if 0 < cfg.fsdp < WORLD:
+            sizes = (WORLD // cfg.fsdp, cfg.fsdp)
+            mesh = init_device_mesh(cfg.device, sizes, mesh_dim_names=('replicate', 'shard'))
 
-        # inputs are not cast: rotary angles and loss weights stay float32
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if procs.bf16 else None,
-                                      reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for part in (*model.blocks, model):                     # the root's own: embedding, last norm, head
+        # inputs are not cast, because rotary angles stay in float32
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if cfg.bf16 else None,
+            reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for part in (*model.blocks, model):
             fully_shard(part, mesh=mesh, mp_policy=policy)
 
-    model.to_empty(device=procs.device)
-    if procs.world == 1 or procs.sharded:
+    # 3) or replicate them (DDP)
+    model.to_empty(device=cfg.device)
+    if WORLD == 1 or cfg.sharded:
         return model, model
     return model, torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# One update
+def settle_ddp(net, batch, cfg):
+    """Run a backward pass and discard it: DDP reorders its gradient buckets after the first one.
 
-
-def questions(source, it, cfg, tok, procs):
-    """What this process asks the model in update `it`: a list of diffusion.Question, one for each forward pass.
-
-    Row r of the global batch is a function of (seed, it, r), and so is its noise: however many processes
-    share the batch, and however many forward passes it takes, the same tokens are hidden.
+    Without this, the first update of a resumed run would sum gradients in another order, to other last bits.
     """
-    size, asked = update_size(cfg), []
-    form = dict(per='sequence', total=size)            # each row by its own length, cut ones too (Alg. 1)
-    for start in range(procs.rank * cfg.batch_size, size, procs.world * cfg.batch_size):
-        rows = range(start, start + cfg.batch_size)
-        x0, maskable, cu_seqlens = source.batch(it, rows, size)
-        if cfg.causal:
-            asked.append(diffusion.ar_question(x0, maskable, tok.eos_id, **form))
-            continue
-
-        t, noise = noise_of(rows, it, x0.shape[1], source, cfg)
-        xt, masked = diffusion.forward_process(x0, t, tok.mask_id, maskable, exact=cfg.count_form, u=noise)
-        asked.append(diffusion.question(x0, xt, masked, maskable, t,
-                                        cu_seqlens=cu_seqlens, exact=cfg.count_form, **form))
-    return asked
-
-
-def noise_of(rows, it, T, source, cfg):
-    """Mask ratios t (B,) and noise u (B, T) for some rows of update `it`.
-
-    In pairs, row 2k + 1 has 1 - t and 1 - u of row 2k: equally likely, and hiding what row 2k shows (of whole
-    windows; a token may be hidden in both, since the count form rounds up).
-    """
-    eps = 0.0 if cfg.count_form else cfg.mask_eps
-    width = cfg.logit_normal if cfg.logit_normal >= 0 else source.logit_normal
-    times = copies(cfg)
-    pair_of = [row // times for row in rows]
-    t = diffusion.sample_t(update_size(cfg) // times, eps, cfg.stratified,
-                           diffusion.keyed_generator(cfg.seed, it), logit_normal=width)
-    t, u = t[pair_of], diffusion.row_noise(cfg.seed, it, pair_of, T)
-
-    if times == 2:
-        odd = torch.tensor(rows) % 2 == 1
-        t[odd], u[odd] = 1 + eps - t[odd], 1 - u[odd]           # (t lies between eps and 1)
-    return t, u
-
-
-def prefetched(make, it):
-    """make(it), make(it + 1), ...: each is made in a thread while the one before is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(make, it)
-        while True:
-            now, it = coming.result(), it + 1
-            coming = pool.submit(make, it)
-            yield now
-
-
-def settle(net, asked, procs):
-    """One backward pass without an update: after its first, DDP puts its gradients in another order.
-
-    Otherwise the first update of a resumed run would sum its gradients in that first order, to other bits.
-    """
-    with procs.autocast():
-        diffusion.weighted_loss(net, procs.here(asked[0])).backward()
+    loss_of(net, batch, cfg).backward()
     net.zero_grad()
-
-
-def train_step(net, optimizers, asked, lr_factor, cfg, procs):
-    """One update -> (this process's part of the loss in nats per token, gradient norm), as tensors.
-
-    If they are not finite there is no update: FloatingPointError.
-    """
-    loss = torch.zeros((), device=procs.device)
-    for i, question in enumerate(asked):
-        if hasattr(net, 'require_backward_grad_sync'):      # DDP: gradients travel with the last pass only
-            net.require_backward_grad_sync = i == len(asked) - 1
-        with procs.autocast():
-            part = diffusion.weighted_loss(net, procs.here(question))               # Eq. 3, Eq. 5
-        (part * procs.world).backward()                     # DDP and FSDP average over processes: undo that
-        loss += part.detach()
-
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
-    norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
-    if not norm.isfinite():                     # the same on all ranks; reading it is an update's only wait
-        raise FloatingPointError(f'loss {loss.item()}, gradient norm {norm.item()}; no update was made')
-
-    step(optimizers, lr_factor)
-    return loss, norm
-
-
-def step(optimizers, lr_factor):
-    """Updates the weights by their gradients, at this fraction of the peak learning rates."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group['lr'] = optimizer.defaults['lr'] * lr_factor
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -452,219 +341,219 @@ def step(optimizers, lr_factor):
 
 
 @torch.no_grad()
-def validate(model, held_out, cfg, tok, procs):
-    """Nats per maskable token and bits per byte of held-out rows, with standard errors, by all processes."""
+def validate(model, held_out, cfg, tok):
+    """Measure the bound (causal: the exact value) on held-out rows, shared among the ranks -> dict for the log."""
     groups, n_bytes = held_out
-    logp, n_tokens, before = [], [], 0
-    for x0, maskable in groups:
-        each = -(-len(x0) // procs.world)                   # equal parts: all call the model equally often
-        mine = (torch.arange(each) + procs.rank * each).clamp(max=len(x0) - 1)
-        x, m = x0[mine].to(procs.device), maskable[mine].to(procs.device)
-        with procs.autocast():
-            part = diffusion.log_prob_rows(model, x, m, tok, draws=cfg.eval_draws, first=before + int(mine[0]),
-                                           batch_size=cfg.batch_size)
+    rows = [row for x0, maskable in groups for row in zip(x0, maskable)]
+    logp = torch.zeros(len(rows), dtype=torch.float64)
+    per_rank = -(-len(rows) // WORLD)
+    for i in range(RANK * per_rank, RANK * per_rank + per_rank):
+        # all ranks call the model equally often, because FSDP needs all of them in each call
+        x0, maskable = (z.to(cfg.device) for z in rows[min(i, len(rows) - 1)])
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and not cfg.sharded):
+            if cfg.causal:
+                value = diffusion.ar_log_likelihood(model, x0, maskable, bos_id=tok.eos_id)
+            else:
+                value = diffusion.log_likelihood(
+                    model, x0, maskable, tok.mask_id, mc_num=cfg.eval_draws,
+                    batch_size=cfg.eval_draws, generator=diffusion.keyed_generator(0, i))
+        if i < len(rows):
+            logp[i] = value
 
-        parts = torch.zeros(procs.world, each, dtype=part.dtype)
-        parts[procs.rank] = part.cpu()
-        logp.append(procs.total(parts).flatten()[:len(x0)])
-        n_tokens.append(maskable.sum(1))
-        before += len(x0)
+    all_reduce(logp)
+    n_tokens = torch.tensor([int(maskable.sum()) for _, maskable in rows])
     names = ('val_nats', 'val_nats_stderr', 'val_bits_per_byte', 'val_bits_per_byte_stderr')
-    return dict(zip(names, diffusion.nats_and_bits(torch.cat(logp), torch.cat(n_tokens), n_bytes)))
+    return dict(zip(names, diffusion.nats_and_bits(logp, n_tokens, n_bytes)))
 
 
-def sample_text(model, cfg, tok, procs, it):
-    """A sample on one line: random remasking at temperature 1 draws from the model, unlike low confidence."""
-    start = [tok.bos_id] if cfg.masking == 'response' else []
-    length = max(1, min(cfg.sample_tokens, cfg.seq_len) - len(start))
-    with procs.autocast(), torch.compiler.set_stance('force_eager'):    # other shapes: not worth compiling
-        (row,), _ = diffusion.complete(model, [start], length, tok, seed=cfg.seed, first=it,
-                                       temperature=1.0, remasking='random')
-    text = tok.decode(row[len(start):]).replace('\n', '\\n')
-    return ''.join(c if c.isprintable() else ' ' for c in text)
+def sample_text(model, it, cfg, tok):
+    """Write a sample, on one line. Random remasking at temperature 1 draws from the model; low confidence does not."""
+    prompt = [tok.bos_id] if cfg.masking == 'response' else [tok.eos_id] * cfg.causal
+    length = max(1, min(cfg.sample_tokens, cfg.seq_len) - len(prompt))
+    never = tok.unused(model.config.vocab_size)
+    generator = diffusion.keyed_generator(cfg.seed, it, device=cfg.device)
+    # the sampler's shapes are not worth compiling
+    with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and not cfg.sharded), \
+            torch.compiler.set_stance('force_eager'):
+        if cfg.causal:
+            x = torch.tensor([prompt], device=cfg.device)
+            x = diffusion.ar_generate(
+                model, x, length, suppress=[tok.mask_id, *never], generator=generator).x
+        else:
+            x, _, _ = diffusion.canvas([prompt], length, tok.mask_id, tok.pad_id, cfg.device)
+            params = diffusion.SamplingParams(temperature=1.0, remasking='random')
+            x = diffusion.generate(model, x, tok.mask_id, params, suppress=never, generator=generator).x
+    return ' '.join(tok.decode(x[0, len(prompt):].tolist()).split())
 
 
-class Log:
-    """log.jsonl: one object per line, flushed at once, by rank 0. A resumed run repeats lines: the last counts.
-
-    it: where this run continues; entries that an earlier run logged after that are not its own.
-    """
-
-    def __init__(self, path, it, procs):
-        self.lines, self.file = [entry for entry in read_log(path) if entry.get('iter', 0) <= it], None
-        if procs.rank == 0:
-            cut = path.is_file() and not path.read_bytes().endswith(b'\n')          # by a kill
-            self.file = path.open('a', encoding='utf-8')
-            self.file.write('\n' if cut else '')
-
-    def write(self, **entry):
-        self.lines.append(entry)
-        if self.file:
-            print(json.dumps(entry), file=self.file, flush=True)
-
-
-def read_log(path):
-    """The entries of a log.jsonl, list of dict."""
-    lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if path.is_file() else []
-    entries = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entries.append(dict(json.loads(line)))
-        except (ValueError, TypeError, RecursionError):
-            if number < len(lines):                             # the last line may have been cut by a kill
-                say(f'{path}:{number}: not a line of a log, passed over')
-    return entries
+def report(model, it, held_out, cfg, tok, log):
+    """Log and print the validation bound and a sample."""
+    entry = {'iter': it, **validate(model, held_out, cfg, tok)}
+    if cfg.sample_tokens:
+        entry['sample'] = sample_text(model, it, cfg, tok)
+    log(entry)
+    if RANK == 0:
+        sign = '=' if cfg.causal else '<='
+        print(f"iter {it} | validation {sign} {entry['val_nats']:.3f} nats/token {sign} {entry['val_bits_per_byte']:.3f} "
+              f"+- {entry['val_bits_per_byte_stderr']:.3f} bits/byte | {entry.get('sample', '')[:200]}", flush=True)
 
 
 class Meter:
-    """What is counted between two lines of the log, and the line that shows it."""
+    """Count loss, tokens and time since the last line of the log."""
 
-    def __init__(self, cfg, model, source, procs):
-        self.cfg, self.model, self.source, self.procs = cfg, model, source, procs
-        kind = torch.cuda.get_device_name() if procs.device == 'cuda' else ''
-        self.peak = next((peak for name, peak in PEAKS.items() if name in kind), None)
-        self.smooth = None
+    def __init__(self, cfg, model):
+        self.cfg = cfg
+        self.model = model
+        kind = torch.cuda.get_device_name() if cfg.device == 'cuda' else ''
+        self.peak = next((PEAKS[name] for name in PEAKS if name in kind), None)
         self.restart()
 
     def restart(self):
-        self.started, self.updates, self.loss = time.perf_counter(), 0, 0.0
-        self.sizes = torch.zeros(3, dtype=torch.float64)        # tokens, rows that are read out, windows
+        self.started = time.perf_counter()
+        self.updates = 0
+        self.sums = torch.zeros(4, dtype=torch.float64)         # loss, tokens, masked tokens, rows
 
-    def count(self, asked, loss):
+    def count(self, batches, loss):
         self.updates += 1
-        self.loss = self.loss + loss
-        for question in asked:
-            self.sizes += torch.tensor([question.ids.numel(), len(question.rows), len(question.ids)])
+        self.sums[0] += loss
+        for batch in batches:
+            self.sums[1:] += torch.tensor([batch.xt.numel(), len(batch.targets), len(batch.xt)])
 
-    def read(self, it, norm, lr):
-        """The log entry of update `it`, the same on every rank; its loss is the mean since the last one."""
-        sums = torch.tensor([float(self.loss), *self.sizes], dtype=torch.float64)
-        loss, tokens, rows, windows = self.procs.total(sums).tolist()
+    def line(self, it, norm, lr):
+        """Return the log entry of update `it`, a dict that is the same on all ranks, and print it on rank 0."""
+        loss, tokens, masked, rows = all_reduce(self.sums).tolist()
         rate = tokens / (time.perf_counter() - self.started)
-
-        entry = dict(iter=it, tokens=it * update_size(self.cfg) * self.cfg.seq_len, loss=loss / self.updates,
-                     grad_norm=norm.item(), lr=lr, tokens_per_second=round(rate))
-        if self.procs.device == 'cuda':
+        entry = dict(iter=it, tokens=it * self.cfg.global_batch * self.cfg.seq_len, loss=loss / self.updates,
+                     grad_norm=norm, lr=lr, tokens_per_second=round(rate))
+        if self.cfg.device == 'cuda':
             entry['gb'] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         if self.peak:
-            flops = self.model.flops_per_token(rows / tokens, tokens / windows) * rate
-            entry['mfu'] = round(flops / self.procs.world / self.peak, 4)
+            flops = self.model.flops_per_token(masked / tokens, tokens / rows) * rate
+            entry['mfu'] = round(flops / WORLD / self.peak, 4)
+
+        if RANK == 0:
+            left = (self.cfg.max_iters - it) * (time.perf_counter() - self.started) / self.updates
+            mfu = f" | MFU {entry['mfu']:.1%}" if self.peak else ''
+            print(f"iter {it}/{self.cfg.max_iters} | loss {entry['loss']:.3f} | lr {lr:.2e} | {rate / 1e3:.1f}k tok/s"
+                  f"{mfu} | {left / 60:.1f} min left", flush=True)
         self.restart()
         return entry
 
-    def show(self, bar, entry):
-        """Shows progress: in place on a terminal, else the first and every tenth on a line of its own."""
-        first = self.smooth is None
-        self.smooth = entry['loss'] if first else 0.7 * self.smooth + 0.3 * entry['loss']
-        bits = mfu = ''
-        if self.source.bytes_per_token:
-            bits = f' | {self.smooth / self.source.bytes_per_token / math.log(2):.3f} bits/byte'
-        if self.peak:
-            mfu = f" | MFU {entry['mfu']:.1%}"
-
-        line = (f"iter {entry['iter']}/{self.cfg.max_iters} | loss {self.smooth:.3f}{bits} | lr {entry['lr']:.2e} | "
-                f"{entry['tokens_per_second'] / 1e3:.1f}k tok/s{mfu}")
-        bar.set_description_str(line)
-        if bar.disable is True and (first or entry['iter'] % (10 * self.cfg.log_interval) == 0):
-            print(line, flush=True)
-
-
-def progress_bar(it, cfg, rank):
-    """For a terminal; one of unknown width gets lines, as a file does."""
-    blind = sys.stderr.isatty() and not os.get_terminal_size(sys.stderr.fileno()).columns
-    return tqdm(total=cfg.max_iters, initial=it, disable=True if rank or blind else None, dynamic_ncols=True,
-                bar_format='{desc} | eta {remaining}')
-
 
 # ----------------------------------------------------------------------------------------------------------
-# Checkpoints: one folder each, by torch.distributed.checkpoint, complete once it has its manifest and name
+# Checkpoints: a folder in the released layout, with state.json and optimizer/ beside the weights
 
 
-def run_state(model, optimizers):
-    """Every tensor of a run by name: weights and optimizer state, in place, sharded as they are."""
+def optimizer_state(model, optimizers):
+    """Return every tensor of the optimizers by name, in place and sharded as it is."""
     state = {}
     for name, p in model.named_parameters():
-        state[f'model.{name}'] = p.data
         for optimizer in optimizers:
             for key, value in optimizer.state.get(p, {}).items():
-                state[f'optim.{name}.{key}'] = value
+                state[f'{name}.{key}'] = value
     return state
 
 
-def save_checkpoint(run, it, model, optimizers, cfg, source, procs):
-    """Writes run/iter_N unless it exists, under another name until complete; then removes the oldest."""
+def save_checkpoint(it, model, optimizers, cfg, tok):
+    """Write out_dir/iter_N under another name, rename it when it is complete, then remove the oldest ones."""
     import torch.distributed.checkpoint as dcp
-    final, aside = run / f'iter_{it:07d}', run / 'unfinished'
-    if procs.from_first(final in models.find_checkpoints(run)):
-        return
-    if procs.rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-    procs.wait_for_first()                                      # it makes the folder
-    with models.one_line(final, 'could not be written'):
-        dcp.save(run_state(model, optimizers), checkpoint_id=str(aside), no_dist=procs.world == 1)
+    final = Path(cfg.out_dir, f'iter_{it:07d}')
+    unfinished = Path(cfg.out_dir, 'unfinished')
+    if RANK == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+    broadcast()                                             # wait for the folder
 
-    if procs.rank == 0:
-        spec = copy_tokenizer(source.tok.spec, aside)
-        ids = {f'{role}_id': getattr(source.tok, f'{role}_id') for role in ROLES}
-        write_manifest(aside, dict(
-            format='nanollada 3', iteration=it, model=vars(model.config), config=vars(cfg), tokenizer=spec, ids=ids,
-            examples=source.examples))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
-        for old in models.find_checkpoints(run)[:-cfg.keep_last]:
+    ids = {f'{role}_id': getattr(tok, f'{role}_id') for role in models.ROLES}
+    models.save_model(model, unfinished, ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                     # that a single process is a single process
+        writer = dcp.HuggingFaceStorageWriter(str(unfinished / 'optimizer'), save_distributed=True)
+        dcp.save(optimizer_state(model, optimizers), storage_writer=writer, no_dist=WORLD == 1)
+    broadcast()                                             # wait for all files
+
+    if RANK == 0:
+        tok.save(unfinished)
+        files = [file for file in sorted(unfinished.rglob('*')) if file.is_file()]
+        sha256 = {str(file.relative_to(unfinished)): models.file_sha256(file) for file in files}
+        state = {'iteration': it, 'settings': settings_of(cfg), 'sha256': sha256}
+        (unfinished / 'state.json').write_text(json.dumps(state, indent=1), encoding='utf-8')
+        shutil.rmtree(final, ignore_errors=True)            # a damaged one that was passed over
+        unfinished.rename(final)
+        for old in models.checkpoints_of(cfg.out_dir)[:-cfg.keep_last]:
             shutil.rmtree(old)
-    procs.wait_for_first()
+    broadcast()
 
 
-def newest_undamaged(run):
-    """The newest checkpoint of a run whose files are as written -> folder; damaged ones are moved aside."""
-    for folder in reversed(models.find_checkpoints(run)):
+def newest_undamaged(out_dir):
+    """Return the newest checkpoint of a run whose checksums are right, and its state.json."""
+    for folder in reversed(models.checkpoints_of(out_dir)):
         try:
-            models.read_checkpoint(folder)
-            return folder
-        except Damaged as error:
+            return folder, models.read_state(folder)
+        except UserError as error:
             say(f'passing over {folder}: {error}')
-            aside = folder.with_name(folder.name + '.damaged')
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(folder, aside)                           # it will be saved again
-    raise Refused(f'{run}: no checkpoint to resume from')
+    models.newest_checkpoint(out_dir)                       # says what is there instead
+    raise UserError(f'{out_dir}: all checkpoints are damaged')
 
 
-def load_checkpoint(run, model, optimizers, cfg, procs):
-    """Restores the newest undamaged checkpoint of a run -> its iteration."""
-    folder = procs.from_first(newest_undamaged(run) if procs.rank == 0 else None)
-    manifest = models.read_checkpoint(folder, None)             # rank 0 has compared the files
-    before, ours = manifest['config'], vars(model.config)
-    differ = [f'{key} {value} here, {ours[key]} asked' for key, value in manifest['model'].items()
-              if ours[key] != value]
-    if differ:
-        raise Refused(f'{folder}: another architecture ({"; ".join(differ)})')
-    if before['optimizer'] != cfg.optimizer:
-        raise Refused(f'{folder}: made with another optimizer ({before["optimizer"]} here, {cfg.optimizer} asked)')
-    sizes = [update_size(c) * c.seq_len for c in (SimpleNamespace(**before), cfg)]
-    if sizes[0] != sizes[1]:
-        raise Refused(f'resume: an update had {sizes[0]} tokens, now {sizes[1]}; data and schedule count updates')
+def load_checkpoint(model, optimizers, cfg, tok):
+    """Continue from the newest undamaged checkpoint in out_dir -> its iteration."""
+    folder, state = broadcast(newest_undamaged(cfg.out_dir) if RANK == 0 else None)
+    before = state['settings']
+    now = settings_of(cfg)
+    fixed = ['optimizer', 'global_batch', *(field.name for field in fields(models.ModelConfig))]
+    for name in fixed:
+        if before[name] != now[name]:
+            raise UserError(f'cannot resume {folder} with {name} {now[name]}, the run has {before[name]}')
+    data.check_same(data.get_tokenizer(folder), tok, folder, cfg.dataset)
+    changed = [f'{name} {before[name]} -> {now[name]}' for name in now if now[name] != before.get(name)]
+    if changed and RANK == 0:
+        say(f'resuming {folder} with other settings: {", ".join(changed)}')
 
-    for key, value in vars(cfg).items():
-        if procs.rank == 0 and key not in ('resume', 'force', 'out_dir') and before.get(key) != value:
-            say(f'resuming with another {key}: {value!r}, it was {before.get(key)!r}')
-
-    for p in model.parameters():                # an optimizer creates its state in a step: one of size 0
+    # an optimizer creates its state in a step, so make one of size 0
+    for p in model.parameters():
         p.grad = torch.zeros_like(p)
     step(optimizers, 0.0)
-    models.read_tensors(folder, run_state(model, optimizers))
-    return manifest['iteration']
+    names = models.released_names(model.config, models.layout_of(model.config))
+    models.read_tensors(folder, {names[name]: p.data for name, p in model.named_parameters()})
+    models.read_tensors(folder / 'optimizer', optimizer_state(model, optimizers))
+    return state['iteration']
 
 
-def take_weights(model, cfg, tok):
-    """Copies the weights of cfg.init_from, if their architecture and vocabulary are the same."""
+def settings_of(cfg):
+    """Return the settings as a dict, without what `main` has added and what may differ when a run resumes."""
+    added = ('bf16', 'sharded', 'resume', 'out_dir', 'device')
+    return {name: value for name, value in vars(cfg).items() if name not in added}
+
+
+def load_init_weights(model, cfg, tok):
+    """Copy the weights of cfg.init_from, if architecture and tokenizer are the same."""
     start, meta = models.load_model(cfg.init_from)
-    data.check_same(data.tokenizer_for(meta), tok, cfg.init_from, cfg.dataset)
-    if replace(start.config, seq_len=1) != replace(model.config, seq_len=1):    # rotary positions have no limit
-        raise Refused(f'init_from: {cfg.init_from} is {start.config}, the settings say {model.config}')
+    data.check_same(data.tokenizer_of(meta), tok, cfg.init_from, cfg.dataset)
+    # a longer or shorter context is fine, because rotary positions set no limit
+    if replace(start.config, seq_len=cfg.seq_len) != model.config:
+        raise UserError(f'init_from: {cfg.init_from} is {start.config}, the settings say {model.config}')
     for p, q in zip(model.parameters(), start.parameters()):
-        models.put(p, q.data)
+        models.copy_full(p, q.data)
+
+
+def init_or_resume(model, optimizers, cfg, tok):
+    """Fill the model from a checkpoint, from other weights, or at random -> the iteration to continue from."""
+    # torchrun replaces a process that died (--max-restarts), and all of them start again
+    restarted = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
+    exists = broadcast(bool(models.checkpoints_of(cfg.out_dir)))
+    if cfg.resume or (exists and restarted):
+        return load_checkpoint(model, optimizers, cfg, tok)
+    if exists:
+        raise UserError(f'{cfg.out_dir} already holds a run; continue it with --resume, or choose another --out_dir')
+
+    if cfg.init_from:
+        load_init_weights(model, cfg, tok)
+    else:
+        # drawn on the CPU they are the same on every device, but for 8B that would take minutes
+        where = 'cpu' if model.num_params() < 3e9 else None
+        models.init_weights(model, cfg.seed, cfg.emb_std or None, device=where)
+    return 0
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -672,209 +561,112 @@ def take_weights(model, cfg, tok):
 
 
 @contextmanager
-def noted_signals():
-    """Ctrl-C and SIGTERM request a checkpoint after this update; Ctrl-C three seconds later exits at once.
-
-    (Not sooner, and not by SIGTERM: torchrun forwards what the terminal or SLURM has sent to every process.)
-    Yields the list of the signals received, and when: [(number, seconds), ...].
-    """
-    came = []
+def catch_signals():
+    """Yield a list that receives Ctrl-C and SIGTERM, so that the loop can save before it ends."""
+    received = []
 
     def note(number, frame):
-        came.append((number, time.monotonic()))
-        if number == signal.SIGINT and came[-1][1] - came[0][1] > 3:
-            os._exit(128 + number)
+        received.append(number)
+        if WORLD == 1:                                      # (torchrun repeats what the terminal has sent)
+            signal.signal(number, signal.default_int_handler)       # the second Ctrl-C ends it at once
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield came
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-@contextmanager
-def alone_in(run, procs):
-    """Keeps other runs out of the folder, and removes it if nothing came of this one."""
-    if procs.rank > 0:
-        yield
-        return
-    try:
-        with alone(run / '.lock'):
-            yield
-    finally:
-        with suppress(OSError):
-            run.rmdir()                                         # if it is empty
+def open_log(cfg, model, it):
+    """Open log.jsonl -> a function that appends an entry (on rank 0). After a resume, the last entry counts."""
+    out = Path(cfg.out_dir)
+    if RANK:
+        return lambda entry: None
+    settings = vars(cfg)
+    lines = [f'{name} = {value!r}' for name, value in settings.items() if name not in ('bf16', 'sharded', 'resume')]
+    (out / 'config.py').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    file = (out / 'log.jsonl').open('a', encoding='utf-8')
+
+    def log(entry):
+        print(json.dumps(entry), file=file, flush=True)
+
+    kind = torch.cuda.get_device_name() if cfg.device == 'cuda' else platform.processor() or cfg.device
+    log(dict(resumed=it, config=settings, device=kind, processes=WORLD, torch=torch.__version__,
+             numpy=np.__version__, python=platform.python_version(), machine=platform.platform(),
+             model=vars(model.config), parameters=model.num_params()))
+    return log
 
 
-@contextmanager
-def last_words(run):
-    """Reports in one line what ended a run early, and the checkpoint to resume from; exit code 1."""
-    try:
-        yield
-    except (FloatingPointError, OSError, RuntimeError) as error:
-        lost = isinstance(error, dist.DistError) or 'gloo' in str(error)        # another process is gone
-        if isinstance(error, RuntimeError) and not lost:
-            raise
-        shutil.rmtree(run / 'unfinished', ignore_errors=True)
-        kept = models.find_checkpoints(run)
-        rest = f'the last good checkpoint: {kept[-1]}' if kept else 'no checkpoint yet'
-        what = f'another process is gone ({str(error).splitlines()[-1][:200]})' if lost else error
-        fail(f'stopped: {what}; {rest}', 1)
-
-
-def settings_of_run(cfg):
-    """With --resume, the settings of the newest checkpoint in out_dir -> dict; typed values win."""
-    if not cfg['resume']:
-        return {}
-    damaged = ''
-    for folder in reversed(models.find_checkpoints(cfg['out_dir'])):
-        try:
-            there = {'complementary': False, **models.read_checkpoint(folder, None)['config']}      # once unknown
-        except Damaged as error:
-            damaged = f' ({error})'
-            continue
-
-        found = {key: there[key] for key in there.keys() & cfg.keys() - {'out_dir', 'force'}}
-        refuse([f'{folder}: not a checkpoint ({key} = {value!r})' for key, value in found.items()
-                if type(value) is not type(cfg[key])])
-        return found
-    raise Refused(f"{cfg['out_dir']}: no checkpoint to resume from{damaged}")
-
-
-def open_data(cfg, procs):
-    """-> (rows to train on, held-out rows as tensors, tokenizer)."""
-    if procs.rank == 0:
-        data.open_dataset(cfg.dataset, None)                    # it may have to be prepared first
-    procs.wait_for_first()
-
-    dataset = data.open_dataset(cfg.dataset, (procs.rank, procs.world) if cfg.verify_data else None)
+def open_data(cfg):
+    """Open the data set -> rows to train on, held-out rows, tokenizer."""
+    if RANK == 0:
+        data.open_dataset(cfg.dataset)                      # makes 'docs' on first use
+    broadcast()
+    dataset = data.open_dataset(cfg.dataset)
     tok = dataset.parts[0].tokenizer()
     if 0 < cfg.vocab_size < tok.vocab_size:
-        raise Refused(f'vocab_size must hold the {tok.vocab_size} tokens of {cfg.dataset}, '
-                      f'got {cfg.vocab_size}')
+        raise UserError(f'vocab_size must hold the {tok.vocab_size} tokens of {cfg.dataset}, got {cfg.vocab_size}')
     source = data.open_source(
         dataset, 'train', cfg.masking, tok, cfg.seq_len, cfg.seed,
         random_length=cfg.random_length, random_split=cfg.random_split, isolate=cfg.isolate,
-        times=copies(cfg), pad_group=cfg.pad_group or cfg.batch_size)
+        copies=2 if cfg.complementary else 1, pad_group=cfg.pad_group)
     held_out = data.open_source(dataset, 'val', cfg.masking, tok, cfg.seq_len)
     return source, held_out.held_out(cfg.eval_windows), tok
 
 
-def start(run, model, optimizers, cfg, tok, procs):
-    """Fills the model from a checkpoint, other weights or at random -> the iteration to continue from."""
-    there = procs.from_first(bool(models.find_checkpoints(run)))        # as rank 0 sees it
-    restarted = procs.any(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0')
-    if there and not (cfg.resume or restarted):
-        raise Refused(f'{run} already holds a run: continue it with --resume, or choose another --out_dir')
-    if there or cfg.resume:
-        return load_checkpoint(run, model, optimizers, cfg, procs)
-    if cfg.init_from:
-        take_weights(model, cfg, tok)
-    else:
-        where = 'cpu' if model.num_params() < 3e9 else None     # the same on every device, while that is quick
-        models.init_weights(model, cfg.seed, cfg.emb_std or None, device=where)
-    return 0
+def main(cfg):
+    cfg.global_batch = cfg.global_batch or cfg.batch_size
+    cfg.complementary = cfg.complementary and not cfg.causal
+    check(cfg)
+    cfg.device, compute = models.pick_device(cfg.device, cfg.dtype)
+    cfg.bf16 = compute == torch.bfloat16
+    cfg.sharded = WORLD > 1 and cfg.fsdp != 0
 
+    join_processes(cfg)
+    source, held_out, tok = open_data(cfg)
+    cfg.vocab_size = cfg.vocab_size or tok.vocab_size
+    model, net = build(cfg, cfg.vocab_size)
+    optimizers = make_optimizers(model, cfg)
+    it = init_or_resume(model, optimizers, cfg, tok)
+    Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
+    log = open_log(cfg, model, it)
+    if RANK == 0:
+        print(f'{model.num_params():,} parameters ({model.num_params(non_embedding=True):,} outside embedding and '
+              f'head), {cfg.device}, {compute}, {WORLD} processes; writing to {cfg.out_dir}/', flush=True)
 
-def report(it, model, held_out, cfg, tok, procs, log):
-    """The validation bound and a sample of a checkpoint, logged once -> the log entry."""
-    known = [entry for entry in log.lines if entry.get('iter') == it and 'val_nats' in entry]
-    entry = procs.from_first(known[-1] if known else None)
-    if entry is None:
-        entry = {'iter': it, **validate(model, held_out, cfg, tok, procs)}
-        if cfg.sample_tokens:
-            entry['sample'] = sample_text(model, cfg, tok, procs, it)
-        log.write(**entry)
+    meter = Meter(cfg, model)
+    if net is not model and not cfg.sharded:
+        settle_ddp(net, micro_batches(source, it, cfg, tok)[0], cfg)
+    with catch_signals() as signals:
+        batches = prefetch(lambda i: micro_batches(source, i, cfg, tok), it)
+        stopping = False
+        while it < cfg.max_iters and not stopping:
+            batch = next(batches)
+            factor = lr_factor(it, cfg)
+            loss, norm = train_step(net, optimizers, batch, factor, cfg)
+            it += 1
 
-    if procs.rank == 0:
-        sign = '=' if cfg.causal else '<='
-        tqdm.write(f"iter {it:5d} | validation {sign} {entry['val_nats']:.3f} nats/token {sign} "
-                   f"{entry['val_bits_per_byte']:.3f} +- {entry['val_bits_per_byte_stderr']:.3f} bits/byte")
-        if 'sample' in entry:
-            tqdm.write(f"           | {entry['sample'][:200]}")
-    return entry
+            meter.count(batch, loss)
+            if it % cfg.log_interval == 0 or it == cfg.max_iters:
+                log(meter.line(it, norm, factor * cfg.learning_rate))
+            # all ranks stop after the same update, whichever of them got the signal
+            stopping = bool(all_reduce(torch.tensor(len(signals))))
+            at_checkpoint = it % cfg.eval_interval == 0 or it == cfg.max_iters
+            if at_checkpoint:
+                report(model, it, held_out, cfg, tok, log)
+            if at_checkpoint or stopping:
+                save_checkpoint(it, model, optimizers, cfg, tok)
+                meter.restart()                             # this time is not part of the training speed
 
-
-def greet(run, it, cfg, model, procs, log):
-    """The first line of the log, with settings and versions, and the first line on the terminal."""
-    kind = torch.cuda.get_device_name() if procs.device == 'cuda' else procs.device
-    numbers = 'bfloat16' if procs.bf16 else 'float32'
-    everything, inner = model.num_params(), model.num_params(non_embedding=True)
-    log.write(resumed=it, config=vars(cfg), device=kind, processes=procs.world, dtype=numbers,
-              torch=torch.__version__, numpy=np.__version__, python=platform.python_version(),
-              machine=platform.platform(), model=vars(model.config), parameters=everything)
-    if procs.rank == 0:
-        spread = f', {procs.world} processes' if procs.world > 1 else ''
-        tqdm.write(clean(f'{everything:,} parameters ({inner:,} outside embedding and head), {kind}, {numbers}, '
-                         f'{torch.get_num_threads()} threads{spread}; writing to {run}/'))
-
-
-def main(config):
-    cfg, run = SimpleNamespace(**config), Path(config['out_dir'])
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    check(cfg, world)
-    procs = join_processes(cfg, rank, world)
-    source, held_out, tok = open_data(cfg, procs)
-    model, net = build(cfg, procs, cfg.vocab_size or tok.vocab_size)
-    optimizers = make_optimizers(model, cfg, procs.device)
-
-    with alone_in(run, procs):
-        it = start(run, model, optimizers, cfg, tok, procs)
-        with noted_signals() as signals, last_words(run), progress_bar(it, cfg, rank) as bar:
-            log, meter = Log(run / 'log.jsonl', it, procs), Meter(cfg, model, source, procs)
-            greet(run, it, cfg, model, procs, log)
-            batches = prefetched(lambda i: questions(source, i, cfg, tok, procs), it)
-            if net is not model:                                            # DDP
-                settle(net, questions(source, it, cfg, tok, procs), procs)
-
-            while True:
-                if it and (it % cfg.eval_interval == 0 or it >= cfg.max_iters):
-                    began = time.perf_counter()
-                    save_checkpoint(run, it, model, optimizers, cfg, source, procs)
-                    entry = report(it, model, held_out, cfg, tok, procs, log)
-                    meter.started += time.perf_counter() - began            # not part of the training speed
-                stopping = procs.any(bool(signals))
-                if it >= cfg.max_iters or stopping:
-                    break
-
-                asked = next(batches)
-                loss, norm = train_step(net, optimizers, asked, lr_factor(it, cfg), cfg, procs)
-                it += 1
-                bar.update()
-                meter.count(asked, loss)
-                if it % cfg.log_interval == 0 or it >= cfg.max_iters:
-                    line = meter.read(it, norm, optimizers[-1].param_groups[0]['lr'])
-                    log.write(**line)
-                    if rank == 0:
-                        meter.show(bar, line)
-
-            if stopping and it:
-                save_checkpoint(run, it, model, optimizers, cfg, source, procs)
-    if world > 1:
+    if RANK == 0:
+        say(f'saved iteration {it} of {cfg.max_iters} in {cfg.out_dir}/')
+    if WORLD > 1:
         dist.destroy_process_group()
-    farewell(run, it, None if it < cfg.max_iters else entry, cfg, rank)
-
-    code = 0
-    if it < cfg.max_iters:
-        code = 128 + (signals[0][0] if signals else signal.SIGTERM)
-    if world > 1:           # gloo's threads outlive their group, and now and then abort Python's own way out
-        os._exit(code)
-    if code:
-        sys.exit(code)
-
-
-def farewell(run, it, entry, cfg, rank):
-    """Says what was saved, and what to type next."""
-    words = f'saved iteration {it} in {run}/; go on with the same command and --resume'
-    if not it:
-        words = 'stopped before the first update'
-    if entry:
-        after = cfg.then or f'python sample.py {run}'
-        words = f"done: {entry['val_bits_per_byte']:.3f} bits/byte in {run}/iter_{it:07d}; next:  {after}"
-    if rank == 0:
-        print(clean(words), flush=True)
+        sys.stdout.flush()
+        os._exit(0 if it == cfg.max_iters else 143)         # gloo's threads sometimes abort Python's own way out
+    sys.exit(0 if it == cfg.max_iters else 128 + signals[0])
 
 
 if __name__ == '__main__':
-    command(main, globals(), beneath=settings_of_run)
+    run(main, globals())
