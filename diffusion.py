@@ -143,8 +143,8 @@ def plain(f):
     def predictor(ids, *, positions=None, targets=None, **unused):
         logits = f(ids)
         if positions is not None:
-            flat = positions.flatten() if positions.dtype == torch.bool else positions
-            logits = logits.flatten(0, 1)[flat]                                     # (M, V)
+            is_mask = positions.dtype == torch.bool
+            logits = logits[positions] if is_mask else logits.flatten(0, 1)[positions]      # (M, V)
         return logits if targets is None else -log_prob(logits, targets)
 
     return predictor
@@ -163,9 +163,9 @@ def log_prob(logits, targets):
 def draw_masks(maskable, n_masks, generator=None):
     """Draw masks (n_masks, T) bool of a sequence, maskable (T,) bool: l uniform on 1..L, then l random positions."""
     rows = maskable.expand(n_masks, -1)
-    jitter = torch.rand(n_masks, generator=generator, device=maskable.device)
-    # stratified, and exactly uniform. (The official code rounds l, and its ends are rarer.)
-    u = (torch.arange(n_masks, device=maskable.device) + jitter) / n_masks
+    # stratified, and exactly uniform. (The official code rounds l, so that its ends are rarer.)
+    u = torch.arange(n_masks) + torch.rand(n_masks, generator=generator)
+    u = u / n_masks
     _, masks = forward_process(rows.long(), 1 - u, 0, rows, fixed_count=True, generator=generator)
     return masks
 
@@ -173,10 +173,11 @@ def draw_masks(maskable, n_masks, generator=None):
 def all_masks(maskable):
     """Return all 2^L - 1 masks of a sequence, (n, T) bool, and their weights in the mean of Eq. 6, (n,) float64."""
     L = int(maskable.sum())
-    subsets = torch.cartesian_prod(*[torch.tensor([False, True])] * L)
-    subsets = subsets.view(-1, L)[1:]                       # all but the empty one
+    number = torch.arange(1, 2 ** L, device=maskable.device)
+    bit = torch.arange(L, device=maskable.device)
+    subsets = (number[:, None] >> bit) % 2 == 1                                     # (n, L)
     masks = maskable.repeat(len(subsets), 1)
-    masks[:, maskable] = subsets.to(maskable.device)
+    masks[:, maskable] = subsets
 
     # l is uniform on 1..L, and all masks of the same size are equally likely
     weights = [1 / L / math.comb(L, size) for size in subsets.sum(1).tolist()]
@@ -189,14 +190,15 @@ def log_likelihood(model, x0, maskable, mask_id,
     """Estimate Eq. 6 for one sequence, x0 (T,) int64, maskable (T,) bool -> float <= log p(maskable | the rest).
 
     mc_num: masks to average over. If there are no more than that (2^L - 1), all are used and Eq. 6 is exact.
-    cfg_scale: guidance away from the tokens that are not maskable (the prompt).
+    cfg_scale: guidance away from the tokens that are not maskable (the prompt). generator: on the CPU.
     """
     if not maskable.any():
         raise ValueError('log_likelihood: no position is maskable')
     if 2 ** int(maskable.sum()) - 1 <= mc_num:
         masks, weights = all_masks(maskable)
     else:
-        masks = draw_masks(maskable, mc_num, generator)
+        # on the CPU, so that the masks do not depend on the device
+        masks = draw_masks(maskable.cpu(), mc_num, generator).to(x0.device)
         weights = torch.full((mc_num,), 1 / mc_num, dtype=torch.float64)
 
     terms = []
@@ -210,6 +212,18 @@ def log_likelihood(model, x0, maskable, mask_id,
         sums = logp.new_zeros(len(xt)).index_add_(0, row, logp)
         terms.append(sums * maskable.sum() / masked.sum(1))                         # Eq. 6
     return float(weights @ torch.cat(terms).cpu().double())
+
+
+def nats_and_bits(logp, n_tokens, n_bytes):
+    """Return nats per token, its standard error, bits per byte, its standard error, from log p of rows (N,).
+
+    n_tokens (N,): maskable tokens of each row. n_bytes: bytes of text in a row, on average.
+    """
+    numbers = []
+    for values in (-logp / n_tokens, -logp / n_bytes / math.log(2)):
+        standard_error = values.std() / len(values) ** 0.5
+        numbers += [values.mean().item(), standard_error.item()]
+    return numbers
 
 
 @torch.no_grad()

@@ -230,28 +230,24 @@ class Transformer(nn.Module):
         return head_cross_entropy(x, head, targets)
 
     def attention_pattern(self, x, kv, where, attention_mask, cu_seqlens):
-        """Return the cheapest description of who attends to whom, the keyword arguments of `attention`.
-
-        Nothing or is_causal if that says it all, cu_seqlens where CUDA has a kernel for it, else a boolean mask.
-        """
+        """Return who attends to whom as keyword arguments of `attention`, by a mask only if nothing else will do."""
         causal = self.config.causal
-        if cu_seqlens is None and attention_mask is None and (kv is None or not causal):
+        if attention_mask is None and cu_seqlens is None and not (causal and kv is not None):
             return dict(causal=causal)
-        # a mask stays out of training on CUDA: since torch 2.11, cuDNN's backward with one can return NaN
-        if cu_seqlens is not None and x.is_cuda and x.dtype == torch.bfloat16 and not causal:
+        # this also keeps masks out of training on CUDA, where cuDNN's backward can return NaN since torch 2.11
+        if cu_seqlens is not None and x.is_cuda and x.dtype == torch.bfloat16:
             return dict(cu_seqlens=cu_seqlens)
 
-        T = x.shape[1]
-        S = T if kv is None else kv.shape[-2]
-        mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=x.device)
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=x.device)
         if attention_mask is not None:
-            mask = mask & attention_mask.bool()[:, None, None, :]                   # (B, 1, T, S)
+            mask = attention_mask.bool()[:, None, None, :]                          # (B, 1, 1, S)
         if cu_seqlens is not None:
             segment, _ = segments_of(x.shape[:2], cu_seqlens)                       # (B, 1, T)
             mask = mask & (segment[..., :, None] == segment[..., None, :])          # (B, 1, T, T)
         if causal:
-            queries = where if kv is not None else torch.arange(T, device=x.device)
-            mask = mask & (torch.arange(S, device=x.device) <= queries[:, None])
+            S = x.shape[1] if kv is None else kv.shape[-2]
+            keys = torch.arange(S, device=x.device)
+            mask = mask & (keys <= where[:, None])                                  # (B, 1, T, S)
 
         # a query without any visible key attends to everything, because a softmax over nothing is NaN
         return dict(attn_mask=mask | ~mask.any(-1, keepdim=True))
@@ -383,7 +379,11 @@ def pick_device(device, dtype):
 # ----------------------------------------------------------------------------------------------------------
 # Weights on disk, in the released layouts: config.json and safetensors. train.py writes the same.
 
-MODEL_TYPES = {'llada': 'LLaDAModelLM', 'illada': 'ILLaDAForCausalLM', 'nanollada_ar': 'Transformer'}
+# model_type in config.json -> layout, class. A causal model has a type of ours, so that nobody opens it as LLaDA.
+MODEL_TYPES = {
+    'llada': ('llada', 'LLaDAModelLM'),
+    'illada': ('illada', 'ILLaDAForCausalLM'),
+    'nanollada_ar': ('llada', 'Transformer')}
 
 # Our parameters in the two layouts. In LLaDA's, ff_proj is the gate (SiLU is applied to it), and ff_out names two
 # different matrices.
@@ -432,7 +432,7 @@ ROLES = ('mask', 'eos', 'pad', 'bos', 'eot')            # special tokens whose i
 def column(table, layout):
     """Return a table as a dict: our name -> the name in this layout, if it has one."""
     heads, *rows = [line.split() for line in table.strip().splitlines()]
-    number = heads.index('illada' if layout == 'illada' else 'llada')
+    number = heads.index(layout)
     return {row[0]: row[number] for row in rows if len(row) > number}
 
 
@@ -447,37 +447,47 @@ def released_names(config, layout):
     return names
 
 
-def layout_of(config):
-    """Return the model_type in which a model is saved. A causal one has its own, so nobody opens it as LLaDA."""
+def type_of(config):
+    """Return the model_type under which a model is saved."""
     if config.causal:
         return 'nanollada_ar'
     return 'llada' if config.rope_fp32 else 'illada'
 
 
+def own_names(model):
+    """Return the parameters by the names under which they are saved."""
+    layout, _ = MODEL_TYPES[type_of(model.config)]
+    names = released_names(model.config, layout)
+    return {names[ours]: p for ours, p in model.named_parameters()}
+
+
 def save_model(model, folder, meta):
     """Write config.json and model.safetensors in LLaDA's layout (iLLaDA's if rope_fp32 is off). Call on all ranks.
 
-    meta: the special ids, mask_id and so on. The tokenizer's files are the caller's business.
+    meta: the special ids (mask_id and so on). The tokenizer has a `save` of its own.
     """
-    config = model.config
-    layout = layout_of(config)
-    names = released_names(config, layout)
     tensors = {}
-    for ours, p in model.named_parameters():
-        # a sharded parameter is gathered by all ranks, and rank 0 writes it
+    for name, p in own_names(model).items():
+        # all ranks gather a sharded parameter, and rank 0 writes it
         full = p.full_tensor() if hasattr(p, 'full_tensor') else p
-        tensors[names[ours]] = full.detach().cpu().contiguous()
+        tensors[name] = full.detach().cpu().contiguous()
     if dist.is_initialized() and dist.get_rank():
         return
 
-    raw = {'model_type': layout, 'architectures': [MODEL_TYPES[layout]], 'vocab_size': config.vocab_size,
-           'torch_dtype': str(model.embed.weight.dtype).removeprefix('torch.')}
-    raw.update(SWITCHES['illada' if layout == 'illada' else 'llada'])
-    raw.update({theirs: getattr(config, ours) for ours, theirs in column(FIELDS, layout).items()})
-    raw.update({f'{role}_token_id': meta.get(f'{role}_id') for role in ROLES})
+    model_type = type_of(model.config)
+    layout, class_name = MODEL_TYPES[model_type]
+    dtype = str(model.embed.weight.dtype).removeprefix('torch.')
+    raw = {'model_type': model_type, 'architectures': [class_name], 'torch_dtype': dtype}
+    raw.update(SWITCHES[layout], vocab_size=model.config.vocab_size)
+    for ours, theirs in column(FIELDS, layout).items():
+        raw[theirs] = getattr(model.config, ours)
+    for role in ROLES:
+        raw[f'{role}_token_id'] = meta.get(f'{role}_id')
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
+    file = folder / 'model.safetensors'
+    safetensors.torch.save_file(tensors, file, metadata={'format': 'pt'})
     (folder / 'config.json').write_text(json.dumps(raw, indent=1), encoding='utf-8')
 
 
@@ -498,7 +508,7 @@ def load_model(path, device='cpu', dtype=None):
     """Load a checkpoint of train.py or released LLaDA or iLLaDA weights -> model in eval mode, meta.
 
     path: a folder with config.json, or a run of train.py (its newest checkpoint). dtype: None keeps the stored one.
-    meta: mask_id, eos_id, pad_id, bos_id, eot_id (None if config.json does not say), folder; of a run of train.py also
+    meta: mask_id, eos_id, pad_id, bos_id, eot_id (None if the files do not say), folder; of a run of train.py also
     its settings and iteration, else None. Raises UserError if it is not a model that this code computes.
     """
     folder = newest_checkpoint(path)
@@ -510,9 +520,11 @@ def load_model(path, device='cpu', dtype=None):
 
     model = empty_model(config).to(dtype or stored).to_empty(device=device)
     read_tensors(folder, {names[ours]: p.data for ours, p in model.named_parameters()})
-    more = read_json(folder / 'generation_config.json')     # some releases keep ids there
-    meta = {f'{role}_id': raw.get(f'{role}_token_id', more.get(f'{role}_token_id')) for role in ROLES}
-    meta.update(folder=str(folder), settings=state.get('settings'), iteration=state.get('iteration'))
+    ids = read_json(folder / 'generation_config.json') | raw        # some releases keep ids in the former
+    meta = {f'{role}_id': ids.get(f'{role}_token_id') for role in ROLES}
+    meta['folder'] = str(folder)
+    meta['settings'] = state.get('settings')
+    meta['iteration'] = state.get('iteration')
     return model.eval(), meta
 
 
@@ -535,15 +547,16 @@ def checkpoints_of(run):
 
 
 def config_from(raw, folder):
-    """Turn the dict of a config.json into ModelConfig, layout. What this code does not compute is refused by name."""
-    layout = raw.get('model_type')
-    if layout not in MODEL_TYPES:
-        raise UserError(f'{folder}: model_type {layout!r} is unknown, expected one of {", ".join(MODEL_TYPES)}')
+    """Turn a config.json into ModelConfig, layout. What this code does not compute is refused by its name."""
+    model_type = raw.get('model_type')
+    if model_type not in MODEL_TYPES:
+        raise UserError(f'{folder}: model_type {model_type!r} is not one of {", ".join(MODEL_TYPES)}')
+    layout, _ = MODEL_TYPES[model_type]
     fields = column(FIELDS, layout)
     values = {ours: raw[theirs] for ours, theirs in fields.items() if raw.get(theirs) is not None}
 
-    # what the files of some releases leave out
-    rope = raw.get('rope_parameters') or {}                 # transformers 5 keeps rope_theta there
+    # what some releases leave out, or keep elsewhere
+    rope = raw.get('rope_parameters') or {}
     values.setdefault('rope_theta', rope.get('rope_theta'))
     values.setdefault('n_kv_head', values.get('n_head'))
     values.setdefault('vocab_size', raw.get('vocab_size'))
@@ -552,45 +565,45 @@ def config_from(raw, folder):
     if layout == 'illada':
         values['rope_fp32'] = False
 
-    # a guessed rope_theta or norm_eps would degrade the model silently, so nothing is guessed
+    # a guessed rope_theta or norm_eps would make the model a little worse without a word, so nothing is guessed
     missing = [theirs for ours, theirs in fields.items() if values.get(ours) is None]
     if missing:
         raise UserError(f'{folder}/config.json: {", ".join(missing)} missing')
-    switches = SWITCHES['illada' if layout == 'illada' else 'llada']
-    for name, only in switches.items():
+    for name, only in SWITCHES[layout].items():
         if raw.get(name) not in (None, only):
             raise UserError(f'{folder}/config.json: {name} = {raw[name]!r} is not supported, only {only!r}')
-    if rope.keys() - {'rope_theta', 'rope_type'} or rope.get('rope_type', 'default') != 'default':
-        raise UserError(f'{folder}/config.json: rope_parameters {rope} are not supported')
-    return ModelConfig(**values, causal=layout == 'nanollada_ar'), layout
+    if rope.get('rope_type', 'default') != 'default' or rope.keys() - {'rope_theta', 'rope_type'}:
+        raise UserError(f'{folder}/config.json: rope_parameters = {rope} is not supported')
+    return ModelConfig(**values, causal=model_type == 'nanollada_ar'), layout
 
 
 def check_tensors(folder, config, names):
-    """Compare names and shapes of all tensors in a folder with the configuration -> dtype of the first one."""
+    """Compare names and shapes of the stored tensors with the configuration -> dtype of the stored tensors."""
     shapes = {}
     for file in sorted(folder.glob('model*.safetensors')):
         try:
             with safetensors.safe_open(file, 'pt') as opened:
                 for name in opened.keys():
                     shapes[name] = opened.get_slice(name).get_shape()
-                    first = name
-                dtype = opened.get_tensor(first).dtype
+                dtype = opened.get_tensor(name).dtype
         except safetensors.SafetensorError as error:
             raise UserError(f'{file}: damaged or incomplete ({error})') from None
 
-    # a tied head may be stored twice, and rotary frequencies follow from rope_theta
-    ignored = {'lm_head.weight', 'model.transformer.ff_out.weight'} if config.tied else set()
-    ignored |= {name for name in shapes if name.endswith('.inv_freq')}
+    # not needed: a tied head that is stored twice, and rotary frequencies, which follow from rope_theta
+    for name in list(shapes):
+        if name.endswith('.inv_freq') or config.tied and name.endswith(('lm_head.weight', 'transformer.ff_out.weight')):
+            del shapes[name]
     missing = names.values() - shapes.keys()
-    extra = shapes.keys() - set(names.values()) - ignored
+    extra = shapes.keys() - names.values()
     if missing or extra:
         raise UserError(f'{folder}: {len(missing)} tensors are missing {sorted(missing)[:1]}, '
                         f'{len(extra)} do not belong to this architecture {sorted(extra)[:1]}')
+
     model = empty_model(config)
     for ours, theirs in names.items():
         want = list(model.get_parameter(ours).shape)
         if shapes[theirs] != want:
-            raise UserError(f'{folder}: {theirs} has shape {shapes[theirs]}, config.json says {want}')
+            raise UserError(f'{folder}: {theirs} is {shapes[theirs]}, config.json says {want}')
     return dtype
 
 

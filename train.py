@@ -514,8 +514,7 @@ def load_checkpoint(model, optimizers, cfg, tok):
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     step(optimizers, 0.0)
-    names = models.released_names(model.config, models.layout_of(model.config))
-    models.read_tensors(folder, {names[name]: p.data for name, p in model.named_parameters()})
+    models.read_tensors(folder, {name: p.data for name, p in models.own_names(model).items()})
     models.read_tensors(folder / 'optimizer', optimizer_state(model, optimizers))
     return state['iteration']
 

@@ -1,5 +1,6 @@
 """What several tests share: the table model, the golden vectors, small models and small data."""
 
+import functools
 import json
 import runpy
 import sys
@@ -8,75 +9,76 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-import worlds
 
-import data
-import model as M
+import diffusion
+import model as models
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / 'golden'
-V, T, MASK = 3, 3, 3                                    # the table: 27 sequences of 3 tokens, and one id for [MASK]
+GOLDEN_MODELS = ('llada_mha', 'llada_gqa_tied', 'illada_gqa')
+V, T, MASK = 3, 3, 3                # the table: 27 sequences of 3 tokens, and one more id for [MASK]
+
+
+def seeded(seed):
+    """Return a torch.Generator."""
+    return torch.Generator().manual_seed(seed)
 
 
 def table_model(seed=0):
-    """A joint distribution over V^T sequences and its exact mask predictor, in float64: -> (p (V, .., V), model)."""
-    p = torch.rand((V,) * T, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) ** 3
+    """Make a joint distribution over V^T sequences -> p (V, V, V) float64, and its exact mask predictor."""
+    p = torch.rand((V,) * T, dtype=torch.float64, generator=seeded(seed)) ** 3
     p = p / p.sum()
     sequences = torch.tensor(list(product(range(V), repeat=T)))                         # (27, T)
-    weight = p.flatten()
+    onehot = torch.nn.functional.one_hot(sequences, V + 1).double()                     # (27, T, V + 1)
 
-    def model(ids):
+    def logits(ids):
         agrees = ((ids[:, None] == sequences) | (ids[:, None] == MASK)).all(-1)         # (B, 27)
-        posterior = agrees * weight
-        onehot = torch.nn.functional.one_hot(sequences, V + 1).double()                 # (27, T, V + 1)
-        marginal = torch.einsum('bs,stv->btv', posterior, onehot) / posterior.sum(1)[:, None, None]
-        return marginal.log()                                                           # -inf for [MASK]
+        posterior = agrees * p.flatten()
+        posterior = posterior / posterior.sum(1, keepdim=True)
+        return torch.einsum('bs,stv->btv', posterior, onehot).log()                     # -inf for [MASK]
 
-    return p, model
+    return p, diffusion.plain(logits)
 
 
-def read_safetensors(path):
-    """The tensors of a small trusted file: 8 bytes of header length, a JSON header, then the data."""
-    raw = Path(path).read_bytes()
-    n = int.from_bytes(raw[:8], 'little')
-    kinds = {'F32': np.float32, 'I32': np.int32}
-    out = {}
-    for name, entry in json.loads(raw[8:8 + n]).items():
-        if name != '__metadata__':
-            a, b = entry['data_offsets']
-            array = np.frombuffer(raw[8 + n + a:8 + n + b], dtype=kinds[entry['dtype']]).reshape(entry['shape'])
-            out[name] = torch.from_numpy(array.copy())
-    return out
+def read_golden(name):
+    """Return one golden file."""
+    return json.loads((GOLDEN / name).read_text(encoding='utf-8'))
 
 
 def golden(name):
-    """The cases of one golden file, as pytest parameters."""
-    cases = json.loads((GOLDEN / name).read_text())['cases']
-    return [pytest.param(c, id=c.get('id', f"{c.get('mask_num')}-{c.get('steps')}")) for c in cases]
+    """Parametrize a test by the cases of one golden file, as its argument `case`."""
+    cases = read_golden(name)['cases']
+    ids = [case.get('id', f"{case.get('mask_num')}-{case.get('steps')}") for case in cases]
+    return pytest.mark.parametrize('case', cases, ids=ids)
 
 
-_models = {}
-
-
+@functools.cache
 def golden_model(name):
-    """A golden model, by our table of names but without the safetensors package (test_release.py has the real door)."""
-    if name not in _models:
-        folder = GOLDEN / 'models' / name
-        kind, config, _ = M.release_config(folder)
-        tensors = read_safetensors(folder / 'model.safetensors')
-        _models[name] = M.release_model(folder, kind, config, tensors).eval()
-    return _models[name]
+    """Return a golden model. It is shared by the tests, so do not change it."""
+    return models.load_model(GOLDEN / 'models' / name)[0]
 
 
 def tiny_model(seed=0, **changes):
-    """A small random Transformer in float32."""
+    """Make a small random Transformer in float32 and eval mode."""
     shape = dict(vocab_size=40, seq_len=16, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48)
-    return M.init_weights(M.Transformer(M.ModelConfig(**{**shape, **changes})), seed, emb_std=1.0)
+    model = models.Transformer(models.ModelConfig(**{**shape, **changes}))
+    return models.init_weights(model, seed, emb_std=1.0).eval()
+
+
+def read_tensors(path):
+    """Return the tensors of a safetensors file, by name."""
+    return safetensors.torch.load_file(path)
+
+
+def write_tensors(tensors, path):
+    safetensors.torch.save_file(tensors, path)
 
 
 def small_corpus(folder, n_documents=40, tokenizer='bytes'):
-    """A few kB of seeded words, prepared into `folder`."""
+    """Prepare a few kB of random words as a data set in `folder`."""
+    import data
     rng = np.random.default_rng(0)
     words = ['mask', 'token', 'noise', 'step', 'the', 'a', 'model', 'fills', 'in', 'text', 'again']
     documents = [(f'd{i}', {'text': ' '.join(rng.choice(words, 120)) + '\n'}) for i in range(n_documents)]
@@ -85,7 +87,8 @@ def small_corpus(folder, n_documents=40, tokenizer='bytes'):
 
 
 def write_worlds(folder):
-    """Small sets of the lab: world, instruct, facts."""
+    """Prepare small data sets of the lab: world, instruct, facts."""
+    import worlds
     worlds.words_of_the_world(folder.parent / 'words.json')
     for name, records in (('world', worlds.stories(300)), ('instruct', worlds.dialogues(150))):
         worlds.write(records, folder / name, folder.parent / 'words.json')
@@ -93,7 +96,7 @@ def write_worlds(folder):
 
 
 def script(name, *argv):
-    """Runs a script as the command line would, in this process."""
+    """Run a script as the command line would, in this process."""
     before = sys.argv
     sys.argv = [f'{name}.py', *map(str, argv)]
     try:
