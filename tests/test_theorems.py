@@ -2,269 +2,397 @@
 
 import math
 from itertools import permutations, product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import reference
 import torch
-from helpers import MASK, T, V, table_model
+from helpers import MASK, T, V, seeded, table_model, tiny_model
 
 import diffusion
+from diffusion import SamplingParams
 
 ALL = torch.ones(T, dtype=torch.bool)
-SEQUENCES = torch.tensor(list(product(range(V), repeat=T)))
+SEQUENCES = torch.tensor(list(product(range(V), repeat=T)))     # (27, T)
+P, MODEL = table_model()
+LOG_P = P.flatten().log()                                       # (27,) in the order of SEQUENCES
 
 
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
+def inconsistent(ids):
+    """Predict from one table if the second token is hidden, and from another one if it is visible."""
+    _, other = table_model(1)
+    return torch.where((ids[:, 1] == MASK)[:, None, None], MODEL(ids), other(ids))
 
 
-@pytest.fixture(scope='module')
-def table():
-    return table_model()
+INCONSISTENT = diffusion.plain(inconsistent)
 
 
-def test_eq6_over_all_masks_is_the_log_probability(table):
-    p, model = table
-    for x0 in SEQUENCES:
-        value = diffusion.log_likelihood(model, x0, ALL, MASK, mc_num=7)                # 2^3 - 1 masks: all of them
-        assert abs(value - p[tuple(x0)].log().item()) < 1e-9
-
-
-def test_the_fit_of_a_gap_is_the_log_probability_of_it_and_its_neighbours(table):
-    p, model = table
-    for x0 in SEQUENCES:
-        fit = diffusion.fit(model, [int(x0[0]), MASK, int(x0[2])], x0.tolist(), MASK)           # they are all there is
-        assert abs(3 * fit - p[tuple(x0)].log().item()) < 1e-9
-    seen = []
-
-    def watched(ids):
-        seen.append((ids == 9).any(0))
-        return torch.zeros(*ids.shape, 10)
-
-    diffusion.fit(watched, [1, 2, 3, 4, 9, 9, 5, 6, 7, 8], list(range(10)), 9)
-    assert torch.cat(seen).view(-1, 10).any(0).nonzero()[:, 0].tolist() == [2, 3, 4, 5, 6, 7, 9]       # (9 is a 9)
-
-
-def test_eq3_by_its_integral_is_the_log_probability(table):
-    """int_0^1 t^l (1-t)^(L-l) / t dt = B(l, L-l+1): the weight that Eq. 3 gives to each mask of l tokens."""
-    p, model = table
-    for x0 in SEQUENCES:
-        total = 0.0
-        for bits in list(product([False, True], repeat=T))[1:]:
-            masked = torch.tensor([bits])
-            l = sum(bits)                                                               # noqa: E741
-            beta = math.gamma(l) * math.gamma(T - l + 1) / math.gamma(T + 1)
-            loss = diffusion.diffusion_loss(model, x0[None], ALL[None], MASK, t=torch.ones(1).double(), masked=masked)
-            total += beta * (loss.item() * T)                                           # weight 1/t moved into beta
-        assert abs(-total - p[tuple(x0)].log().item()) < 1e-9
-
-
-def test_eq3_and_its_count_form_have_the_same_mean(table):
-    _, model = table
-    x0 = torch.tensor([[2, 0, 1]]).expand(20000, -1)
-    losses = {}
-    for exact in (False, True):
-        values = []
-        for i in range(20):
-            t = diffusion.sample_t(20000, eps=0, stratified=False, generator=seeded(i))
-            _, masked = diffusion.forward_process(x0, t, MASK, generator=seeded(100 + i), exact=exact)
-            loss = diffusion.diffusion_loss(model, x0, ALL.expand_as(x0), MASK, t=t, masked=masked, exact=exact)
-            values.append(loss.item())
-        losses[exact] = np.array(values)
-    spread = math.hypot(*(v.std() / 20 ** 0.5 for v in losses.values()))
-    assert abs(losses[False].mean() - losses[True].mean()) < 4 * spread
-    assert losses[False].std() > 2 * losses[True].std()                               # and the count form is less noisy
-
-
-def test_eq6_is_far_less_noisy_than_eq5(table):
-    p, model = table
-    x0, logp = torch.tensor([0, 1, 2]), p[0, 1, 2].log().item()
-    draws = {f: np.array([f(model, x0, ALL, MASK, mc_num=6, generator=seeded(i)) for i in range(500)])
-             for f in (diffusion.log_likelihood, diffusion.log_likelihood_eq5)}
-    for values in draws.values():
-        assert abs(values.mean() - logp) < 4 * values.std() / 500 ** 0.5
-    assert draws[diffusion.log_likelihood_eq5].std() > 2 * draws[diffusion.log_likelihood].std()
-
-
-def test_counts_of_eq6_are_exactly_uniform():
-    """The official draw rounds half to even: with L = 8 and 16 rows some counts come thrice as often as others."""
-    L, seen = 8, np.zeros(9)
-
-    def count(ids):
-        seen[:] += np.bincount((ids == MASK).sum(1).numpy(), minlength=9)
-        return torch.zeros(*ids.shape, V + 1)
-
-    for i in range(400):
-        diffusion.log_likelihood(count, torch.zeros(L, dtype=torch.long), torch.ones(L, dtype=torch.bool), MASK,
-                                 mc_num=16, generator=seeded(i))
-    assert seen[0] == 0 and seen[1:].sum() == 6400
-    assert np.abs(seen[1:] / 800 - 1).max() < 0.05                            # stratified: far inside the binomial 11 %
-    official = np.zeros(9)
-    for k in range(1, L + 1):
-        x = torch.round(torch.linspace(k, k + 15 * L / 16, 16)).long()
-        official += np.bincount((x - 1) % L + 1, minlength=9)
-    assert official[1:].max() == 3 * official[1:].min()
-
-
-def test_chain_rule_along_every_order(table):
-    p, model = table
-    x0 = torch.tensor([1, 2, 0])
-    for order in permutations(range(T)):
-        value = diffusion.log_likelihood_ordered(model, x0, ALL, MASK, order)
-        assert abs(value - p[1, 2, 0].log().item()) < 1e-9
-    with pytest.raises(ValueError, match='each once'):
-        diffusion.log_likelihood_ordered(model, x0, ALL, MASK, [0, 0, 1])
-
-
-def test_conditional_likelihood(table):
-    p, model = table
-    maskable = torch.tensor([False, True, True])
-    value = diffusion.log_likelihood(model, torch.tensor([2, 1, 1]), maskable, MASK)
-    assert abs(value - (p[2, 1, 1] / p[2].sum()).log().item()) < 1e-9
-
-
-def test_guided_likelihood_by_enumeration(table):
-    _, model = table
-    x0, maskable, w = torch.tensor([2, 1, 1]), torch.tensor([False, True, True]), 0.7
-    total = 0.0
-    for bits in ((0, 1), (1, 0), (1, 1)):
-        masked = torch.tensor([False, *map(bool, bits)])
-        xt = torch.where(masked, MASK, x0)[None]
-        guided = (1 + w) * model(xt)[..., :V] - w * model(torch.where(maskable, xt, MASK))[..., :V]
-        logp = guided.log_softmax(-1)[0, masked].gather(-1, x0[masked][:, None]).sum().item()
-        total += logp * (2 / sum(bits)) / (2 * math.comb(2, sum(bits)))
-    def guarded(ids):
-        return model(ids).clamp(min=-1e300)                                           # -inf - -inf of the [MASK] column
-    value = diffusion.log_likelihood(guarded, x0, maskable, MASK, cfg_scale=w)
-    assert abs(value - total) < 1e-9
-
-
-def test_confidence_score_by_brute_force(table):
-    p, model = table
-    for x0 in SEQUENCES:
-        total, masked = 0.0, ALL.clone()
-        while masked.any():
-            logp = model(torch.where(masked, MASK, x0)[None])[0].gather(-1, x0[:, None])[:, 0]
-            best = max(masked.nonzero()[:, 0].tolist(), key=lambda i: logp[i].item())
-            total += logp[best].item()
-            masked[best] = False
-        assert abs(diffusion.confidence_score(model, x0, ALL, MASK) - total) < 1e-9
-        assert abs(total - p[tuple(x0)].log().item()) < 1e-9                       # consistent table: any order will do
-
-
-def law(samples):
-    """Frequencies of the 27 sequences in samples (N, T)."""
-    code = (samples * torch.tensor([9, 3, 1])).sum(1)
-    return torch.bincount(code, minlength=27).double() / len(samples)
-
-
-def total_variation(samples, p):
-    return 0.5 * (law(samples) - p.flatten()).abs().sum().item()
-
-
-def noise_floor(p, n, runs=20):
-    """The total variation that n true samples show, at its largest of some runs."""
-    return max(total_variation(SEQUENCES[torch.multinomial(p.flatten(), n, True, generator=seeded(i))], p)
-               for i in range(runs))
-
-
-def sample(model, n=20000, **settings):
-    x = torch.full((n, T), MASK)
-    return diffusion.generate(model, x, MASK, temperature=1.0, generator=seeded(5), **settings).x
-
-
-def test_random_remasking_one_token_at_a_time_samples_the_joint(table):
-    p, model = table
-    floor = noise_floor(p, 20000)
-    assert total_variation(sample(model, steps=T, remasking='random'), p) < 1.5 * floor
-    assert total_variation(sample(model, steps=T, remasking='random', block_length=1), p) < 1.5 * floor  # left to right
-    assert total_variation(sample(model, steps=1, remasking='random'), p) > 5 * floor       # independent tokens
-    assert total_variation(sample(model, steps=T), p) > 5 * floor                           # low-confidence seeks modes
-
-
-def test_blocks_that_grow_sample_the_joint_left_to_right():
-    """On a growing canvas the model must know its length; a table over prefixes does, and gives back the joint."""
-    p, _ = table_model(3)
-
-    def model(ids):
-        W = ids.shape[1]
-        q = p.sum(dim=tuple(range(W, T))) if W < T else p                           # the marginal of the first W tokens
-        out = torch.zeros(*ids.shape, V + 1, dtype=torch.float64)
-        prefixes = torch.tensor(list(product(range(V), repeat=W)))
-        agrees = ((ids[:, None] == prefixes) | (ids[:, None] == MASK)).all(-1)
-        posterior = agrees * q.flatten()
-        for v in range(V):
-            out[..., v] = torch.einsum('bs,st->bt', posterior, (prefixes == v).double())
-        return (out / posterior.sum(1)[:, None, None]).log()
-
-    for block_length in (1, 3):
-        ids, n_forward = diffusion.generate_variable_length(
-            model, [[]] * 20000, MASK, None, block_length=block_length, steps_per_block=block_length, max_length=T,
-            temperature=1.0, remasking='random', generator=seeded(1))
-        assert n_forward == T
-        assert total_variation(torch.tensor(ids), p) < 1.5 * noise_floor(p, 20000)
+# ------------------------------------------------------------------------------------------------ 1. noise and masks
 
 
 def test_forward_process_hides_each_token_with_probability_t():
-    x0, t = torch.zeros(4000, 50, dtype=torch.long), torch.linspace(0.05, 1, 4000)
-    maskable = torch.arange(50) % 2 == 0
-    xt, masked = diffusion.forward_process(x0, t, 7, maskable.expand_as(x0), seeded(0))
-    assert not masked[:, 1::2].any() and torch.equal(xt == 7, masked)
+    x0 = torch.zeros(4000, 50, dtype=torch.long)
+    t = torch.linspace(0.05, 1, 4000)
+    maskable = (torch.arange(50) % 2 == 0).expand_as(x0)
+    xt, masked = diffusion.forward_process(x0, t, 7, maskable, generator=seeded(0))
+    assert torch.equal(xt == 7, masked)
+    assert not masked[:, 1::2].any()
+
     share = masked[:, ::2].float().mean(1)
-    assert abs((share - t).mean()) < 0.005 and ((share - t) / (t * (1 - t) / 25).sqrt().clamp(min=0.02)).std() < 1.2
-    _, masked = diffusion.forward_process(x0, t, 7, maskable.expand_as(x0), seeded(0), exact=True)
+    deviation = (share - t) / (t * (1 - t) / 25).sqrt().clamp(min=0.02)
+    assert abs((share - t).mean()) < 0.005 and deviation.std() < 1.2
+
+
+def test_fixed_count_hides_exactly_that_many_and_prefers_no_position():
+    x0 = torch.zeros(4000, 50, dtype=torch.long)
+    t = torch.linspace(0.05, 1, 4000)
+    maskable = (torch.arange(50) % 2 == 0).expand_as(x0)
+    _, masked = diffusion.forward_process(x0, t, 7, maskable, fixed_count=True, generator=seeded(0))
     assert torch.equal(masked.sum(1), (t.double() * 25).ceil().long())
-    assert (masked[:, ::2].float().mean(0) - masked[:, ::2].float().mean()).abs().max() < 0.03  # no preferred position
+    share = masked[:, ::2].float().mean(0)
+    assert (share - share.mean()).abs().max() < 0.03 and not masked[:, 1::2].any()
 
 
-def test_a_natural_mask_token_is_not_noise():
+def test_a_mask_token_in_the_data_is_not_noise():
     x0 = torch.tensor([[7, 1, 2, 7]])
     maskable = torch.tensor([[False, True, True, False]])
-    xt, masked = diffusion.forward_process(x0, torch.tensor([0.5]), 7, maskable, exact=True)
-    assert masked.sum() == 1 and xt[0, 0] == 7 and not masked[0, 0] and not masked[0, 3]
+    xt, masked = diffusion.forward_process(x0, torch.tensor([0.5]), 7, maskable, fixed_count=True)
+    assert masked.sum() == 1 and not masked[0, 0] and not masked[0, 3] and xt[0, 0] == 7
 
 
-def test_stratified_t_is_uniform_in_every_row_and_even_in_every_part():
-    for B in (1, 2, 8, 32, 100):
-        t = torch.stack([diffusion.sample_t(B, 0.0, generator=seeded(i)) for i in range(500)])
-        assert (t > 0).all() and (t <= 1).all()
-        slices = ((1 - t.double()) * B).floor().long().clamp(0, B - 1).sort(1).values
-        assert (slices == torch.arange(B)).float().mean() > 0.999                    # one in each slice, up to rounding
-        assert (t.mean(0) - 0.5).abs().max() < 0.07                                     # 5 sigma of 500 uniform draws
-    parts = t[:, :100].unflatten(1, (10, 10)).mean(2)                                   # micro-batches of 10
-    assert parts.std() < 0.045 < 0.08 < torch.rand(500, 100, generator=seeded(0)).unflatten(1, (10, 10)).mean(2).std()
-    iid = diffusion.sample_t(10000, 0.01, stratified=False, generator=seeded(1))
-    assert 0.01 < iid.min() and abs(iid.mean() - 0.505) < 0.015
+@pytest.mark.parametrize('B', [1, 2, 8, 32, 100])
+def test_stratified_t_has_one_value_in_each_slice_and_is_uniform_in_every_row(B):
+    t = torch.stack([diffusion.sample_t(B, 0.0, generator=seeded(i)) for i in range(500)])
+    assert (t > 0).all() and (t <= 1).all()
+    slices = ((1 - t.double()) * B).floor().long().clamp(0, B - 1)
+    assert (slices.sort(1).values == torch.arange(B)).float().mean() > 0.999            # up to rounding
+    assert (t.mean(0) - 0.5).abs().max() < 0.07                                         # 5 sigma of 500 draws
+
+
+def test_stratified_t_covers_the_range_in_every_micro_batch_too():
+    t = torch.stack([diffusion.sample_t(100, 0.0, generator=seeded(i)) for i in range(500)])
+    independent = torch.rand(500, 100, generator=seeded(0))
+    spread = [z.unflatten(1, (10, 10)).mean(2).std() for z in (t, independent)]
+    assert spread[0] < 0.045 < 0.08 < spread[1]
+
+
+def test_independent_and_logit_normal_t():
+    t = diffusion.sample_t(10000, 0.01, stratified=False, generator=seeded(1))
+    assert t.min() > 0.01 and abs(t.mean() - 0.505) < 0.015
+    t = diffusion.sample_t(10000, 0.0, logit_normal=0.5, generator=seeded(1)).double()
+    z = (t.log() - (1 - t).log()) / 0.5
+    assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
+
+
+def test_noise_of_a_row_depends_on_its_key_alone():
+    noise = diffusion.row_noise(1, 5, range(4), 6)
+    assert torch.equal(diffusion.row_noise(1, 5, [2, 3], 6), noise[2:])
+    others = diffusion.row_noise(2, 5, range(4), 6), diffusion.row_noise(1, 6, range(4), 6)
+    assert len(torch.cat((noise, *others)).unique()) == 3 * noise.numel()
+
+
+# ----------------------------------------------------------------------------------------------------- 2. the loss
+
+
+@pytest.mark.parametrize('fixed_count', [False, True])
+def test_the_loss_over_all_masks_is_minus_log_p(fixed_count):
+    """The expectations of Eq. 3 and of its count form (Eq. 14), by enumeration instead of random masks."""
+    masks, probability = diffusion.all_masks(ALL)           # (7, T), (7,) the probability of each mask under Eq. 14
+    if not fixed_count:
+        # int_0^1 t^l (1-t)^(T-l) / t dt = B(l, T-l+1) is what Eq. 3 gives to a mask of l tokens
+        n_hidden = masks.sum(1).tolist()
+        beta = [math.gamma(n) * math.gamma(T - n + 1) / math.gamma(T + 1) for n in n_hidden]
+        probability = torch.tensor(beta, dtype=torch.float64)
+
+    t = torch.ones(len(masks), dtype=torch.float64)         # 1/t is in the integral already
+    maskable = torch.ones_like(masks)
+    weights = diffusion.loss_weights(maskable, masks, t, fixed_count=fixed_count, normalizer=1)
+    for x0, log_p in zip(SEQUENCES, LOG_P):
+        x0 = x0.expand_as(masks)
+        xt = torch.where(masks, MASK, x0)
+        batch = diffusion.masked_batch(x0, xt, masks, probability * weights)
+        assert abs(diffusion.diffusion_loss(MODEL, batch) + log_p) < 1e-9
+
+
+def loss_of(model, x0, maskable, masked, t, **form):
+    """Return the training loss for given masks."""
+    weights = diffusion.loss_weights(maskable, masked, t, **form)
+    xt = torch.where(masked, MASK, x0)
+    return diffusion.diffusion_loss(model, diffusion.masked_batch(x0, xt, masked, weights)).item()
+
+
+def test_random_masks_have_the_same_mean_and_the_count_form_is_less_noisy():
+    x0 = torch.tensor([2, 0, 1]).expand(5000, -1)
+    maskable = torch.ones_like(x0, dtype=torch.bool)
+    losses = {False: [], True: []}
+    for fixed_count, values in losses.items():
+        for i in range(20):
+            t = diffusion.sample_t(5000, 0.0, stratified=False, generator=seeded(i))
+            _, masked = diffusion.forward_process(
+                x0, t, MASK, fixed_count=fixed_count, generator=seeded(100 + i))
+            values.append(T * loss_of(MODEL, x0, maskable, masked, t, fixed_count=fixed_count))
+
+    deviation = {key: np.std(values) for key, values in losses.items()}
+    assert deviation[False] > 2 * deviation[True]
+    for key, values in losses.items():
+        assert abs(np.mean(values) + P[2, 0, 1].log().item()) < 4 * deviation[key] / 20 ** 0.5
+
+
+def test_the_two_normalizations():
+    """'token' is a mean over all maskable tokens, 'sequence' first over each row's own. Parts sum to the whole."""
+    x0 = SEQUENCES[[5, 21]]
+    maskable = torch.tensor([[True, True, True], [False, False, True]])
+    masked = torch.tensor([[True, False, True], [False, False, True]])
+    t = torch.tensor([0.5, 0.25])
+    weights = {name: diffusion.loss_weights(maskable, masked, t, normalize=name) for name in ('token', 'sequence')}
+    assert torch.allclose(weights['token'], torch.tensor([2 / 4, 4 / 4]))               # 1/(t b L)
+    assert torch.allclose(weights['sequence'], torch.tensor([2 / 3 / 2, 4 / 1 / 2]))    # 1/(t b L')
+    count = diffusion.loss_weights(maskable, masked, t, fixed_count=True)
+    assert torch.allclose(count, torch.tensor([3 / 2 / 4, 1 / 1 / 4]))                  # L/l
+
+    for form in (dict(normalize='token', normalizer=4), dict(normalize='sequence', normalizer=2)):
+        parts = [loss_of(MODEL, *(z[i:i + 1] for z in (x0, maskable, masked, t)), **form) for i in range(2)]
+        assert math.isclose(sum(parts), loss_of(MODEL, x0, maskable, masked, t, normalize=form['normalize']))
+    with pytest.raises(ValueError, match="'token' or 'sequence'"):
+        diffusion.loss_weights(maskable, masked, t, normalize='batch')
+
+
+def test_the_loss_is_that_of_the_official_guideline():
+    model = tiny_model()
+    x0 = torch.randint(39, (4, 12), generator=seeded(0))
+    t = diffusion.sample_t(4, generator=seeded(1))
+    xt, masked = diffusion.forward_process(x0, t, 39, generator=seeded(2))
+    weights = diffusion.loss_weights(torch.ones_like(masked), masked, t)
+    loss = diffusion.diffusion_loss(model, diffusion.masked_batch(x0, xt, masked, weights))
+    plain = reference.plain_loss(model, x0, 39, p_mask=t[:, None].expand_as(x0), masked=masked)
+    torch.testing.assert_close(loss, plain)
+
+
+@pytest.mark.parametrize('edited', ['loss_weights', 'diffusion_loss'])
+def test_who_edits_the_loss_changes_what_trains(edited, monkeypatch):
+    """train.py has no second copy of the loss: if these lines of diffusion.py triple it, gradients triple."""
+    import train
+    from configurator import configure
+    cfg = SimpleNamespace(**configure(dict(vars(train)), ['--global_batch=8', '--batch_size=4', '--grad_clip=0']))
+    cfg.device, cfg.bf16, cfg.sharded = 'cpu', False, False
+    x0 = torch.randint(38, (4, 16), generator=seeded(0))
+    source = SimpleNamespace(batch=lambda it, rows, size: (x0, torch.ones_like(x0, dtype=torch.bool), None))
+    tok = SimpleNamespace(mask_id=39, eos_id=38)
+
+    def loss_and_gradients():
+        model = tiny_model()
+        batches = train.micro_batches(source, 0, cfg, tok)
+        loss, _ = train.train_step(model, [], batches, 1.0, cfg)    # without an optimizer gradients stay
+        return [loss] + [p.grad for p in model.parameters()]
+
+    before = loss_and_gradients()
+    original = getattr(diffusion, edited)
+    monkeypatch.setattr(diffusion, edited, lambda *args, **options: 3 * original(*args, **options))
+    for now, then in zip(loss_and_gradients(), before):
+        torch.testing.assert_close(now, 3 * then)
+
+
+# ---------------------------------------------------------------------------------------- 3. likelihood and scores
+
+
+def test_the_bound_over_all_masks_is_log_p_of_a_consistent_model():
+    for x0, log_p in zip(SEQUENCES, LOG_P):
+        value = diffusion.log_likelihood(MODEL, x0, ALL, MASK, mc_num=7)                # 2^3 - 1 masks are all
+        assert abs(value - log_p) < 1e-9
+
+
+def test_the_bound_is_the_mean_over_all_orders_and_less_than_log_p():
+    """Eq. 15. A model that is not consistent has log p = log of the mean over all orders in which it may sample."""
+    gaps = []
+    for x0 in SEQUENCES:
+        bound = diffusion.log_likelihood(INCONSISTENT, x0, ALL, MASK)
+        orders = [reference.log_likelihood_ordered(INCONSISTENT, x0, ALL, MASK, order)
+                  for order in permutations(range(T))]
+        orders = torch.tensor(orders, dtype=torch.float64)
+        assert abs(orders.mean() - bound) < 1e-9
+        gaps.append(orders.exp().mean().log() - bound)
+    assert min(gaps) > -1e-9 and max(gaps) > 0.1
+
+
+def test_every_order_gives_log_p_of_a_consistent_model():
+    for order in (None, *permutations(range(T))):
+        value = reference.log_likelihood_ordered(MODEL, torch.tensor([1, 2, 0]), ALL, MASK, order)
+        assert abs(value - P[1, 2, 0].log()) < 1e-9
+
+
+def test_eq6_is_far_less_noisy_than_eq5():
+    x0 = torch.tensor([0, 1, 2])
+    deviation = {}
+    for estimate in (diffusion.log_likelihood, reference.log_likelihood_bernoulli):
+        draws = [estimate(MODEL, x0, ALL, MASK, mc_num=6, generator=seeded(i)) for i in range(500)]
+        deviation[estimate] = np.std(draws)
+        assert abs(np.mean(draws) - P[0, 1, 2].log()) < 4 * np.std(draws) / 500 ** 0.5
+    assert deviation[reference.log_likelihood_bernoulli] > 2 * deviation[diffusion.log_likelihood]
+
+
+def test_the_number_of_masks_is_exactly_uniform():
+    """The official draw rounds half to even. With L = 8 and 16 masks, some numbers come thrice as often as others."""
+    L = 8
+    ours = torch.zeros(L + 1)
+    for i in range(400):
+        masks = diffusion.draw_masks(torch.ones(L, dtype=torch.bool), 16, seeded(i))
+        ours += torch.bincount(masks.sum(1), minlength=L + 1)
+    assert ours[0] == 0
+    assert (ours[1:] / 800 - 1).abs().max() < 0.05          # stratified, so far inside the 11 % of independent draws
+
+    official = torch.zeros(L + 1)
+    for first in range(1, L + 1):
+        x = torch.round(torch.linspace(first, first + 15 * L / 16, 16)).long()
+        official += torch.bincount((x - 1) % L + 1, minlength=L + 1)
+    assert official[1:].max() == 3 * official[1:].min()
+
+
+def test_conditional_likelihood():
+    maskable = torch.tensor([False, True, True])
+    value = diffusion.log_likelihood(MODEL, torch.tensor([2, 1, 1]), maskable, MASK)
+    assert abs(value - (P[2, 1, 1] / P[2].sum()).log()) < 1e-9
+    with pytest.raises(ValueError, match='no position is maskable'):
+        diffusion.log_likelihood(MODEL, torch.tensor([2, 1, 1]), ~ALL, MASK)
+
+
+def test_guided_likelihood():
+    """(1 + w) conditional - w unconditional, and in the unconditional pass the prompt is hidden as well."""
+    def finite(ids):
+        return MODEL(ids).clamp(min=-1e300)                 # because -inf - -inf is nan
+
+    x0 = torch.tensor([2, 1, 1])
+    maskable = torch.tensor([False, True, True])
+    w = 0.7
+    total = 0.
+    for masked in ([False, False, True], [False, True, False], [False, True, True]):
+        masked = torch.tensor(masked)
+        xt = torch.where(masked, MASK, x0)[None]
+        guided = (1 + w) * finite(xt) - w * finite(torch.where(maskable, xt, MASK))
+        logp = guided.log_softmax(-1)[0, masked].gather(-1, x0[masked][:, None]).sum().item()
+        size = int(masked.sum())
+        total += logp * (2 / size) / (2 * math.comb(2, size))
+    value = diffusion.log_likelihood(diffusion.plain(finite), x0, maskable, MASK, cfg_scale=w)
+    assert abs(value - total) < 1e-9
+
+
+def test_confidence_score_is_the_chain_rule_along_the_most_probable_order():
+    for x0 in SEQUENCES:
+        hidden = [0, 1, 2]
+        total = 0.
+        while hidden:
+            xt = x0.clone()
+            xt[hidden] = MASK
+            logp = [INCONSISTENT(xt[None])[0, i].log_softmax(-1)[x0[i]].item() for i in hidden]
+            total += max(logp)
+            del hidden[logp.index(max(logp))]
+        assert abs(diffusion.confidence_score(INCONSISTENT, x0, ALL, MASK) - total) < 1e-9
+        consistent = diffusion.confidence_score(MODEL, x0, ALL, MASK)
+        assert abs(consistent - P[tuple(x0)].log()) < 1e-9
+
+
+def test_confidence_score_shows_the_end_and_does_not_score_it():
+    seen = []
+
+    def watched(ids):
+        seen.append(ids[0].tolist())
+        return torch.zeros(*ids.shape, V + 2)
+
+    value = diffusion.confidence_score(diffusion.plain(watched), SEQUENCES[0], ALL, MASK, eos_id=4)
+    assert all(ids[T:] == [4] for ids in seen)
+    assert math.isclose(value, -T * math.log(V + 2), rel_tol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------- 4. the samplers
+
+
+def total_variation(samples, p):
+    """Return the distance between the frequencies of samples (N, T) and the distribution p."""
+    code = (samples * torch.tensor([9, 3, 1])).sum(1)
+    frequency = torch.bincount(code, minlength=27).double() / len(samples)
+    return 0.5 * (frequency - p.flatten()).abs().sum().item()
+
+
+def noise_floor(p, n):
+    """Return the largest distance of n true samples in 20 trials."""
+    trials = [SEQUENCES[torch.multinomial(p.flatten(), n, True, generator=seeded(i))] for i in range(20)]
+    return max(total_variation(samples, p) for samples in trials)
+
+
+@pytest.mark.parametrize('settings, samples_the_joint', [
+    (dict(remasking='random'), True),
+    (dict(remasking='random', block_length=1), True),       # from left to right
+    (dict(remasking='random', steps=1), False),             # all tokens at once are independent
+    (dict(remasking='low_confidence'), False),              # seeks the mode
+], ids=str)
+def test_what_samples_the_joint_distribution(settings, samples_the_joint):
+    n = 20000
+    x = torch.full((n, T), MASK)
+    params = SamplingParams(temperature=1.0, **settings)
+    distance = total_variation(diffusion.generate(MODEL, x, MASK, params, generator=seeded(5)).x, P)
+    assert distance < 1.5 * noise_floor(P, n) if samples_the_joint else distance > 5 * noise_floor(P, n)
+
+
+@pytest.mark.parametrize('block_length', [1, 3])
+def test_growing_blocks_sample_the_joint_distribution(block_length):
+    """On a canvas that grows, the model must know its length, which a table of all prefixes does."""
+    n = 20000
+
+    def logits(ids):
+        W = ids.shape[1]
+        prefixes = torch.tensor(list(product(range(V), repeat=W)))                      # (V^W, W)
+        p = P.reshape(len(prefixes), -1).sum(1)             # of the first W tokens
+        agrees = ((ids[:, None] == prefixes) | (ids[:, None] == MASK)).all(-1)
+        posterior = agrees * p
+        onehot = torch.nn.functional.one_hot(prefixes, V + 1).double()
+        return torch.einsum('bs,stv->btv', posterior, onehot).log()
+
+    params = SamplingParams(block_length=block_length, temperature=1.0, remasking='random')
+    rows, n_forward = diffusion.generate_variable_length(
+        diffusion.plain(logits), [[]] * n, MASK, None, params, max_length=T, generator=seeded(1))
+    assert n_forward == T
+    assert total_variation(torch.tensor(rows), P) < 1.5 * noise_floor(P, n)
 
 
 def test_gumbel_argmax_samples_the_softmax():
-    logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -math.inf]).expand(40000, -1)
+    n = 40000
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -math.inf]).expand(n, -1)
     for temperature in (0.5, 1.0, 2.0):
-        got = torch.bincount(diffusion.gumbel_argmax(logits, temperature, seeded(0)), minlength=5) / 40000
-        want = (logits[0] / temperature).softmax(-1)
-        assert (got - want).abs().max() < 0.012
-    assert (diffusion.gumbel_argmax(logits, 0) == 0).all()
+        u = torch.rand(n, 5, dtype=torch.float64, generator=seeded(0))
+        drawn = diffusion.gumbel_argmax(logits, temperature, u)
+        frequency = torch.bincount(drawn, minlength=5) / n
+        assert (frequency - (logits[0] / temperature).softmax(-1)).abs().max() < 0.012
 
 
-def test_ar_baseline_is_the_chain_rule():
-    p, _ = table_model(1)
+# ------------------------------------------------------------------------------------------ 5. the autoregressive twin
 
-    def causal(ids):
-        """Next-token logits of the same table; V stands for the start of the sequence."""
-        out = torch.zeros(*ids.shape, V, dtype=torch.float64)
-        for b, row in enumerate(ids.tolist()):
-            for i in range(len(row)):
-                prefix = tuple(row[1:i + 1])
-                out[b, i] = p[prefix].reshape(V, -1).sum(1).log()
-        return out
 
-    for x0 in SEQUENCES[::5]:
-        value = diffusion.ar_log_likelihood(causal, x0, ALL, bos_id=V)
-        assert abs(value - p[tuple(x0)].log().item()) < 1e-9
-        loss = diffusion.ar_loss(causal, x0[None], ALL[None], bos_id=V).item()
-        assert abs(loss * T + value) < 1e-5
-    start = torch.full((4000, 1), V)
-    out = diffusion.ar_generate(causal, start, T, generator=seeded(0)).x[:, 1:]
-    assert total_variation(out, p) < 1.5 * noise_floor(p, 4000)
-    with pytest.raises(ValueError, match='bos_id'):
-        diffusion.ar_log_likelihood(causal, SEQUENCES[0], ALL)
+@diffusion.plain
+def next_token(ids):
+    """Return next-token logits of the table. V stands for the beginning of the sequence."""
+    out = torch.zeros(*ids.shape, V, dtype=torch.float64)
+    for i in range(ids.shape[1]):
+        p = P.reshape(*[V] * (i + 1), -1).sum(-1)           # of the first i + 1 tokens
+        out[:, i] = p[tuple(ids[:, 1:i + 1].T)].log()
+    return out
+
+
+def test_ar_log_likelihood_and_loss_are_the_chain_rule():
+    for x0, log_p in zip(SEQUENCES, LOG_P):
+        assert abs(diffusion.ar_log_likelihood(next_token, x0, ALL, bos_id=V) - log_p) < 1e-9
+        assert abs(T * diffusion.ar_loss(next_token, x0[None], ALL[None], bos_id=V) + log_p) < 1e-6
+    with pytest.raises(ValueError, match='give bos_id'):
+        diffusion.ar_log_likelihood(next_token, SEQUENCES[0], ALL)
+
+
+def test_ar_without_a_beginning_predicts_all_but_the_first():
+    x0 = torch.tensor([V, 2, 0, 1])
+    maskable = torch.tensor([False, True, True, True])
+    assert abs(diffusion.ar_log_likelihood(next_token, x0, maskable) - P[2, 0, 1].log()) < 1e-9
+    assert abs(T * diffusion.ar_loss(next_token, x0[None], maskable[None]) + P[2, 0, 1].log()) < 1e-6
+
+
+def test_ar_generate_samples_the_joint_distribution():
+    n = 20000
+    out = diffusion.ar_generate(next_token, torch.full((n, 1), V), T, generator=seeded(0))
+    assert total_variation(out.x[:, 1:], P) < 1.5 * noise_floor(P, n) and out.n_forward == T
