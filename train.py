@@ -652,10 +652,11 @@ def main(cfg):
             # all ranks stop after the same update, whichever of them got the signal
             stopping = bool(all_reduce(torch.tensor(len(signals))))
             at_checkpoint = it % cfg.eval_interval == 0 or it == cfg.max_iters
-            if at_checkpoint:
-                report(model, it, held_out, cfg, tok, log)
             if at_checkpoint or stopping:
                 save_checkpoint(it, model, optimizers, cfg, tok)
+            if at_checkpoint:
+                # after the save, because FSDP leaves some parameters gathered when no backward pass follows
+                report(model, it, held_out, cfg, tok, log)
                 meter.restart()                             # this time is not part of the training speed
 
     if RANK == 0:
