@@ -6,3 +6,9 @@
 out_dir = 'out/docs_ar'
 dataset = 'docs'
 causal = True
+
+# the recipe of docs.py
+optimizer = 'muon'              # on the matrices of the blocks
+learning_rate = 2e-2            # AdamW's, for embedding, head and norms
+emb_std = 1.0
+decay_iters = 950

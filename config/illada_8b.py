@@ -14,14 +14,12 @@ n_kv_head = 8                   # grouped-query attention
 d_model = 4096
 d_ff = 14336
 tied = True
-rope_theta = 500000.0           # unconfirmed: read it from the release's config.json
-norm_eps = 1e-6                 # unconfirmed: that of Stable-DiffCoder-8B, which has the same widths and vocabulary
+rope_theta = 500000.0           # unconfirmed: compare with the config.json of the release
+norm_eps = 1e-6                 # unconfirmed, but that of its ancestor Seed-Coder-8B-Base, like rope_theta
 rope_fp32 = False               # its code rotates in the dtype of queries and keys
-logit_normal = 0.0              # t is uniform in the papers
-complementary = False           # nor are masks drawn in pairs there
 emb_std = 0.0                   # the scheme of LLaDA; iLLaDA's code has another, whose std is unconfirmed
 
-count_form = False              # Eq. 3, as in LLaDA
+fixed_count = False             # Eq. 3, as in LLaDA
 stratified = True
 mask_eps = 1e-3
 random_split = 0.3              # replaces LLaDA's random length
@@ -37,9 +35,11 @@ batch_size = 2                  # for each GPU
 global_batch = 640              # unconfirmed: LLaDA's number of tokens
 learning_rate = 2e-4
 max_iters = 12000000000000 // (640 * 8192)          # 12 T tokens
-schedule = 'points'             # warm up to 2e-4, stay until the loss plateaus, cosine to 5e-6; that the warm-up takes
-                                # 2000 iterations and the cosine begins at 10 T tokens is a guess: both unconfirmed
-lr_points = [[0, 0], [2000 * 640 * 8192, 2e-4], [10e12, 2e-4], [12e12, 5e-6, 'cosine']]
+schedule = 'cosine'             # warm up, hold until the loss plateaus, half a cosine down to 5e-6. That the warm-up
+                                # takes 2000 iterations and the cosine begins at 10 T tokens is unconfirmed
+warmup_iters = 2000
+decay_iters = 2000000000000 // (640 * 8192)
+min_lr_ratio = 0.025
 
 eval_interval = 1000
 eval_windows = 512

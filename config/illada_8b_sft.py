@@ -3,8 +3,7 @@
     python data.py --input='sft/*.jsonl' --out=data/sft --tokenizer=iLLaDA-8B-Base/tokenizer.json
     torchrun --nnodes=32 --nproc-per-node=8 ... train.py config/illada_8b_sft.py --init_from=iLLaDA-8B-Base
 
-Second-hand throughout, like config/illada_8b.py. Its chat template is unconfirmed: data.py refuses any that it does not
-know; then give it "prompt_ids" and "response_ids", tokenized by other means.
+Second-hand throughout, like config/illada_8b.py. The chat template is the one that comes with its tokenizer.
 """
 
 out_dir = 'out/illada_8b_sft'
@@ -24,11 +23,8 @@ tied = True
 rope_theta = 500000.0           # unconfirmed: read it from the release's config.json
 norm_eps = 1e-6                 # unconfirmed: likewise, see illada_8b.py
 rope_fp32 = False
-logit_normal = 0.0              # t is uniform in the papers
-complementary = False           # nor are masks drawn in pairs there
-emb_std = 0.0
 
-count_form = False
+fixed_count = False
 stratified = True
 mask_eps = 1e-3
 

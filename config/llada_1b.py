@@ -16,12 +16,10 @@ d_ff = 5634                     # as printed; perhaps a misprint of 5632, which 
                                 # parameter counts: on an H100 --d_ff=5632 makes these products 2.5 times as fast
 rope_theta = 500000.0           # unconfirmed for this size
 norm_eps = 1e-5                 # unconfirmed for this size
-logit_normal = 0.0              # t is uniform in the papers
-complementary = False           # nor are masks drawn in pairs there
 emb_std = 0.0                   # 1/sqrt(d_model), with the scheme named in the released config ("mitchell"): that
                                 # pre-training used it is unconfirmed
 
-count_form = False              # Bernoulli masks and weight 1/t (Eq. 3, Alg. 1)
+fixed_count = False             # Bernoulli masks and weight 1/t (Eq. 3, Alg. 1)
 stratified = True               # LLaDA draws t i.i.d.; the same mean with less noise and a steadier number of masks
 mask_eps = 1e-3                 # the official guideline
 random_length = 0.01            # App. B.1: 1 % of the data have a random length uniform in [1, 4096]

@@ -32,12 +32,10 @@ d_model = 4096
 d_ff = 12288
 rope_theta = 500000.0           # config.json of the release
 norm_eps = 1e-5                 # config.json of the release
-logit_normal = 0.0              # t is uniform in the papers
-complementary = False           # nor are masks drawn in pairs there
 emb_std = 0.0                   # 1/sqrt(d_model), with the scheme named in the released config ("mitchell"): that
                                 # pre-training used it is unconfirmed
 
-count_form = False              # Bernoulli masks and weight 1/t (Eq. 3, Alg. 1)
+fixed_count = False             # Bernoulli masks and weight 1/t (Eq. 3, Alg. 1)
 stratified = True               # LLaDA draws t i.i.d.; the same mean with less noise and a steadier number of masks
 mask_eps = 1e-3                 # the official guideline
 random_length = 0.01            # App. B.1: 1 % of the data have a random length uniform in [1, 4096]

@@ -9,7 +9,9 @@
 out_dir = 'out/llada_8b_sft'
 init_from = 'LLaDA-8B-Base'     # or a run of config/llada_8b.py
 dataset = 'data/sft'            # made by data.py, from "messages" or "prompt" and "response"
-masking = 'response'            # Eq. 5: the prompt is never hidden; EOS up to the longest row, hidden and counted
+masking = 'response'            # Eq. 5: the prompt is never hidden
+pad_group = 2                   # EOS pads to the longest of the rows of a GPU, is hidden and counted (App. B.1 says
+                                # "mini-batch"; that this is meant is unconfirmed)
 
 vocab_size = 126464
 seq_len = 4096
@@ -20,11 +22,8 @@ d_model = 4096
 d_ff = 12288
 rope_theta = 500000.0
 norm_eps = 1e-5
-logit_normal = 0.0              # t is uniform in the papers
-complementary = False           # nor are masks drawn in pairs there
-emb_std = 0.0
 
-count_form = False              # Bernoulli masks and weight 1/t
+fixed_count = False             # Bernoulli masks and weight 1/t
 stratified = True               # LLaDA draws t i.i.d.
 mask_eps = 1e-3                 # the official guideline
 

@@ -10,7 +10,6 @@ out_dir = 'out/sft_toy'
 init_from = 'out/world'
 dataset = 'instruct'
 masking = 'response'
-complementary = False           # as in the paper
 seq_len = 96
 d_model = 128
 d_ff = 384
@@ -24,4 +23,8 @@ decay_iters = max_iters // 4
 min_lr_ratio = 0.1
 eval_interval = 2000
 sample_tokens = 0
-then = 'python evaluate.py exact out/sft_toy'
+
+# the recipe of docs.py
+optimizer = 'muon'              # on the matrices of the blocks
+emb_std = 1.0
+fixed_count = True              # Eq. 14

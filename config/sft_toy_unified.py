@@ -25,4 +25,8 @@ warmup_iters = 50
 decay_iters = 3600
 eval_interval = 2000
 sample_tokens = 0
-then = 'python tests/lab/experiments.py flood out/sft_toy out/sft_toy_unified'
+
+# the recipe of docs.py
+optimizer = 'muon'              # on the matrices of the blocks
+emb_std = 1.0
+fixed_count = True              # Eq. 14

@@ -16,4 +16,10 @@ max_iters = 2600
 schedule = 'cosine'
 eval_interval = 650
 sample_tokens = 40
-then = 'python tests/lab/experiments.py world out/world'
+
+# the recipe of docs.py
+optimizer = 'muon'              # on the matrices of the blocks
+learning_rate = 2e-2            # AdamW's, for embedding, head and norms
+emb_std = 1.0
+fixed_count = True              # Eq. 14
+complementary = True

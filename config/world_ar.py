@@ -12,4 +12,8 @@ max_iters = 2600
 schedule = 'cosine'
 eval_interval = 650
 sample_tokens = 40
-then = 'python evaluate.py bound out/world out/world_ar'
+
+# the recipe of docs.py
+optimizer = 'muon'              # on the matrices of the blocks
+learning_rate = 2e-2            # AdamW's, for embedding, head and norms
+emb_std = 1.0

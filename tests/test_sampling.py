@@ -1,279 +1,356 @@
-"""What every run of every sampler keeps, and fast or batched runs that must equal plain ones."""
+"""What every sampler keeps, and the samplers with everything, which must equal the plain ones."""
 
 import pytest
 import reference
 import torch
-from helpers import tiny_model
+from helpers import golden_model, seeded, tiny_model
 
 import diffusion
+from diffusion import SamplingParams, generate, generate_variable_length
 
 MASK, EOS, EOT, PAD = 39, 38, 37, 36
-SAMPLERS = [
-    dict(steps=8), dict(steps=5), dict(steps=8, block_length=4), dict(steps=3, block_length=4),
-    dict(steps=8, remasking='random'), dict(steps=8, temperature=0.7),
-    dict(steps=8, remasking='random', temperature=1.0, block_length=2), dict(steps=6, cfg_scale=0.8),
-    dict(steps=8, cfg_scale=1.5, temperature=1.0, block_length=4), dict(steps=8, threshold=0.2),
-    dict(steps=8, temperature=0.7, confidence_eos_eot_inf=True), dict(steps=8, logits_eos_inf=True, remasking='random'),
-]
-named = pytest.mark.parametrize('settings', SAMPLERS, ids=lambda s: ' '.join(f'{k}={v}' for k, v in s.items()))
-
-
-@pytest.fixture(scope='module')
-def model():
-    return tiny_model(5).eval()
+MODEL = tiny_model(5)
+SETTINGS = [
+    dict(), dict(steps=5), dict(block_length=4), dict(steps=3, block_length=4),
+    dict(remasking='random'), dict(temperature=0.7), dict(remasking='random', temperature=1.0, block_length=2),
+    dict(steps=6, cfg_scale=0.8), dict(cfg_scale=1.5, temperature=1.0, block_length=4), dict(threshold=0.2),
+    dict(temperature=0.7, confidence_eos_eot_inf=True), dict(logits_eos_inf=True, remasking='random')]
+all_settings = pytest.mark.parametrize(
+    'settings', SETTINGS, ids=lambda settings: ' '.join(f'{k}={v}' for k, v in settings.items()) or 'defaults')
 
 
 def prompts(n=8):
-    g = torch.Generator().manual_seed(3)
+    g = seeded(3)
     return [torch.randint(0, 36, (2 + i % 5,), generator=g).tolist() for i in range(n)]
 
 
 def generators(n):
-    return [torch.Generator().manual_seed(100 + i) for i in range(n)]
+    return [seeded(100 + i) for i in range(n)]
 
 
-def run(model, batch, noise, **settings):
-    x, visible, prompt = diffusion.canvas(batch, 8, MASK, PAD)
-    return diffusion.generate(model, x, MASK, prompt=prompt, visible=visible, eos_id=EOS, eot_id=EOT, generator=noise,
-                              gen_start=x.shape[1] - 8, **settings)
-
-
-@named
-def test_a_batch_of_unequal_prompts_equals_single_runs(model, settings):
-    together = run(model, prompts(), generators(8), **settings)
-    for i, prompt in enumerate(prompts()):
-        alone = run(model, [prompt], [torch.Generator().manual_seed(100 + i)], **settings)
-        assert together.x[i, -len(prompt) - 8:].tolist() == alone.x[0].tolist()
-
-
-@named
-def test_what_is_given_never_changes_and_every_mask_is_filled(model, settings):
-    frames = []
-    x, visible, prompt = diffusion.canvas(prompts(), 8, MASK, PAD)
-    out = diffusion.generate(model, x, MASK, visible=visible, eos_id=EOS, eot_id=EOT, generator=generators(8),
-                             on_step=lambda x, committed: frames.append((x.clone(), committed)), **settings)
-    before = x
-    for frame, committed in frames:
-        assert torch.equal(frame != before, committed) and (before[committed] == MASK).all()
-        before = frame
-    assert torch.equal(out.x, before) and not (out.x == MASK).any() and torch.equal(out.x[prompt], x[prompt])
-    assert out.n_forward == len(frames) * (2 if settings.get('cfg_scale') else 1)
-
-
-def test_infilling_has_its_own_budget(model):
-    x = torch.tensor([[1, MASK, 2, MASK, MASK, 3]])
-    out = diffusion.generate(model, x, MASK, steps=3)
-    assert not (out.x == MASK).any() and out.n_forward == 3
-    mixed = torch.tensor([[1, MASK, 2] + [MASK] * 8])                                 # a gap in the prompt, then blocks
-    order = []
-    out = diffusion.generate(model, mixed, MASK, steps=8, block_length=4, gen_start=3,
-                             on_step=lambda x, committed: order.extend(committed[0].nonzero()[:, 0].tolist()))
-    assert order[0] == 1 and sorted(order[1:5]) == [3, 4, 5, 6] and sorted(order[5:]) == [7, 8, 9, 10]
-    assert out.n_forward == 9
-    full = torch.tensor([[1, 2, 3]])
-    out = diffusion.generate(model, full, MASK, steps=4)
-    assert torch.equal(out.x, full) and out.n_forward == 0                              # nothing masked, nothing asked
-
-
-def test_rows_with_gaps_of_different_length_end_together(model):
-    x = torch.tensor([[1, MASK, MASK, MASK, 2], [1, 5, MASK, 6, 2]])
-    for settings in (dict(steps=3), dict(steps=3, remasking='random', temperature=1.0)):
-        out = diffusion.generate(model, x, MASK, generator=generators(2), **settings)
-        for i in range(2):
-            alone = diffusion.generate(model, x[i:i + 1], MASK, generator=generators(2)[i:i + 1], **settings)
-            assert out.x[i].tolist() == alone.x[0].tolist()
+def fill(batch, generator, settings, **options):
+    """Continue a batch of prompts by 8 tokens -> Generated."""
+    x, attention_mask, prompt = diffusion.canvas(batch, 8, MASK, PAD)
+    return generate(MODEL, x, MASK, SamplingParams(**settings), attention_mask=attention_mask, prompt=prompt,
+                    gen_start=x.shape[1] - 8, eos_id=EOS, eot_id=EOT, generator=generator, **options)
 
 
 def likes(*favourites):
-    """A model whose logits are the same everywhere: the given ids, most wanted first."""
-    def model(ids):
-        logits = torch.zeros(*ids.shape, 40)
+    """Make a mask predictor with the same logits everywhere, that wants the first of the given ids most."""
+    def logits(ids):
+        out = torch.zeros(*ids.shape, 40)
         for rank, token in enumerate(favourites):
-            logits[..., token] = 9.0 - rank
-        return logits
-    return model
+            out[..., token] = 9.0 - rank
+        return out
+    return diffusion.plain(logits)
 
 
-@pytest.mark.parametrize('temperature', [0.0, 0.5, 1.0])
-def test_end_tokens(temperature):
-    x = torch.full((4, 6), MASK)
-    x[:, 0] = 1
-    options = dict(steps=5, temperature=temperature, eos_id=EOS, eot_id=EOT)
-    out = diffusion.generate(likes(MASK, EOS, EOT, 7), x, MASK, **options)
-    assert not (out.x == MASK).any() and (out.x == EOS).any()                           # [MASK] is never an answer
-    out = diffusion.generate(likes(EOS, EOT, 7), x, MASK, logits_eos_inf=True, **options)
-    assert not (out.x == EOS).any() and (out.x == EOT).any()
-    first_kinds = []
+# ------------------------------------------------------------------------------------- equal to something simpler
 
-    def mixed(ids):                                           # EOS and EoT wanted most on the left, a word on the right
+
+def masks_after(prompt, n, mask_id):
+    return torch.cat((torch.tensor(prompt, dtype=torch.long), torch.full((n,), mask_id)))[None]
+
+
+@pytest.mark.parametrize('name', ['llada_mha', 'llada_gqa_tied', 'illada_gqa', 'random'])
+@pytest.mark.parametrize('length, steps', [(1, 1), (6, 6), (12, 5), (16, 2), (7, 9)])
+def test_generate_equals_generate_simple(name, length, steps):
+    model = tiny_model(2) if name == 'random' else golden_model(name)
+    mask_id = {'llada_mha': 299, 'llada_gqa_tied': 256, 'illada_gqa': 5, 'random': MASK}[name]
+    for prompt in ([], [7], [11, 8, 9, 10]):
+        if steps > length:
+            continue
+        simple = diffusion.generate_simple(model, prompt, length, mask_id, steps)
+        full = generate(model, masks_after(prompt, length, mask_id), mask_id, SamplingParams(steps=steps))
+        assert full.x[0].tolist() == simple.tolist() and full.n_forward == steps
+
+
+def test_generate_simple_fills_a_gap_in_the_prompt_like_generate():
+    for prompt in ([1, MASK, 2], [MASK, 1, 2], [MASK, MASK]):
+        for steps in (1, 3, 6):
+            simple = diffusion.generate_simple(MODEL, prompt, 6, MASK, steps)
+            full = generate(MODEL, masks_after(prompt, 6, MASK), MASK, SamplingParams(steps=steps))
+            assert full.x[0].tolist() == simple.tolist()
+
+
+@pytest.mark.parametrize('steps, block_length', [(8, 8), (8, 4), (6, 2), (3, 8)])
+def test_blocks_equal_the_plain_loop(steps, block_length):
+    x = masks_after([1, 2, 3], 8, MASK)
+    with torch.no_grad():
+        plain = reference.plain_generate(MODEL, x, MASK, steps=steps, block_length=block_length, gen_start=3)
+    out = generate(MODEL, x, MASK, SamplingParams(steps, block_length), gen_start=3)
+    assert torch.equal(out.x, plain)
+
+
+@all_settings
+def test_a_batch_of_unequal_prompts_equals_single_runs(settings):
+    together = fill(prompts(), generators(8), settings)
+    for i, prompt in enumerate(prompts()):
+        alone = fill([prompt], generators(8)[i:i + 1], settings)
+        assert together.x[i, -len(prompt) - 8:].tolist() == alone.x[0].tolist()
+
+
+@pytest.mark.parametrize('settings', [dict(steps=3), dict(steps=3, remasking='random', temperature=1.0)], ids=str)
+def test_rows_with_different_gaps_end_together(settings):
+    x = torch.tensor([[1, MASK, MASK, MASK, 2], [1, 5, MASK, 6, 2]])
+    together = generate(MODEL, x, MASK, SamplingParams(**settings), generator=generators(2))
+    for i in range(2):
+        alone = generate(MODEL, x[i:i + 1], MASK, SamplingParams(**settings), generator=generators(2)[i:i + 1])
+        assert together.x[i].tolist() == alone.x[0].tolist()
+
+
+# ------------------------------------------------------------------------------------------------ what always holds
+
+
+@all_settings
+def test_what_is_given_never_changes_and_every_mask_is_filled(settings):
+    frames = []
+    out = fill(prompts(), generators(8), settings, on_step=lambda x, committed: frames.append((x.clone(), committed)))
+    before, _, prompt = diffusion.canvas(prompts(), 8, MASK, PAD)
+    start = before
+    for x, committed in frames:
+        assert torch.equal(x != before, committed)
+        assert (before[committed] == MASK).all()
+        before = x
+    assert torch.equal(out.x, before) and torch.equal(out.x[prompt], start[prompt])
+    assert not (out.x == MASK).any()
+    assert out.n_forward == len(frames) * (2 if settings.get('cfg_scale') else 1)
+
+
+def test_steps_by_default_are_one_per_token():
+    assert fill([[1, 2]], None, dict()).n_forward == 8
+    assert fill([[1, 2]], None, dict(block_length=2)).n_forward == 8
+
+
+def test_a_full_canvas_needs_no_forward_pass():
+    x = torch.tensor([[1, 2, 3]])
+    out = generate(MODEL, x, MASK, SamplingParams(steps=4))
+    assert torch.equal(out.x, x) and out.n_forward == 0
+
+
+def test_gaps_before_gen_start_belong_to_the_first_block():
+    x = torch.tensor([[1, MASK, 2] + [MASK] * 8])
+    order = []
+    out = generate(MODEL, x, MASK, SamplingParams(block_length=4), gen_start=3,
+                   on_step=lambda x, committed: order.append(committed[0].nonzero()[:, 0].tolist()))
+    assert sorted(sum(order[:5], [])) == [1, 3, 4, 5, 6] and sorted(sum(order[5:], [])) == [7, 8, 9, 10]
+    assert out.n_forward == 9
+
+
+def test_block_plan():
+    x = masks_after([1, 2], 8, MASK)
+
+    def plan(gen_start=None, **settings):
+        return diffusion.block_plan(x, MASK, gen_start, SamplingParams(**settings))
+
+    assert plan(steps=3) == [(2, 10, 3)]
+    assert plan(steps=3, block_length=4) == [(2, 6, 2), (6, 10, 1)]
+    assert plan(gen_start=4, steps=6, block_length=2) == [(2, 6, 2), (6, 8, 2), (8, 10, 2)]
+    with pytest.raises(ValueError, match='block_length must divide the 8 tokens'):
+        plan(steps=3, block_length=3)
+    with pytest.raises(ValueError, match='at least the number of blocks, 4'):
+        plan(steps=3, block_length=2)
+
+
+def test_canvas():
+    x, attention_mask, prompt = diffusion.canvas([[1, MASK, 2], [3]], 2, MASK, PAD)
+    assert x.tolist() == [[1, MASK, 2, MASK, MASK], [PAD, PAD, 3, MASK, MASK]]
+    assert attention_mask.tolist() == [[True] * 5, [False, False, True, True, True]]
+    assert prompt[0].tolist() == [True, False, True, False, False] and not prompt[:, 3:].any()
+    with pytest.raises(ValueError, match='padding would be filled in'):
+        diffusion.canvas([[1]], 2, MASK, MASK)
+
+
+# -------------------------------------------------------------------------------------------------- single settings
+
+
+@pytest.mark.parametrize('settings, message', [
+    (dict(remasking='best'), "must be 'low_confidence' or 'random'"), (dict(cache='all'), "'prefix' or 'dual'"),
+    (dict(steps=-1), 'steps must not be negative'), (dict(block_length=-1), 'block_length must not be negative'),
+    (dict(temperature=-1.), 'temperature must not be negative'), (dict(cfg_scale=-0.5), 'cfg_scale must not'),
+    (dict(threshold=-0.1), 'threshold must not')], ids=str)
+def test_sampling_params_refuse_nonsense(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**settings)
+
+
+def test_sampling_params_cannot_change():
+    with pytest.raises(AttributeError):
+        SamplingParams().steps = 3
+    with pytest.raises(TypeError, match='temprature'):
+        SamplingParams(temprature=1.0)
+
+
+def test_a_mask_and_suppressed_tokens_are_never_written():
+    x = masks_after([1], 5, MASK)
+    for temperature in (0., 0.5, 1.0):
+        params = SamplingParams(temperature=temperature)
+        out = generate(likes(MASK, 5, 6, 7), x, MASK, params, suppress=[5, 6])
+        assert not set(out.x[0, 1:].tolist()) & {MASK, 5, 6}
+        assert temperature or (out.x[0, 1:] == 7).all()
+
+
+def test_logits_eos_inf_forbids_the_end():
+    for temperature in (0., 0.5, 1.0):
+        params = SamplingParams(temperature=temperature, logits_eos_inf=True)
+        out = generate(likes(EOS, EOT), masks_after([1], 5, MASK), MASK, params, eos_id=EOS, eot_id=EOT)
+        assert not (out.x == EOS).any() and (out.x == EOT).any()
+
+
+@pytest.mark.parametrize('temperature', [0., 0.5, 1.0])
+def test_confidence_eos_eot_inf_writes_the_end_last(temperature):
+    written = []
+
+    @diffusion.plain
+    def model(ids):
+        """Want the ends most on the left, and with less confidence a word on the right."""
         logits = likes(EOS)(ids)
         logits[:, 2:4] = likes(EOT)(ids)[:, 2:4]
         logits[:, 4:] = likes(7)(ids)[:, 4:] * 0.9
         return logits
 
-    diffusion.generate(mixed, x[:1], MASK, confidence_eos_eot_inf=True, generator=torch.Generator().manual_seed(0),
-                       **options, on_step=lambda x, c: first_kinds.append(x[0][c[0]].item()))
-    if temperature == 0:                                            # the word first although it is less probable
-        assert first_kinds[:2] == [7, 7] and set(first_kinds[2:]) == {EOS, EOT}
-    ends = [k in (EOS, EOT) for k in first_kinds]
-    assert ends == sorted(ends) and True in ends                    # at every temperature: all words before all ends
+    params = SamplingParams(temperature=temperature, confidence_eos_eot_inf=True)
+    generate(model, masks_after([1], 5, MASK), MASK, params, eos_id=EOS, eot_id=EOT, generator=seeded(0),
+             on_step=lambda x, committed: written.extend(x[committed].tolist()))
+    is_end = [token in (EOS, EOT) for token in written]
+    assert is_end == sorted(is_end) and any(is_end)
+    if temperature == 0:
+        assert written[:2] == [7, 7] and set(written[2:]) == {EOS, EOT}
 
 
-def test_threshold_commits_what_is_sure(model):
-    x = torch.full((1, 8), MASK)
-    assert diffusion.generate(likes(3), x, MASK, steps=8, threshold=0.9).n_forward == 1
-    assert diffusion.generate(likes(3), x, MASK, steps=8, threshold=1.0).n_forward == 8
+def test_threshold_commits_all_that_reach_it():
+    x = masks_after([1], 8, MASK)
+    assert generate(likes(3), x, MASK, SamplingParams(threshold=0.9)).n_forward == 1
+    assert generate(likes(3), x, MASK, SamplingParams(threshold=1.0)).n_forward == 8
+    # a threshold replaces steps, and 0 is none
+    assert generate(likes(3), x, MASK, SamplingParams(steps=2, threshold=1.0)).n_forward == 8
+    assert generate(likes(3), x, MASK, SamplingParams(steps=2, threshold=0.)).n_forward == 2
+
+
+@pytest.mark.parametrize('cache', ['prefix', 'dual'])
+@pytest.mark.parametrize('settings', [dict(), dict(cfg_scale=0.7), dict(temperature=1.0, remasking='random')], ids=str)
+def test_caches(cache, settings):
+    """A cache is exact if every block has one step, because then nothing in it is stale."""
+    exact = fill(prompts(4), generators(4), dict(steps=2, block_length=4, **settings))
+    cached = fill(prompts(4), generators(4), dict(steps=2, block_length=4, cache=cache, **settings))
+    assert torch.equal(cached.x, exact.x) and cached.n_forward == exact.n_forward
+
+    stale = fill(prompts(4), generators(4), dict(steps=8, block_length=4, cache=cache, **settings)).x
+    start, _, prompt = diffusion.canvas(prompts(4), 8, MASK, PAD)
+    assert torch.equal(stale[prompt], start[prompt]) and not (stale == MASK).any()
+
+
+def test_what_a_cache_recomputes():
+    columns = diffusion.columns_to_recompute
+    assert columns(None, 0, 4, 8) is None and columns(None, 3, 4, 8) is None
+    assert columns('prefix', 0, 4, 8) == columns('dual', 0, 4, 8) == slice(None)
+    assert columns('prefix', 1, 4, 8) == slice(4, None) and columns('dual', 1, 4, 8) == slice(4, 8)
+
+
+def test_until_end_saves_passes_and_changes_no_text():
+    settings = dict(block_length=2)
+    whole = fill(prompts(4), None, settings).x[:, -8:]
+    # take for EOS what the model writes early in the first row
+    eos = whole[0, 1].item()
+    x, attention_mask, _ = diffusion.canvas(prompts(4), 8, MASK, PAD)
+    options = dict(gen_start=x.shape[1] - 8, eos_id=eos, eot_id=EOT)
+
+    def run(rows, **more):
+        return generate(MODEL, x[rows], MASK, SamplingParams(**settings), attention_mask=attention_mask[rows],
+                        **options, **more)
+
+    for rows in (slice(0, 4), slice(0, 1)):
+        full, short = run(rows), run(rows, until_end=True)
+        assert short.n_forward <= full.n_forward and not (short.x == MASK).any()
+        for a, b in zip(full.x[:, -8:].tolist(), short.x[:, -8:].tolist()):
+            end = a.index(eos) if eos in a else 7
+            assert a[:end + 1] == b[:end + 1]
+    assert short.n_forward < full.n_forward and (short.x[0, -6:] == eos).all()      # the single row did leave
+
+
+def test_hooks():
+    """adjust changes the logits. What on_step writes is kept, and what it opens again is filled."""
+    def only_7(logits, x, masked):
+        assert len(logits) == masked.sum()
+        return torch.full_like(logits, -9.).index_fill(-1, torch.tensor([7]), 9.)
+
+    x = masks_after([1], 8, MASK)
+    assert (generate(MODEL, x, MASK, SamplingParams(), adjust=only_7).x[0, 1:] == 7).all()
+
+    for settings in (dict(), dict(block_length=4), dict(threshold=0.9)):
+        seen = []
+
+        def on_step(x, committed, seen=seen):
+            seen.append(x.clone())
+            x[:, 2] = 7
+            if len(seen) == 3:
+                x[:, 1] = MASK
+
+        out = generate(MODEL, x, MASK, SamplingParams(**settings), on_step=on_step).x
+        assert not (out == MASK).any() and out[0, 2] == 7 and out[0, 0] == 1
+        assert all(canvas[0, 2] == 7 for canvas in seen[1:])
+
+
+def test_noise_is_drawn_for_masked_positions_of_the_block_only(monkeypatch):
+    drawn = []
+    original = diffusion.uniform
+
+    def spy(positions, n, generator):
+        drawn.append((int(positions.sum()), n))
+        return original(positions, n, generator)
+
+    monkeypatch.setattr(diffusion, 'uniform', spy)
+    params = SamplingParams(steps=16, block_length=16, temperature=1.0)
+    generate(likes(3), torch.full((1, 64), MASK), MASK, params)
+    assert max(m for m, _ in drawn) == 16 and {n for _, n in drawn} == {40}
+
+
+# --------------------------------------------------------------------------- variable length, the autoregressive twin
 
 
 @pytest.mark.parametrize('block_length', [1, 3, 4])
-@pytest.mark.parametrize('settings', [dict(), dict(remasking='random', temperature=1.0), dict(cfg_scale=0.5)])
-def test_variable_length_batches_equal_single_runs(model, block_length, settings):
-    options = dict(block_length=block_length, steps_per_block=block_length, max_length=12, **settings)
-    ids, _ = diffusion.generate_variable_length(model, prompts(), MASK, 7, generator=generators(8), **options)
+@pytest.mark.parametrize('settings', [dict(), dict(remasking='random', temperature=1.0), dict(cfg_scale=0.5)], ids=str)
+def test_variable_length(block_length, settings):
+    """A batch equals single runs. A row ends with the block that holds EOS (here 7), which is kept whole."""
+    params = SamplingParams(block_length=block_length, **settings)
+    together, _ = generate_variable_length(MODEL, prompts(), MASK, 7, params, max_length=12, generator=generators(8))
     for i, prompt in enumerate(prompts()):
-        alone, n = diffusion.generate_variable_length(model, [prompt], MASK, 7, generator=generators(8)[i:i + 1],
-                                                      **options)
-        assert ids[i] == alone[0] and ids[i][:len(prompt)] == prompt
-        new = alone[0][len(prompt):]
-        assert len(new) % block_length == 0 and (7 in new[-block_length:] or len(new) == 12)
-        assert 7 not in new[:-block_length]                         # the block with EOS is kept whole and is the last
+        alone, _ = generate_variable_length(
+            MODEL, [prompt], MASK, 7, params, max_length=12, generator=generators(8)[i:i + 1])
+        assert alone == [together[i]] and together[i][:len(prompt)] == prompt
+        new = together[i][len(prompt):]
+        assert 7 in new[-block_length:] or len(new) == 12
+        assert len(new) % block_length == 0 and 7 not in new[:-block_length]
 
 
-def test_variable_length_stops_at_a_string(model):
-    out, _ = diffusion.generate_variable_length(model, [[1, 2]], MASK, None, block_length=2, steps_per_block=2,
-                                                max_length=20, stop=lambda ids: len(ids) >= 6)
-    assert len(out[0]) == 8
+def test_variable_length_stops_when_told():
+    params = SamplingParams(block_length=2)
+    rows, n_forward = generate_variable_length(
+        MODEL, [[1, 2]], MASK, None, params, max_length=20, stop=lambda ids: len(ids) >= 6)
+    assert len(rows[0]) == 8 and n_forward == 6
+    for block_length in (None, 0, 21):
+        with pytest.raises(ValueError, match='block_length must lie in 1..20'):
+            params = SamplingParams(block_length=block_length)
+            generate_variable_length(MODEL, [[1]], MASK, None, params, max_length=20)
 
 
-def test_noise_is_drawn_only_for_masked_rows_of_the_block(monkeypatch):
-    drawn = []
-    real = diffusion.uniform
-
-    def spy(rows, columns, generator):
-        out = real(rows, columns, generator)
-        drawn.append(tuple(out.shape))
-        return out
-
-    monkeypatch.setattr(diffusion, 'uniform', spy)
-    x = torch.full((1, 64), MASK)
-    diffusion.generate(likes(3), x, MASK, steps=16, block_length=16, temperature=1.0)
-    assert max(n for n, _ in drawn) == 16 and all(v == 40 for _, v in drawn)
-
-
-@pytest.mark.parametrize('cache', ['prefix', 'dual', 'roll'])
-@pytest.mark.parametrize('settings', [dict(), dict(cfg_scale=0.7), dict(temperature=1.0, remasking='random')])
-def test_caches(model, cache, settings):
-    """Exact where nothing is stale (one step a block), close elsewhere, and never a touched prompt or a mask left."""
-    x, visible, prompt = diffusion.canvas(prompts(4), 8, MASK, PAD)
-    options = dict(visible=visible, prompt=prompt, gen_start=x.shape[1] - 8, block_length=4, **settings)
-    plain = diffusion.generate(model, x, MASK, steps=2, generator=generators(4), **options)
-    if cache != 'roll':
-        cached = diffusion.generate(model, x, MASK, steps=2, cache=cache, generator=generators(4), **options)
-        assert torch.equal(cached.x, plain.x)
-    cached = diffusion.generate(model, x, MASK, steps=8, cache=cache, generator=generators(4), **options)
-    assert torch.equal(cached.x[prompt], x[prompt]) and not (cached.x == MASK).any()
-
-
-def test_a_rolling_cache_recomputes_every_column_in_turn():
-    """As many in every pass, so that one shape serves all: the block, and others until each had its turn."""
-    for T, block in ((40, (16, 24)), (12, (0, 8)), (8, (0, 8))):
-        n, seen = block[1] - block[0], set()
-        others = set(range(T)) - set(range(*block))
-        assert diffusion.recomputed_rows('roll', T, block, 0, 0) == list(range(T))
-        for step in range(1, 1 + -(-T // n)):
-            rows = diffusion.recomputed_rows('roll', T, block, step, step)
-            assert rows == sorted(set(rows)) and set(range(*block)) <= set(rows)
-            assert len(rows) == n + min(n, len(others))
-            seen |= set(rows)
-        assert seen == set(range(T))
-
-
-def test_ar_generation_with_and_without_a_cache():
-    model = tiny_model(2, causal=True).eval()
+def test_ar_generate():
+    model = tiny_model(2, causal=True)
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    cached = diffusion.ar_generate(model, prompt, 8, temperature=0.0)
-    plain = diffusion.ar_generate(lambda ids: model(ids), prompt, 8, temperature=0.0)
+    cached = diffusion.ar_generate(model, prompt, 8, temperature=0.)
+    plain = diffusion.ar_generate(diffusion.plain(model), prompt, 8, temperature=0.)    # a function has no cache
     assert torch.equal(cached.x, plain.x) and torch.equal(cached.x[:, :3], prompt)
+
+    # left padding changes nothing
+    padded = torch.tensor([[0, 0, 1, 2, 3]])
+    attention_mask = torch.tensor([[0, 0, 1, 1, 1]])
+    out = diffusion.ar_generate(model, padded, 8, temperature=0., attention_mask=attention_mask)
+    assert torch.equal(out.x[0, 2:], cached.x[0])
+
     first = cached.x[0, 3].item()
-    ended = diffusion.ar_generate(model, prompt[:1], 8, temperature=0.0, eos_id=first)
+    ended = diffusion.ar_generate(model, prompt[:1], 8, temperature=0., eos_id=first)
     assert (ended.x[0, 3:] == first).all()
-
-
-@pytest.mark.parametrize('settings', [{}, {'block_length': 4}, {'threshold': 0.9}], ids=str)
-def test_a_hand_on_the_canvas(model, settings):
-    """on_step may force a token, forbid one and take one back: what it writes is seen, what it opens is filled."""
-    x, seen = torch.tensor([[1] + [MASK] * 8]), []
-
-    def on_step(x, committed):
-        seen.append(x.clone())
-        x[:, 2] = 7                                             # forced from the first step on
-        if len(seen) == 3:
-            x[:, 1] = MASK                                      # taken back, once
-
-    out = diffusion.generate(model, x, MASK, steps=8, on_step=on_step, **settings).x
-    assert (out != MASK).all() and out[0, 2] == 7 and out[0, 0] == 1
-    assert all(canvas[0, 2] == 7 for canvas in seen[1:])
-    plain = diffusion.generate(model, x, MASK, steps=8, **settings).x
-    watched = diffusion.generate(model, x, MASK, steps=8, on_step=lambda x, committed: None, **settings).x
-    assert torch.equal(plain, watched)
-
-
-def test_leaving_at_the_end_changes_no_text(model):
-    """Up to the first end token of each row the same, in fewer passes; a row that does not end keeps all going."""
-    x, visible, prompt = diffusion.canvas(prompts(4), 16, MASK, PAD)
-    options = dict(visible=visible, prompt=prompt, block_length=4, steps=16, gen_start=x.shape[1] - 16, eot_id=9)
-    whole = diffusion.generate(model, x, MASK, eos_id=8, **options)
-    rows = whole.x[:, -16:].tolist()
-    common = max(set(rows[0][:8]), key=rows[0].count)
-    for eos in {common, 8}:
-        plain = diffusion.generate(model, x, MASK, eos_id=eos, **options)
-        short = diffusion.generate(model, x, MASK, eos_id=eos, until_end=True, **options)
-        assert short.n_forward <= plain.n_forward and not (short.x == MASK).any()
-        for a, b in zip(plain.x[:, -16:].tolist(), short.x[:, -16:].tolist()):
-            end = next((i for i, token in enumerate(a) if token in (eos, 9)), 16)
-            assert a[:end + 1] == b[:end + 1]
-    row = x[:1]                                                     # one row: it does leave
-    ended = diffusion.generate(model, row, MASK, eos_id=common, until_end=True, **{
-        **options, 'visible': visible[:1], 'prompt': prompt[:1]})
-    assert ended.n_forward < whole.n_forward
-
-
-def test_zero_and_nothing_are_as_good_as_none(model):
-    """A script's settings have no None: threshold 0 and cache '' are off."""
-    x = torch.tensor([[1] + [MASK] * 8])
-    plain = diffusion.generate(model, x, MASK, steps=4, threshold=None, cache=None)
-    assert torch.equal(diffusion.generate(model, x, MASK, steps=4, threshold=0.0, cache='').x, plain.x)
-
-
-def test_a_misspelt_option_of_the_baseline_is_an_error():
+    other = diffusion.ar_generate(model, prompt[:1], 8, temperature=0., suppress=[first])
+    assert not (other.x[0, 3:] == first).any()
     with pytest.raises(TypeError, match='temprature'):
-        diffusion.ar_generate(tiny_model(2, causal=True), torch.tensor([[1]]), 2, temprature=0.0)
-
-
-def test_a_row_without_a_maskable_token_costs_nothing(model):
-    """Eq. 6 of nothing is log 1, not 0/0, also beside rows that have some."""
-    x0, maskable = torch.tensor([[1, 2, 3], [1, 2, 3]]), torch.tensor([[False] * 3, [True] * 3])
-    bounds = diffusion.bound_per_row(model, x0, maskable, MASK, draws=2)
-    assert bounds[0] == 0 and bounds[1] < 0
-
-
-@pytest.mark.parametrize('settings, says', [
-    (dict(steps=0), 'steps'), (dict(steps=8, block_length=3), 'block_length must divide the 8'),
-    (dict(steps=8, block_length=0), 'block_length'), (dict(steps=1, block_length=4), 'number of blocks'),
-    (dict(steps=8, temperature=-1.0), 'temperature'),
-    (dict(steps=8, remasking='best'), 'remasking must be'), (dict(steps=8, cache='all'), 'cache must be'),
-    (dict(steps=8, logits_eos_inf=True), 'need eos_id'), (dict(steps=8, cfg_scale=-0.5), 'cfg_scale'),
-])
-def test_bad_settings(model, settings, says):
-    with pytest.raises(ValueError, match=says):
-        diffusion.generate(model, torch.tensor([[1] + [MASK] * 8]), MASK, **settings)
-
-
-@pytest.mark.parametrize('steps, block_length', [(8, 8), (8, 4), (6, 4), (3, 8)])
-def test_greedy_sampling_equals_the_plain_loop(model, steps, block_length):
-    """What bench_sample.py measures against writes the same."""
-    x, _, _ = diffusion.canvas([[1, 2, 3]], 8, MASK, PAD)
-    how = dict(steps=steps, block_length=block_length, gen_start=3)
-    with torch.no_grad():
-        plain = reference.plain_generate(model, x.clone(), MASK, **how)
-    assert torch.equal(plain, diffusion.generate(model, x, MASK, **how).x)
+        diffusion.ar_generate(model, prompt, 2, temprature=0.)

@@ -1,0 +1,14 @@
+"""iLLaDA-8B-Instruct, GSM8K, with reasoning. Tasks in _reasoning are from its own harness: give their .yaml.
+
+    python evaluate.py lm_eval iLLaDA-8B-Instruct config/eval/illada_instruct_gsm8k.py
+
+Source: iLLaDA's evaluation script, as read in forks of the official repository.
+"""
+
+task = 'lm_eval'
+tasks = ['gsm8k_cot_reasoning:0']
+gen_length = 2048
+instruct = True
+variable_length = True
+block_length = 32
+steps = 32                      # of a block
