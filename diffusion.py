@@ -601,13 +601,11 @@ def ar_log_likelihood(model, x0, maskable, *, bos_id=None):
 
 
 @torch.no_grad()
-def ar_generate(model, prompt, n_new,
-                *, eos_id=None, attention_mask=None, suppress=(), **sampling):
+def ar_generate(model, prompt, n_new, *, attention_mask=None, suppress=(), **sampling):
     """Continue prompt (B, P) int64 by n_new tokens -> Generated(x (B, P + n_new), n_forward).
 
-    Keys and values are cached, so each token costs one position. Rows that have written eos_id go on repeating it.
-    attention_mask (B, P) bool: False on left padding. suppress: ids that are never written. sampling: temperature
-    and generator, of `draw`.
+    Keys and values are cached, so each token costs one position. attention_mask (B, P) bool: False on left padding.
+    suppress: ids that are never written. sampling: temperature and generator, of `draw`.
     """
     x = prompt
     kv = None
@@ -615,21 +613,15 @@ def ar_generate(model, prompt, n_new,
         kv = model.new_kv(len(x), x.shape[1] + n_new)
     if attention_mask is not None:
         attention_mask = F.pad(attention_mask, (0, n_new), value=True)
-    ended = torch.zeros_like(x[:, :1], dtype=torch.bool)
 
     for k in range(n_new):
         # after the first pass, the cache holds all but the newest token
         start = x.shape[1] - 1 if k and kv is not None else 0
-        ids = x[:, start:]
-        newest = torch.zeros_like(ids, dtype=torch.bool)
+        newest = torch.zeros_like(x[:, start:], dtype=torch.bool)
         newest[:, -1] = True
-        kv_positions = torch.arange(start, x.shape[1], device=x.device)
-        logits = model(ids, positions=newest, attention_mask=attention_mask,
-                       kv=kv, kv_positions=kv_positions)                            # (B, V)
-
-        token = draw(logits, newest, list(suppress), **sampling)[:, None]
-        if eos_id is not None:
-            token = torch.where(ended, eos_id, token)
-            ended = ended | (token == eos_id)
-        x = torch.cat((x, token), dim=1)
+        logits = model(
+            x[:, start:], positions=newest, attention_mask=attention_mask, kv=kv,
+            kv_positions=torch.arange(start, x.shape[1], device=x.device))          # (B, V)
+        token = draw(logits, newest, list(suppress), **sampling)
+        x = torch.cat((x, token[:, None]), dim=1)
     return Generated(x, n_new)

@@ -178,12 +178,15 @@ def prefetch(make, it):
             yield ready
 
 
+def autocast(cfg):
+    """Return the context of a forward pass: bfloat16 if set. (FSDP casts by a policy of its own.)"""
+    return torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and not cfg.sharded)
+
+
 def loss_of(net, batch, cfg):
     """Return the loss of a micro-batch, a scalar on the device."""
-    device = cfg.device
-    batch = batch._make(z if z is None else z.to(device, non_blocking=True) for z in batch)
-    # FSDP casts by its own policy
-    with torch.autocast(device, torch.bfloat16, enabled=cfg.bf16 and not cfg.sharded):
+    batch = batch._make(z if z is None else z.to(cfg.device, non_blocking=True) for z in batch)
+    with autocast(cfg):
         return diffusion.diffusion_loss(net, batch)
 
 
@@ -346,18 +349,19 @@ def validate(model, held_out, cfg, tok):
     groups, n_bytes = held_out
     rows = [row for x0, maskable in groups for row in zip(x0, maskable)]
     logp = torch.zeros(len(rows), dtype=torch.float64)
-    per_rank = -(-len(rows) // WORLD)
-    for i in range(RANK * per_rank, RANK * per_rank + per_rank):
-        # all ranks call the model equally often, because FSDP needs all of them in each call
-        x0, maskable = (z.to(cfg.device) for z in rows[min(i, len(rows) - 1)])
-        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and not cfg.sharded):
+
+    # FSDP needs all ranks in each forward pass, so a rank that has run out of rows repeats the last one
+    for start in range(0, len(rows), WORLD):
+        i = min(start + RANK, len(rows) - 1)
+        x0, maskable = (z.to(cfg.device) for z in rows[i])
+        with autocast(cfg):
             if cfg.causal:
                 value = diffusion.ar_log_likelihood(model, x0, maskable, bos_id=tok.eos_id)
             else:
                 value = diffusion.log_likelihood(
                     model, x0, maskable, tok.mask_id, mc_num=cfg.eval_draws,
                     batch_size=cfg.eval_draws, generator=diffusion.keyed_generator(0, i))
-        if i < len(rows):
+        if start + RANK < len(rows):
             logp[i] = value
 
     all_reduce(logp)
@@ -366,23 +370,20 @@ def validate(model, held_out, cfg, tok):
     return dict(zip(names, diffusion.nats_and_bits(logp, n_tokens, n_bytes)))
 
 
+@torch.compiler.set_stance('force_eager')                   # the sampler's shapes are not worth compiling
 def sample_text(model, it, cfg, tok):
     """Write a sample, on one line. Random remasking at temperature 1 draws from the model; low confidence does not."""
     prompt = [tok.bos_id] if cfg.masking == 'response' else [tok.eos_id] * cfg.causal
     length = max(1, min(cfg.sample_tokens, cfg.seq_len) - len(prompt))
-    never = tok.unused(model.config.vocab_size)
-    generator = diffusion.keyed_generator(cfg.seed, it, device=cfg.device)
-    # the sampler's shapes are not worth compiling
-    with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and not cfg.sharded), \
-            torch.compiler.set_stance('force_eager'):
+    x, _, _ = diffusion.canvas([prompt], length, tok.mask_id, tok.pad_id, cfg.device)
+    options = dict(suppress=tok.unused(model.config.vocab_size),
+                   generator=diffusion.keyed_generator(cfg.seed, it, device=cfg.device))
+    with autocast(cfg):
         if cfg.causal:
-            x = torch.tensor([prompt], device=cfg.device)
-            x = diffusion.ar_generate(
-                model, x, length, suppress=[tok.mask_id, *never], generator=generator).x
+            x, _ = diffusion.ar_generate(model, x[:, :len(prompt)], length, **options)
         else:
-            x, _, _ = diffusion.canvas([prompt], length, tok.mask_id, tok.pad_id, cfg.device)
             params = diffusion.SamplingParams(temperature=1.0, remasking='random')
-            x = diffusion.generate(model, x, tok.mask_id, params, suppress=never, generator=generator).x
+            x, _ = diffusion.generate(model, x, tok.mask_id, params, **options)
     return ' '.join(tok.decode(x[0, len(prompt):].tolist()).split())
 
 
@@ -398,46 +399,27 @@ def report(model, it, held_out, cfg, tok, log):
               f"+- {entry['val_bits_per_byte_stderr']:.3f} bits/byte | {entry.get('sample', '')[:200]}", flush=True)
 
 
-class Meter:
-    """Count loss, tokens and time since the last line of the log."""
+def progress(it, losses, n_tokens, seconds, model, cfg):
+    """Return the log entry of update `it` with what was counted since the last one, and print it on rank 0."""
+    loss, tokens = all_reduce(torch.tensor([sum(losses), n_tokens], dtype=torch.float64)).tolist()
+    rate = tokens / seconds
+    entry = {'iter': it, 'tokens': it * cfg.global_batch * cfg.seq_len, 'loss': loss / len(losses),
+             'tokens_per_second': round(rate)}
+    line = f"iter {it}/{cfg.max_iters} | loss {entry['loss']:.3f} | {rate / 1e3:.1f}k tok/s"
 
-    def __init__(self, cfg, model):
-        self.cfg = cfg
-        self.model = model
-        kind = torch.cuda.get_device_name() if cfg.device == 'cuda' else ''
-        self.peak = next((PEAKS[name] for name in PEAKS if name in kind), None)
-        self.restart()
-
-    def restart(self):
-        self.started = time.perf_counter()
-        self.updates = 0
-        self.sums = torch.zeros(4, dtype=torch.float64)         # loss, tokens, masked tokens, rows
-
-    def count(self, batches, loss):
-        self.updates += 1
-        self.sums[0] += loss
-        for batch in batches:
-            self.sums[1:] += torch.tensor([batch.xt.numel(), len(batch.targets), len(batch.xt)])
-
-    def line(self, it, norm, lr):
-        """Return the log entry of update `it`, a dict that is the same on all ranks, and print it on rank 0."""
-        loss, tokens, masked, rows = all_reduce(self.sums).tolist()
-        rate = tokens / (time.perf_counter() - self.started)
-        entry = dict(iter=it, tokens=it * self.cfg.global_batch * self.cfg.seq_len, loss=loss / self.updates,
-                     grad_norm=norm, lr=lr, tokens_per_second=round(rate))
-        if self.cfg.device == 'cuda':
-            entry['gb'] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-        if self.peak:
-            flops = self.model.flops_per_token(masked / tokens, tokens / rows) * rate
-            entry['mfu'] = round(flops / WORLD / self.peak, 4)
-
-        if RANK == 0:
-            left = (self.cfg.max_iters - it) * (time.perf_counter() - self.started) / self.updates
-            mfu = f" | MFU {entry['mfu']:.1%}" if self.peak else ''
-            print(f"iter {it}/{self.cfg.max_iters} | loss {entry['loss']:.3f} | lr {lr:.2e} | {rate / 1e3:.1f}k tok/s"
-                  f"{mfu} | {left / 60:.1f} min left", flush=True)
-        self.restart()
-        return entry
+    if cfg.device == 'cuda':
+        entry['gb'] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        name = torch.cuda.get_device_name()
+        peak = next((PEAKS[kind] for kind in PEAKS if kind in name), None)
+        if peak:
+            # about half of the tokens are masked, and only those need the head
+            flops = model.flops_per_token(1.0 if cfg.causal else 0.5) * rate
+            entry['mfu'] = round(flops / WORLD / peak, 4)
+            line += f" | MFU {entry['mfu']:.1%}"
+    if RANK == 0:
+        minutes = (cfg.max_iters - it) * seconds / len(losses) / 60
+        print(f'{line} | {minutes:.1f} min left', flush=True)
+    return entry
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -634,30 +616,37 @@ def main(cfg):
         print(f'{model.num_params():,} parameters ({model.num_params(non_embedding=True):,} outside embedding and '
               f'head), {cfg.device}, {compute}, {WORLD} processes; writing to {cfg.out_dir}/', flush=True)
 
-    meter = Meter(cfg, model)
-    if net is not model and not cfg.sharded:
+    if net is not model:
         settle_ddp(net, micro_batches(source, it, cfg, tok)[0], cfg)
+    started = time.perf_counter()
+    losses = []
+    n_tokens = 0
     with catch_signals() as signals:
-        batches = prefetch(lambda i: micro_batches(source, i, cfg, tok), it)
+        prefetched = prefetch(lambda i: micro_batches(source, i, cfg, tok), it)
         stopping = False
         while it < cfg.max_iters and not stopping:
-            batch = next(batches)
+            batches = next(prefetched)
             factor = lr_factor(it, cfg)
-            loss, norm = train_step(net, optimizers, batch, factor, cfg)
+            loss, norm = train_step(net, optimizers, batches, factor, cfg)
             it += 1
+            losses.append(loss)
+            n_tokens += sum(batch.xt.numel() for batch in batches)
 
-            meter.count(batch, loss)
             if it % cfg.log_interval == 0 or it == cfg.max_iters:
-                log(meter.line(it, norm, factor * cfg.learning_rate))
+                entry = progress(it, losses, n_tokens, time.perf_counter() - started, model, cfg)
+                log({**entry, 'grad_norm': norm, 'lr': factor * cfg.learning_rate})
+                started, losses, n_tokens = time.perf_counter(), [], 0
+
             # all ranks stop after the same update, whichever of them got the signal
             stopping = bool(all_reduce(torch.tensor(len(signals))))
             at_checkpoint = it % cfg.eval_interval == 0 or it == cfg.max_iters
+            paused = time.perf_counter()
             if at_checkpoint or stopping:
                 save_checkpoint(it, model, optimizers, cfg, tok)
             if at_checkpoint:
                 # after the save, because FSDP leaves some parameters gathered when no backward pass follows
                 report(model, it, held_out, cfg, tok, log)
-                meter.restart()                             # this time is not part of the training speed
+            started += time.perf_counter() - paused         # not part of the training speed
 
     if RANK == 0:
         say(f'saved iteration {it} of {cfg.max_iters} in {cfg.out_dir}/')

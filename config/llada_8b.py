@@ -10,7 +10,7 @@ or 160 or 320 GPUs. With SLURM (out_dir on a file system that all nodes see):
     #!/bin/bash
     #SBATCH --nodes=40 --ntasks-per-node=1 --gpus-per-node=8 --signal=TERM@600 --requeue
     HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    ls out/llada_8b/iter_*/manifest.json >/dev/null 2>&1 && RESUME=--resume
+    ls out/llada_8b/iter_*/state.json >/dev/null 2>&1 && RESUME=--resume
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1     # restarted groups meet in a new store
     srun torchrun --nnodes=$SLURM_NNODES --nproc-per-node=8 --rdzv-id=$SLURM_JOB_ID --rdzv-backend=c10d \\
          --rdzv-endpoint=$HEAD:29500 --max-restarts=3 --shutdown-timeout=500 \\
