@@ -25,7 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 # 1. The forward process (Sec. 2.1) hides every token with probability t, and t differs from row to row.
 
 
-def sample_t(batch_size, eps=1e-3, *, stratified=True, logit_normal=0., generator=None):
+def sample_t(batch_size, eps=1e-3,
+             *, stratified=True, logit_normal=0., generator=None):
     """Draw mask ratios t (B,) float32, each uniform on (eps, 1], on the CPU.
 
     stratified: one t in each of B equal slices, for a less noisy loss. False: independent, as in LLaDA.
@@ -35,19 +36,23 @@ def sample_t(batch_size, eps=1e-3, *, stratified=True, logit_normal=0., generato
     if stratified:
         # Multiples of the golden ratio spread evenly over [0, 1). Their ranks order the slices so that every
         # contiguous part of the batch (a micro-batch, the rows of one rank) covers [0, 1) evenly as well.
-        golden = torch.arange(batch_size, dtype=torch.float64) * (5 ** 0.5 - 1) / 2 % 1
-        slices = golden.argsort().argsort()
+        golden_ratio = (1 + 5 ** 0.5) / 2
+        multiples = torch.arange(batch_size, dtype=torch.float64) * golden_ratio % 1
+        slices = multiples.argsort().argsort()
 
         # a random shift, so that each row meets each slice equally often
         shift = torch.randint(batch_size, (1,), generator=generator)
-        u = ((slices + shift) % batch_size + u) / batch_size
+        slices = (slices + shift) % batch_size
+        u = (slices + u) / batch_size
 
     if logit_normal:
-        u = torch.sigmoid(logit_normal * torch.special.ndtri(u))
+        z = torch.special.ndtri(u)
+        u = torch.sigmoid(logit_normal * z)
     return 1 - (1 - eps) * u                                # u < 1, hence t > eps
 
 
-def forward_process(x0, t, mask_id, maskable=None, *, fixed_count=False, u=None, generator=None):
+def forward_process(x0, t, mask_id, maskable=None,
+                    *, fixed_count=False, u=None, generator=None):
     """Hide tokens: x0 (B, T) int64, t (B,) -> xt (B, T) int64, masked (B, T) bool.              Eq. 7-8
 
     maskable (B, T) bool: which tokens may be hidden (default: all). fixed_count: hide exactly ceil(t L) of them. If t
@@ -65,9 +70,11 @@ def forward_process(x0, t, mask_id, maskable=None, *, fixed_count=False, u=None,
         u = torch.rand(x0.shape, generator=generator, device=x0.device)
 
     if fixed_count:
-        count = (t.double() * maskable.sum(1)).ceil().clamp(min=1)
+        L = maskable.sum(1)
+        count = (t.double() * L).ceil().clamp(min=1)
         # rank the maskable positions at random: u orders them, and all others come last
-        rank = u.masked_fill(~maskable, 2.).argsort(1).argsort(1)
+        order = u.masked_fill(~maskable, 2.).argsort(1)
+        rank = order.argsort(1)
         hide = rank < count[:, None]
     else:
         hide = u < t[:, None]                                                       # Eq. 8
@@ -80,7 +87,8 @@ def forward_process(x0, t, mask_id, maskable=None, *, fixed_count=False, u=None,
 def keyed_generator(*key, device='cpu'):
     """Return a torch.Generator that depends on the key alone, some integers."""
     # hashed, because torch seeds its CPU generator with 32 bits only
-    return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
+    seed = zlib.crc32(repr(key).encode())
+    return torch.Generator(device).manual_seed(seed)
 
 
 def row_noise(seed, iteration, rows, T):
@@ -88,7 +96,10 @@ def row_noise(seed, iteration, rows, T):
 
     So a training row gets the same masks however the batch is split over micro-batches and ranks.
     """
-    noise = [torch.rand(T, generator=keyed_generator(seed, iteration, row)) for row in rows]
+    noise = []
+    for row in rows:
+        generator = keyed_generator(seed, iteration, row)
+        noise.append(torch.rand(T, generator=generator))
     return torch.stack(noise)
 
 
@@ -100,8 +111,9 @@ MaskedBatch = namedtuple('MaskedBatch', 'xt positions targets weights cu_seqlens
 
 def diffusion_loss(model, batch):
     """Return the training loss of a MaskedBatch in nats, a scalar."""
-    ce = model(batch.xt, positions=batch.positions, targets=batch.targets,
-               cu_seqlens=batch.cu_seqlens)                 # (M,) cross-entropy of the masked tokens
+    ce = model(
+        batch.xt, positions=batch.positions, targets=batch.targets,
+        cu_seqlens=batch.cu_seqlens)                        # (M,) cross-entropy of the masked tokens
     return (batch.weights * ce).sum()                       # Eq. 3 with 1/(t b L), Eq. 5 with 1/(t b L')
 
 
@@ -165,8 +177,9 @@ def draw_masks(maskable, n_masks, generator=None):
     rows = maskable.expand(n_masks, -1)
     # stratified, and exactly uniform. (The official code rounds l, so that its ends are rarer.)
     u = torch.arange(n_masks) + torch.rand(n_masks, generator=generator)
-    u = u / n_masks
-    _, masks = forward_process(rows.long(), 1 - u, 0, rows, fixed_count=True, generator=generator)
+    t = 1 - u / n_masks
+    _, masks = forward_process(
+        rows.long(), t, 0, rows, fixed_count=True, generator=generator)
     return masks
 
 
@@ -180,7 +193,8 @@ def all_masks(maskable):
     masks[:, maskable] = subsets
 
     # l is uniform on 1..L, and all masks of the same size are equally likely
-    weights = [1 / L / math.comb(L, size) for size in subsets.sum(1).tolist()]
+    sizes = subsets.sum(1).tolist()
+    weights = [1 / L / math.comb(L, size) for size in sizes]
     return masks, torch.tensor(weights, dtype=torch.float64)
 
 
@@ -198,7 +212,8 @@ def log_likelihood(model, x0, maskable, mask_id,
         masks, weights = all_masks(maskable)
     else:
         # on the CPU, so that the masks do not depend on the device
-        masks = draw_masks(maskable.cpu(), mc_num, generator).to(x0.device)
+        masks = draw_masks(maskable.cpu(), mc_num, generator)
+        masks = masks.to(x0.device)
         weights = torch.full((mc_num,), 1 / mc_num, dtype=torch.float64)
 
     terms = []
@@ -227,7 +242,8 @@ def nats_and_bits(logp, n_tokens, n_bytes):
 
 
 @torch.no_grad()
-def confidence_score(model, x0, maskable, mask_id, *, eos_id=None, cfg_scale=0.):
+def confidence_score(model, x0, maskable, mask_id,
+                     *, eos_id=None, cfg_scale=0.):
     """Score a candidate answer as iLLaDA does for multiple choice: x0 (T,), maskable (T,) -> float.
 
     Reveal the candidate's most probable hidden token again and again, and add up the log-probabilities. This is
@@ -241,9 +257,11 @@ def confidence_score(model, x0, maskable, mask_id, *, eos_id=None, cfg_scale=0.)
 
     while hidden.any():
         xt = torch.where(hidden, mask_id, x0)
-        logits = guided_logits(model, xt[None], hidden[None], ~maskable, cfg_scale, mask_id)
-        logp, best = log_prob(logits, x0[hidden]).max(0)    # over the hidden tokens
-        total += logp.item()
+        logits = guided_logits(
+            model, xt[None], hidden[None], ~maskable, cfg_scale, mask_id)           # (M, V)
+        logp = log_prob(logits, x0[hidden])
+        best = logp.argmax()
+        total += logp[best].item()
         hidden[hidden.nonzero()[best, 0]] = False
     return total
 
@@ -270,7 +288,8 @@ def generate_simple(model, prompt, gen_length, mask_id, steps):
     masks = torch.full((gen_length,), mask_id, device=prompt.device)
     x = torch.cat((prompt, masks))[None]                                            # (1, T)
 
-    for n in num_transfer_tokens((x == mask_id).sum(1), steps)[0].tolist():
+    n_masked = (x == mask_id).sum(1)
+    for n in num_transfer_tokens(n_masked, steps)[0].tolist():
         # 1. guess all tokens at once, but never [MASK] itself
         probability = model(x).softmax(-1)                                          # (1, T, V)
         probability[..., mask_id] = 0
@@ -325,8 +344,13 @@ def canvas(prompts, gen_length, mask_id, pad_id, device='cpu'):
     """
     if pad_id == mask_id:
         raise ValueError(f'pad_id and mask_id are both {mask_id}, so padding would be filled in')
-    rows = [torch.tensor([*ids, *[mask_id] * gen_length], dtype=torch.long) for ids in prompts]
-    ones = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    masks = [mask_id] * gen_length
+    rows = []
+    ones = []
+    for ids in prompts:
+        row = torch.tensor([*ids, *masks], dtype=torch.long)
+        rows.append(row)
+        ones.append(torch.ones_like(row, dtype=torch.bool))
 
     left = dict(batch_first=True, padding_side='left')
     x = pad_sequence(rows, padding_value=pad_id, **left).to(device)
@@ -334,7 +358,8 @@ def canvas(prompts, gen_length, mask_id, pad_id, device='cpu'):
     return x, attention_mask, x != mask_id
 
 
-def guided_logits(model, x, positions, prompt, cfg_scale, mask_id, columns=None, **options):
+def guided_logits(model, x, positions, prompt, cfg_scale, mask_id,
+                  columns=None, **options):
     """Return logits (M, V) at positions (B, T) bool of x (B, T), with classifier-free guidance.
 
     The unconditional pass sees the same canvas with the prompt (B or 1, T) bool hidden as well. Without guidance
@@ -342,7 +367,8 @@ def guided_logits(model, x, positions, prompt, cfg_scale, mask_id, columns=None,
     """
     caches = options.pop('kv', None) or (None, None)
     if columns is not None:
-        options['kv_positions'] = torch.arange(x.shape[1], device=x.device)[columns]
+        every_column = torch.arange(x.shape[1], device=x.device)
+        options['kv_positions'] = every_column[columns]
         x = x[:, columns]
         positions = positions[:, columns]
         prompt = prompt[:, columns]
@@ -367,9 +393,11 @@ def uniform(positions, n, generator):
         generator = [generator]
     device = positions.device
     dtype = torch.float32 if device.type == 'mps' else torch.float64
-    drawn = [torch.rand(m, n, generator=g, dtype=dtype, device=device)
-             for m, g in zip(counts, generator)]
-    return torch.cat(drawn)
+
+    noise = []
+    for m, g in zip(counts, generator):
+        noise.append(torch.rand(m, n, generator=g, dtype=dtype, device=device))
+    return torch.cat(noise)
 
 
 def gumbel_argmax(logits, temperature, u):
@@ -377,14 +405,16 @@ def gumbel_argmax(logits, temperature, u):
     # In float64 and with logarithms, because in lower precision the tail of the noise is cut off, which silently
     # lowers the temperature (arXiv 2409.02908).
     gumbel = -(-u.log()).log()
-    return (logits.to(u.dtype) / temperature + gumbel).argmax(-1)
+    noisy = logits.to(u.dtype) / temperature + gumbel
+    return noisy.argmax(-1)
 
 
 def forbid(logits, ids):
     """Return logits (M, V) with the tokens `ids` ruled out (-inf)."""
     if not ids:
         return logits
-    return logits.index_fill(-1, torch.tensor(ids, device=logits.device), -math.inf)
+    ids = torch.tensor(ids, device=logits.device)
+    return logits.index_fill(-1, ids, -math.inf)
 
 
 def draw(logits, positions, never=(), temperature=1., generator=None):
@@ -392,7 +422,8 @@ def draw(logits, positions, never=(), temperature=1., generator=None):
     logits = forbid(logits, never)
     if temperature == 0:
         return logits.argmax(-1)
-    return gumbel_argmax(logits, temperature, uniform(positions, logits.shape[1], generator))
+    u = uniform(positions, logits.shape[1], generator)
+    return gumbel_argmax(logits, temperature, u)
 
 
 def propose(logits, masked, params, never, deferred, generator):
@@ -416,14 +447,17 @@ def commit(x, masked, guess, confidence, n, threshold=None):
     The text of the paper and the official code keep the most confident.)
     """
     # over the full length, so that ties break as they do in the official top-k
-    everywhere = confidence.new_full(x.shape, -math.inf).masked_scatter(masked, confidence)
+    everywhere = confidence.new_full(x.shape, -math.inf)
+    everywhere = everywhere.masked_scatter(masked, confidence)                      # (B, T)
     committed = everywhere >= (threshold or math.inf)
     for b, wanted in enumerate(n):
-        best = everywhere[b].topk(min(wanted, x.shape[1])).indices
+        wanted = min(wanted, x.shape[1])
+        best = everywhere[b].topk(wanted).indices
         committed[b, best] = True
 
-    committed &= masked                                     # a row may have fewer masks than are wanted
-    return torch.where(committed, x.masked_scatter(masked, guess), x), committed
+    committed = committed & masked                          # a row may have fewer masks than are wanted
+    filled = x.masked_scatter(masked, guess)
+    return torch.where(committed, filled, x), committed
 
 
 def block_plan(x, mask_id, gen_start, params):
@@ -432,22 +466,23 @@ def block_plan(x, mask_id, gen_start, params):
     Blocks begin at gen_start (default: the first mask). Gaps before gen_start belong to the first block.
     """
     T = x.shape[1]
-    columns = (x == mask_id).any(0).nonzero()[:, 0].tolist()        # which hold a mask
-    if not columns:
+    has_mask = (x == mask_id).any(0).tolist()               # for each column
+    if True not in has_mask:
         return []
-    start = columns[0] if gen_start is None else gen_start
+    first = has_mask.index(True)
+    start = first if gen_start is None else gen_start
     length = params.block_length or T - start
     if (T - start) % length:
         raise ValueError(f'block_length must divide the {T - start} tokens to generate, got {length}')
 
     borders = list(range(start, T + 1, length))
-    borders[0] = min(start, columns[0])
+    borders[0] = min(start, first)
     n_blocks = len(borders) - 1
     steps = params.steps or n_blocks * length
     if steps < n_blocks:
         raise ValueError(f'steps must be at least the number of blocks, {n_blocks}, got {steps}')
-    steps = num_transfer_tokens(torch.tensor([steps]), n_blocks)[0].tolist()
-    return list(zip(borders, borders[1:], steps))
+    shares = num_transfer_tokens(torch.tensor([steps]), n_blocks)
+    return list(zip(borders, borders[1:], shares[0].tolist()))
 
 
 def columns_to_recompute(cache, step, start, end):
@@ -464,8 +499,9 @@ def columns_to_recompute(cache, step, start, end):
 
 @torch.no_grad()
 def generate(model, x, mask_id, params,
-             *, gen_start=None, attention_mask=None, prompt=None, eos_id=None, eot_id=None,
-             suppress=(), until_end=False, generator=None, adjust=None, on_step=None):
+             *, gen_start=None, attention_mask=None, prompt=None,
+             eos_id=None, eot_id=None, suppress=(), until_end=False,
+             generator=None, adjust=None, on_step=None):
     """Fill every [MASK] of the canvas x (B, T) int64, wherever it stands -> Generated(x, n_forward).
 
     gen_start: the column where blocks begin (default: the first mask). attention_mask (B, T) bool: False on padding.
@@ -488,29 +524,34 @@ def generate(model, x, mask_id, params,
     n_steps = 0
 
     for start, end, steps in blocks:
-        written = x[:, blocks[0][0]:start].tolist()
-        if until_end and all(set(ends) & set(row) for row in written):
-            x = x.masked_fill(x == mask_id, eos_id)
-            break
+        if until_end:
+            written = x[:, blocks[0][0]:start].tolist()
+            if all(set(ends) & set(row) for row in written):
+                x = x.masked_fill(x == mask_id, eos_id)
+                break
 
         masked = x == mask_id                                                       # (B, T)
         masked[:, end:] = False                             # on the left of the block nothing is masked any more
         n_masked = masked.sum(1)
         if params.steps is None or params.threshold:
             steps = int(n_masked.max())                     # at least one token per step
-        for step, n in enumerate(num_transfer_tokens(n_masked, steps).T.tolist()):
+        schedule = num_transfer_tokens(n_masked, steps).T.tolist()
+        for step, n in enumerate(schedule):
             if not masked.any():
                 break
             columns = columns_to_recompute(params.cache, step, start, end)
-            logits = guided_logits(model, x, masked, given, params.cfg_scale, mask_id, columns,
-                                   kv=kv, attention_mask=attention_mask)            # (M, V)
+            logits = guided_logits(
+                model, x, masked, given, params.cfg_scale, mask_id, columns,
+                kv=kv, attention_mask=attention_mask)                               # (M, V)
             if adjust is not None:
                 logits = adjust(logits, x, masked)
             if params.logits_eos_inf:
                 logits = forbid(logits, [eos_id])
 
-            guess, confidence = propose(logits, masked, params, never, deferred, generator)     # (M,), (M,)
-            x, committed = commit(x, masked, guess, confidence, n, params.threshold)
+            guess, confidence = propose(
+                logits, masked, params, never, deferred, generator)                 # (M,), (M,)
+            x, committed = commit(
+                x, masked, guess, confidence, n, params.threshold)                  # (B, T), (B, T)
             masked = masked & ~committed
             n_steps += 1
             if on_step is not None:
@@ -544,15 +585,17 @@ def generate_variable_length(model, prompts, mask_id, eos_id, params,
         start = x.shape[1]
         x = F.pad(x, (0, block_length), value=mask_id)
         attention_mask = F.pad(attention_mask, (0, block_length), value=True)
-        x, n = generate(model, x, mask_id, params, gen_start=start, eos_id=eos_id,
-                        attention_mask=attention_mask, **options)
+        x, n = generate(
+            model, x, mask_id, params, gen_start=start, eos_id=eos_id,
+            attention_mask=attention_mask, **options)
         n_forward += n
 
         # rows that have ended stay in the batch, but what is written there is not kept
         for b in sorted(running):
             rows[b] = x[b][attention_mask[b]].tolist()
             new = rows[b][len(prompts[b]):]
-            if eos_id in new or stop is not None and stop(new):
+            stopped = stop is not None and stop(new)
+            if stopped or eos_id in new:
                 running.remove(b)
         if not running:
             break
@@ -561,7 +604,9 @@ def generate_variable_length(model, prompts, mask_id, eos_id, params,
 
 def device_of(model):
     """Return the device of a model's parameters (a function has none)."""
-    return next(model.parameters()).device if hasattr(model, 'parameters') else 'cpu'
+    if not hasattr(model, 'parameters'):
+        return 'cpu'
+    return next(model.parameters()).device
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -581,7 +626,8 @@ def ar_batch(x0, maskable, *, bos_id=None, normalize='token', normalizer=None):
         before = F.pad(before, (1, 0), value=bos_id)
 
     t = torch.ones(len(x0), device=x0.device)               # all tokens are asked for, so 1/t is 1
-    weights = loss_weights(maskable, maskable, t, normalize=normalize, normalizer=normalizer)
+    weights = loss_weights(
+        maskable, maskable, t, normalize=normalize, normalizer=normalizer)
     return masked_batch(x0, before, maskable, weights)
 
 
@@ -601,7 +647,8 @@ def ar_log_likelihood(model, x0, maskable, *, bos_id=None):
 
 
 @torch.no_grad()
-def ar_generate(model, prompt, n_new, *, attention_mask=None, suppress=(), **sampling):
+def ar_generate(model, prompt, n_new,
+                *, attention_mask=None, suppress=(), **sampling):
     """Continue prompt (B, P) int64 by n_new tokens -> Generated(x (B, P + n_new), n_forward).
 
     Keys and values are cached, so each token costs one position. attention_mask (B, P) bool: False on left padding.
