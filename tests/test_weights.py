@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from helpers import GOLDEN, GOLDEN_MODELS, ROOT, golden_model, read_golden, read_tensors, tiny_model, write_tensors
+from helpers import GOLDEN, GOLDEN_MODELS, golden_model, read_golden, read_tensors, tiny_model, write_tensors
 
 import model as models
 from configurator import UserError
