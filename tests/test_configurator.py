@@ -1,116 +1,211 @@
-"""nanoGPT's feel without its holes: nothing runs, nothing is swallowed, every mistake is one line."""
+"""Settings: globals, then config files, then flags; and a mistake is one line that says what was expected."""
 
-import random
+import re
+import subprocess
+import sys
 
 import pytest
+from helpers import ROOT
 
-from configurator import configure
+import configurator
+from configurator import UserError, configure
 
 
 def namespace():
-    return {'batch_size': 12, 'lr': 1e-3, 'name': 'x', 'flag': False, 'points': [(0, 0.0)], 'prompt': [], '_hidden': 1,
-            'CONST': 2, '__doc__': 'A script.', '__file__': ''}
+    return {'batch_size': 12, 'lr': 1e-3, 'name': 'x', 'flag': False, 'points': [[0, 0.0]], 'prompt': [],
+            '_hidden': 1, 'CONSTANT': 2, 'function': len, '__doc__': 'A script.', '__file__': ''}
 
 
-def run(*argv, positional=()):
+def settings(*argv, positional=()):
     return configure(namespace(), list(argv), positional)
 
 
-def test_flags_and_types():
-    out = run('--batch_size=3', '--lr', '1', '--flag', '--name=a=b', '--points=[(0, 0), (10, 1e-4)]', '--prompt=[x',
-              '--prompt=y')
-    assert out['batch_size'] == 3 and out['lr'] == 1.0 and type(out['lr']) is float and out['flag'] is True
-    assert out['name'] == 'a=b' and out['points'] == [[0, 0], [10, 1e-4]] and out['prompt'] == ['[x', 'y']
-    assert '_hidden' not in out and 'CONST' not in out
-    assert run('--batch_size=1e3')['batch_size'] == 1000 and run('--flag=FALSE')['flag'] is False
-    assert run('--flag', 'word', positional=('name',))['name'] == 'word' and run('--flag', 'false')['flag'] is False
-    assert run('--lr=-1')['lr'] == -1.0 and run('--lr', '-1')['lr'] == -1.0
+@pytest.fixture
+def config(tmp_path):
+    """A function that writes a config file -> its path."""
+    def write(text):
+        (tmp_path / 'c.py').write_text(text, encoding='utf-8')
+        return str(tmp_path / 'c.py')
+    return write
 
 
-def test_the_namespace_is_updated_and_later_wins(tmp_path):
-    (tmp_path / 'c.py').write_text('"""doc"""\nbatch_size = 5 * 8  # comment\nlr = batch_size / 4\nname = "n"\n'
-                                   'points = [(0, lr)]\n')
-    names = namespace()
-    out = configure(names, [str(tmp_path / 'c.py'), '--batch_size=7'])
-    assert names['batch_size'] == out['batch_size'] == 7 and out['lr'] == 10.0 and out['points'] == [[0, 10.0]]
+# ---------------------------------------------------------------------------------------------------------- flags
 
 
-def test_the_first_flag_of_a_list_replaces_what_a_file_says(tmp_path):
-    (tmp_path / 'c.py').write_text('prompt = ["of", "the file"]\n')
-    assert configure(namespace(), [str(tmp_path / 'c.py')])['prompt'] == ['of', 'the file']
-    flags = [str(tmp_path / 'c.py'), '--prompt=a', '--prompt=b']
-    assert configure(namespace(), flags)['prompt'] == ['a', 'b']
+def test_settings_are_the_lower_case_globals_of_simple_types():
+    assert settings() == {'batch_size': 12, 'lr': 1e-3, 'name': 'x', 'flag': False, 'points': [[0, 0.0]], 'prompt': []}
+
+
+@pytest.mark.parametrize('argv, name, value', [
+    (['--batch_size=3'], 'batch_size', 3), (['--batch_size', '3'], 'batch_size', 3),
+    (['--batch-size=3'], 'batch_size', 3), (['--batch_size=1e3'], 'batch_size', 1000),
+    (['--batch_size=-5'], 'batch_size', -5),
+    (['--lr=1'], 'lr', 1.0), (['--lr', '-1'], 'lr', -1.0), (['--lr=2', '--lr=3'], 'lr', 3.0),
+    (['--flag'], 'flag', True), (['--flag', '--lr=1'], 'flag', True), (['--flag=FALSE'], 'flag', False),
+    (['--flag', 'false'], 'flag', False), (['--flag=1'], 'flag', True),
+    (['--name=a=b'], 'name', 'a=b'), (['--name='], 'name', ''), (['--name=--x'], 'name', '--x'),
+    (['--name', 'x.py'], 'name', 'x.py'), (['--name=3'], 'name', '3'),
+], ids=str)
+def test_flags_have_the_type_of_their_default(argv, name, value):
+    got = settings(*argv)[name]
+    assert got == value and type(got) is type(value)
+
+
+def test_a_list_collects_its_flags():
+    assert settings('--prompt=a', '--prompt', 'b')['prompt'] == ['a', 'b']
 
 
 def test_positional_words():
-    out = run('a', 'b', 'c', positional=('name', 'prompt'))
-    assert out['name'] == 'a' and out['prompt'] == ['b', 'c']
+    got = settings('a', 'b', '--lr=1', 'c', positional=('name', 'prompt'))
+    assert got['name'] == 'a' and got['prompt'] == ['b', 'c'] and got['lr'] == 1
+    assert settings('--flag', 'word', positional=('name',))['name'] == 'word'       # a switch takes only true or false
 
 
-@pytest.mark.parametrize('argv, says', [
-    (['--bach_size=3'], "no setting is called 'bach_size'; did you mean batch_size?"),
-    (['--batch_size=12.5'], 'batch_size wants int'),
-    (['--batch_size='], 'batch_size wants int'),
-    (['--batch_size=true'], 'batch_size wants int'),
-    (['--flag=maybe'], 'flag wants bool'),
-    (['--lr=fast'], 'lr wants float'),
-    (['word'], 'want a config file'),
-    (['no/such.py'], 'No such file'),
-    (['--batch_size=9**9**9'], 'batch_size wants int'),
-    (['--lr=__import__("os")'], 'lr wants float'),
-])
-def test_bad_flags(argv, says, capsys):
-    with pytest.raises(SystemExit) as e:
-        run(*argv)
-    captured = capsys.readouterr()
-    assert e.value.code == 2 and says in captured.err and captured.out == '' and len(captured.err.splitlines()) == 1
+@pytest.mark.parametrize('argv, message', [
+    (['--bach_size=3'], r"--bach_size=3: unknown setting 'bach_size' \(did you mean batch_size\?\)"),
+    (['--zzz'], "unknown setting 'zzz'$"),
+    (['--_hidden=1'], "unknown setting '_hidden'"), (['--CONSTANT=1'], "unknown setting 'CONSTANT'"),
+    (['--batch_size=12.5'], '--batch_size must be of type int, got 12.5'),
+    (['--batch_size='], "--batch_size must be of type int, got ''"), (['--batch_size'], 'type int'),
+    (['--batch_size=true'], 'type int'), (['--batch_size=inf'], 'type int'),
+    (['--lr=fast'], "--lr must be of type float, got 'fast'"), (['--lr', '--flag'], 'type float'),
+    (['--flag=maybe'], "--flag must be of type bool, got 'maybe'"),
+    (['--lr=__import__("os")'], 'type float'), (['--batch_size=9**9'], 'type int'),
+    (['word'], r'word: expected a config file \(.py\) or --name=value'), (['-h3'], 'expected a config file'),
+], ids=str)
+def test_bad_flags(argv, message):
+    with pytest.raises(UserError, match=message) as error:
+        settings(*argv)
+    assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('text, says', [
-    ('batchsize = 3', 'c.py:1: no setting'),
-    ('\nimport os', 'c.py:2: a config file holds only lines'),
-    ('lr = print("ran")', 'only literals'),
-    ('lr = 1 / 0', 'division by zero'),
-    ('lr = 9 ** 9 ** 9', 'only literals'),
-    ('name = "a" * 10', 'arithmetic wants numbers'),
-    ('lr = unknown', "'unknown' is not a known name"),
-    ('lr = (', 'c.py:1:'),
-    ('batch_size, lr = 1, 2', 'a config file holds only lines'),
-    ('lr = ' + '-' * 5000 + '1', 'c.py:1:'),
-])
-def test_bad_files(text, says, tmp_path, capsys):
-    (tmp_path / 'c.py').write_text(text)
-    with pytest.raises(SystemExit) as e:
-        run(str(tmp_path / 'c.py'))
-    captured = capsys.readouterr()
-    assert e.value.code == 2 and says in captured.err and captured.out == ''
+# --------------------------------------------------------------------------------------------------- config files
 
 
-def test_all_problems_at_once(tmp_path, capsys):
-    (tmp_path / 'c.py').write_text('foo = 1\nlr = "x"\n')
-    with pytest.raises(SystemExit):
-        run(str(tmp_path / 'c.py'), '--bar=2')
-    assert len(capsys.readouterr().err.splitlines()) == 3
+def test_a_config_file_is_executed_with_the_settings_so_far(config):
+    path = config('"""doc"""\nimport math\nfrom math import sqrt\n_base = math.floor(5.5)\nbatch_size = _base * 8\n'
+                  'lr = sqrt(16) * lr\npoints = [(0, batch_size)]\n\ndef helper():\n    pass\n')
+    got = settings('--lr=0.5', path, '--name=n')
+    assert got == {**settings(), 'batch_size': 40, 'lr': 2.0, 'points': [(0, 40)], 'name': 'n'}
 
 
-def test_help_lists_keys_defaults_and_comments(tmp_path, capsys):
+def test_the_namespace_is_updated_and_the_last_one_wins(config):
+    names = namespace()
+    got = configure(names, ['--batch_size=5', config('batch_size = 6\nlr = 7'), '--lr=8'])
+    assert (names['batch_size'], names['lr']) == (got['batch_size'], got['lr']) == (6, 8.0)
+    assert names['CONSTANT'] == 2
+
+
+def test_flags_of_a_list_replace_what_a_file_says(config):
+    path = config('prompt = ["of", "the file"]')
+    assert settings(path)['prompt'] == ['of', 'the file']
+    assert settings(path, '--prompt=a', '--prompt=b')['prompt'] == ['a', 'b']
+
+
+def test_defaults_are_not_changed_in_place(config):
+    names = namespace()
+    default = names['prompt']
+    assert configure(names, [config('prompt.append("z")')])['prompt'] == ['z']
+    assert default == []
+
+
+@pytest.mark.parametrize('text, message', [
+    ('batchsize = 3', r"c.py: unknown setting 'batchsize' \(did you mean batch_size\?\)"),
+    ('CONSTANT = 3', "c.py: unknown setting 'CONSTANT'"), ('helper = 3', "unknown setting 'helper'"),
+    ('lr = "x"', "c.py: lr must be of type float, got 'x'"), ('batch_size = 12.5', 'batch_size must be of type int'),
+    ('batch_size = True', 'batch_size must be of type int'), ('flag = 1', 'flag must be of type bool'),
+    ('name = 3', 'name must be of type str'), ('prompt = "a"', 'prompt must be of type list'),
+], ids=str)
+def test_bad_config_files(text, message, config):
+    with pytest.raises(UserError, match=message):
+        settings(config(text))
+
+
+@pytest.mark.xfail(strict=True, reason='read_config skips every value that is no bool, int, float, str or list')
+@pytest.mark.parametrize('text', ['points = (0, 1)', 'name = None', 'lr = len'])
+def test_a_setting_of_another_type_is_not_ignored(text, config):
+    with pytest.raises(UserError, match='must be of type'):
+        settings(config(text))
+
+
+def test_a_mistake_in_python_keeps_its_traceback(config):
+    for text, kind in (('lr = (', SyntaxError), ('lr = 1 / 0', ZeroDivisionError), ('lr = unknown', NameError)):
+        with pytest.raises(kind):
+            settings(config(text))
+
+
+# ----------------------------------------------------------------------------------------------------- help and run
+
+
+def test_help_lists_settings_defaults_and_comments(tmp_path, capsys):
     script = tmp_path / 's.py'
     script.write_text('"""Doc."""\nalpha = 3     # the first # letter\nbeta = "b"\n')
-    with pytest.raises(SystemExit) as e:
-        configure({'alpha': 3, 'beta': 'b', '__doc__': 'Doc.', '__file__': str(script)}, ['--help'])
-    out = capsys.readouterr().out
-    assert e.value.code == 0 and '--alpha=3' in out and 'the first # letter' in out and "--beta='b'" in out
+    for flag in ('--help', '-h'):
+        with pytest.raises(SystemExit) as stop:
+            configure({'alpha': 3, 'beta': 'b', '__doc__': 'Doc.', '__file__': str(script)}, [flag], ('beta',))
+        printed = capsys.readouterr().out
+        assert not stop.value.code and printed.startswith('Doc.') and '[beta] [--name=value' in printed
+        assert re.search(r"--alpha=3 +the first # letter\n  --beta='b'", printed)
 
 
-def test_fuzz_never_a_traceback(tmp_path, capsys):
-    rng = random.Random(0)
-    alphabet = list('abz_-=.[](){}"\'\\ 019\n\t#*/+,:%\x00é')
-    for _ in range(300):
-        text = ''.join(rng.choice(alphabet) for _ in range(rng.randrange(1, 25)))
-        (tmp_path / 'c.py').write_text('batch_size = ' + text)
-        for argv in ([str(tmp_path / 'c.py')], ['--' + text], ['--batch_size=' + text], ['--points=' + text]):
-            try:
-                run(*argv)
-            except SystemExit as e:
-                assert e.code == 2 or 'help' in argv[0]
-                assert 'Traceback' not in capsys.readouterr().err
+def exit_of(main, monkeypatch, capsys, argv=()):
+    """Return exit code and stderr of a script with this main."""
+    monkeypatch.setattr(sys, 'argv', ['script.py', *argv])
+    with pytest.raises(SystemExit) as stop:
+        configurator.run(main, namespace())
+    return stop.value.code, capsys.readouterr().err
+
+
+def test_run_passes_the_settings(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['script.py', '--lr=2', 'word'])
+    seen = []
+    configurator.run(seen.append, namespace(), positional=('name',))
+    assert seen[0].lr == 2.0 and seen[0].name == 'word'
+
+
+def test_a_mistake_of_the_user_is_one_line_and_exit_code_2(monkeypatch, capsys):
+    def wrong(cfg):
+        raise UserError('this will not do')
+
+    assert exit_of(wrong, monkeypatch, capsys) == (2, 'this will not do\n')
+    code, err = exit_of(wrong, monkeypatch, capsys, ['--batch_size=x'])
+    assert code == 2 and err == "--batch_size must be of type int, got 'x'\n"
+    code, err = exit_of(wrong, monkeypatch, capsys, ['no/such.py'])
+    assert code == 2 and re.fullmatch(r'.*no/such.py: No such file or directory\n', err)
+    code, err = exit_of(lambda cfg: open('/no/file'), monkeypatch, capsys)
+    assert code == 2 and err == '/no/file: No such file or directory\n'
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupted(cfg):
+        raise KeyboardInterrupt
+
+    assert exit_of(interrupted, monkeypatch, capsys) == (130, 'interrupted\n')
+
+
+@pytest.mark.parametrize('error', [ValueError('a bug'), OSError('without a file')], ids=repr)
+def test_a_bug_keeps_its_traceback(error, monkeypatch):
+    def buggy(cfg):
+        raise error
+
+    monkeypatch.setattr(sys, 'argv', ['script.py'])
+    with pytest.raises(type(error)):
+        configurator.run(buggy, namespace())
+
+
+def test_other_ranks_wait_before_they_repeat_the_line(monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr(configurator.time, 'sleep', slept.append)
+    monkeypatch.setenv('RANK', '1')
+    code, _ = exit_of(lambda cfg: open('/no/file'), monkeypatch, capsys)
+    assert code == 2 and slept == [3]
+
+
+def test_a_reader_that_leaves_is_no_error():
+    """As in `python sample.py | head`."""
+    program = 'from configurator import run\nrun(lambda cfg: [print(i) for i in range(100_000)], {})'
+    with subprocess.Popen([sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b'' and process.wait() == 141
