@@ -87,8 +87,9 @@ def rope_angles(positions, head_dim, theta):
 def apply_rope(x, cos, sin):
     """Rotate dimension j together with j + D/2 ("half rotation"): x (B, H, T, D) -> same shape and dtype."""
     a, b = x.to(cos.dtype).chunk(2, dim=-1)
-    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return rotated.to(x.dtype)
+    rotated_a = a * cos - b * sin
+    rotated_b = b * cos + a * sin
+    return torch.cat((rotated_a, rotated_b), dim=-1).to(x.dtype)
 
 
 def attention(q, k, v, *, attn_mask=None, causal=False, cu_seqlens=None):
@@ -99,15 +100,17 @@ def attention(q, k, v, *, attn_mask=None, causal=False, cu_seqlens=None):
     """
     if cu_seqlens is not None:
         return packed_attention(q, k, v, cu_seqlens)
-    grouped = q.shape[1] != k.shape[1]
-    sdpa = partial(F.scaled_dot_product_attention, attn_mask=attn_mask, is_causal=causal, enable_gqa=grouped)
+    sdpa = partial(
+        F.scaled_dot_product_attention, attn_mask=attn_mask, is_causal=causal,
+        enable_gqa=q.shape[1] != k.shape[1])
     if q.device.type != 'cpu':
         return sdpa(q, k, v)
 
     # on a CPU torch's kernel is faster in float32 than in bfloat16 (backward: up to 4 times), and more exact
+    dtype = q.dtype
+    wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast('cpu', enabled=False):
-        wide = torch.promote_types(q.dtype, torch.float32)
-        return sdpa(q.to(wide), k.to(wide), v.to(wide)).to(q.dtype)
+        return sdpa(q.to(wide), k.to(wide), v.to(wide)).to(dtype)
 
 
 def packed_attention(q, k, v, cu_seqlens):
@@ -118,7 +121,8 @@ def packed_attention(q, k, v, cu_seqlens):
     if k.shape[1] != H:                                     # the kernel of torch 2.11 has no grouped queries
         k = k.repeat_interleave(H // k.shape[1], dim=1)
         v = v.repeat_interleave(H // v.shape[1], dim=1)
-    q, k, v = (z.transpose(1, 2).reshape(B * T, H, D) for z in (q, k, v))
+    # the kernel knows no rows, only B * T tokens in a line
+    q, k, v = (z.transpose(1, 2).flatten(0, 1) for z in (q, k, v))                  # (B * T, H, D)
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T)
     return out.view(B, T, H, D).transpose(1, 2)
 
@@ -138,16 +142,19 @@ class Attention(nn.Module):
         return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(self, x, cos, sin, kv, kv_positions, pattern):
-        q = apply_rope(self.heads(self.q(x)), cos, sin)                             # (B, H, T, D)
-        k = apply_rope(self.heads(self.k(x)), cos, sin)                             # (B, Hkv, T, D)
+        q = self.heads(self.q(x))                                                   # (B, H, T, D)
+        k = self.heads(self.k(x))                                                   # (B, Hkv, T, D)
         v = self.heads(self.v(x))
+        q = apply_rope(q, cos, sin)
+        k = apply_rope(k, cos, sin)
 
         if kv is not None:
             # overwrite these positions of the cache, then attend to all S of it
-            k = kv[0].index_copy_(2, kv_positions, k.to(kv.dtype)).to(q.dtype)      # (B, Hkv, S, D)
-            v = kv[1].index_copy_(2, kv_positions, v.to(kv.dtype)).to(q.dtype)
-        y = attention(q, k, v, **pattern)
-        return self.out(y.transpose(1, 2).flatten(2))                               # (B, T, C)
+            k = kv[0].index_copy_(2, kv_positions, k.to(kv.dtype))                  # (B, Hkv, S, D)
+            v = kv[1].index_copy_(2, kv_positions, v.to(kv.dtype))
+        y = attention(q, k, v, **pattern)                                           # (B, H, T, D)
+        y = y.transpose(1, 2).flatten(2)
+        return self.out(y)                                                          # (B, T, C)
 
 
 class SwiGLU(nn.Module):
@@ -158,7 +165,8 @@ class SwiGLU(nn.Module):
         self.down = linear(config.d_ff, config.d_model)
 
     def forward(self, x):
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate = F.silu(self.gate(x))
+        return self.down(gate * self.up(x))
 
 
 class Block(nn.Module):
@@ -170,11 +178,13 @@ class Block(nn.Module):
         self.ff = SwiGLU(config)
 
     def forward(self, x, cos, sin, kv, kv_positions, pattern, positions=None):
-        x = x + self.attn(self.attn_norm(x), cos, sin, kv, kv_positions, pattern)
+        h = self.attn_norm(x)
+        x = x + self.attn(h, cos, sin, kv, kv_positions, pattern)
         if positions is not None:
             # the last block: only the positions to predict need its feed-forward part
             x = x.flatten(0, 1)[positions]                                          # (M, C)
-        return x + self.ff(self.ff_norm(x))
+        h = self.ff_norm(x)
+        return x + self.ff(h)
 
 
 class Transformer(nn.Module):
@@ -185,10 +195,12 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = None if config.tied else linear(config.d_model, config.vocab_size)
+        self.head = None
+        if not config.tied:
+            self.head = linear(config.d_model, config.vocab_size)
 
-    def forward(self, ids, *, attention_mask=None, kv=None, kv_positions=None, cu_seqlens=None,
-                positions=None, targets=None):
+    def forward(self, ids, *, attention_mask=None, kv=None, kv_positions=None,
+                cu_seqlens=None, positions=None, targets=None):
         """Predict all tokens: ids (B, T) int64 -> logits (B, T, V).
 
         attention_mask (B, S): 1 or True for keys that may be attended to, so 0 hides left padding.
@@ -204,6 +216,7 @@ class Transformer(nn.Module):
         if positions is not None and positions.dtype == torch.bool:
             positions = positions.flatten().nonzero()[:, 0]
 
+        # where on the canvas, or in its segment, each token stands
         where = kv_positions
         if cu_seqlens is not None:
             _, where = segments_of(ids.shape, cu_seqlens)                           # (B, 1, T)
@@ -211,12 +224,14 @@ class Transformer(nn.Module):
             where = torch.arange(ids.shape[1], device=ids.device)                   # (T,)
         cos, sin = rope_angles(where, self.config.head_dim, self.config.rope_theta)
         if not self.config.rope_fp32:
-            cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        pattern = self.attention_pattern(x, kv, where, attention_mask, cu_seqlens)
+            cos = cos.to(x.dtype)
+            sin = sin.to(x.dtype)
 
+        pattern = self.attention_pattern(x, kv, where, attention_mask, cu_seqlens)
         for i, block in enumerate(self.blocks):
             cache = None if kv is None else kv[i]
-            wanted = positions if block is self.blocks[-1] else None
+            is_last = i == len(self.blocks) - 1
+            wanted = positions if is_last else None
             inputs = (x, cos, sin, cache, kv_positions, pattern, wanted)
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)
@@ -224,16 +239,18 @@ class Transformer(nn.Module):
                 x = block(*inputs)
 
         x = self.norm(x)
-        head = self.embed.weight if self.head is None else self.head.weight
+        head = self.embed if self.head is None else self.head
         if targets is None:
-            return F.linear(x, head)
-        return head_cross_entropy(x, head, targets)
+            return F.linear(x, head.weight)
+        return head_cross_entropy(x, head.weight, targets)
 
     def attention_pattern(self, x, kv, where, attention_mask, cu_seqlens):
         """Return who attends to whom as keyword arguments of `attention`, by a mask only if nothing else will do."""
         causal = self.config.causal
-        if attention_mask is None and cu_seqlens is None and not (causal and kv is not None):
-            return dict(causal=causal)
+        if attention_mask is None and cu_seqlens is None:
+            # a causal cache has more keys than queries, so is_causal would not do
+            if kv is None or not causal:
+                return dict(causal=causal)
         # this also keeps masks out of training on CUDA, where cuDNN's backward can return NaN since torch 2.11
         if cu_seqlens is not None and x.is_cuda and x.dtype == torch.bfloat16:
             return dict(cu_seqlens=cu_seqlens)
@@ -255,15 +272,18 @@ class Transformer(nn.Module):
     def new_kv(self, batch_size, length):
         """Return an empty cache for forward(kv=...): (n_layer, 2, B, n_kv_head, S, D)."""
         c = self.config
-        weight = self.embed.weight
         shape = (c.n_layer, 2, batch_size, c.n_kv_head, length, c.head_dim)
-        return torch.zeros(shape, device=weight.device, dtype=dtype_of_pass(weight))
+        weight = self.embed.weight
+        dtype = dtype_of_pass(weight)
+        return torch.zeros(shape, device=weight.device, dtype=dtype)
 
     def num_params(self, non_embedding=False):
         """Count all parameters, or those outside embedding and head (N in the papers' 6ND)."""
         n = sum(p.numel() for p in self.parameters())
         if non_embedding:
-            n -= (1 if self.config.tied else 2) * self.embed.weight.numel()
+            n -= self.embed.weight.numel()
+        if non_embedding and self.head is not None:
+            n -= self.head.weight.numel()
         return n
 
     def flops_per_token(self, masked_fraction=1.0, length=None):
@@ -272,9 +292,11 @@ class Transformer(nn.Module):
         Attention counts the full square, of segments of `length` tokens (default: seq_len).
         """
         c = self.config
-        matrices = self.num_params(non_embedding=True) - (2 * c.n_layer + 1) * c.d_model    # without norms
+        norms = (2 * c.n_layer + 1) * c.d_model
+        matrices = self.num_params(non_embedding=True) - norms
         attention = 2 * c.n_layer * c.d_model * (length or c.seq_len)
-        return 6 * (matrices + attention + c.d_model * c.vocab_size * masked_fraction)
+        head = c.d_model * c.vocab_size * masked_fraction
+        return 6 * (matrices + attention + head)
 
 
 def head_cross_entropy(h, weight, targets):
@@ -282,30 +304,35 @@ def head_cross_entropy(h, weight, targets):
     def part(h, targets):
         # in float32, because the loss weight 1/t multiplies its rounding error by up to 1000
         logits = F.linear(h, weight)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, targets, reduction='none')
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), targets, reduction='none')
 
     # With a vocabulary of 126,464 the logits would be the largest tensor by far. So at most 2^28 of them (1 GB) exist
     # at a time, and backward makes them again.
     size = max(1, 2 ** 28 // len(weight))
     if len(h) <= size:
         return part(h, targets)
-    chunks = zip(h.split(size), targets.split(size))
-    return torch.cat([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks])
+    ce = []
+    for chunk in zip(h.split(size), targets.split(size)):
+        ce.append(checkpoint(part, *chunk, use_reentrant=False))
+    return torch.cat(ce)
 
 
 def segments_of(shape, cu_seqlens):
     """Return the segment number of each packed token and its position there, two tensors (B, 1, T)."""
     B, T = shape
-    token = torch.arange(B * T, dtype=cu_seqlens.dtype, device=cu_seqlens.device).view(B, 1, T)
-    segment = torch.bucketize(token, cu_seqlens[1:], right=True)
+    token = torch.arange(B * T, device=cu_seqlens.device).view(B, 1, T)
+    ends = cu_seqlens[1:].long()
+    segment = torch.bucketize(token, ends, right=True)
     return segment, token - cu_seqlens[segment]
 
 
 def dtype_of_pass(z):
     """Return the dtype in which autocast computes on z's device, or the dtype of z if autocast is off."""
     kind = z.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else z.dtype
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return z.dtype
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -340,7 +367,8 @@ def init_weights(model, seed=0, emb_std=None, device=None):
             # hashed, because torch seeds its CPU generator with 32 bits only
             key = zlib.crc32(f'{seed} {name}'.encode())
             generator = torch.Generator(full.device).manual_seed(key)
-            nn.init.trunc_normal_(full, 0.0, std, -3 * std, 3 * std, generator=generator)
+            nn.init.trunc_normal_(
+                full, 0.0, std, -3 * std, 3 * std, generator=generator)
         copy_full(p, full)
     return model
 
@@ -351,18 +379,22 @@ def copy_full(p, full):
     if hasattr(p, 'placements'):
         from torch.distributed.tensor import distribute_tensor
         # src_data_rank=None sends nothing, because every rank has the tensor
-        full = distribute_tensor(full.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+        full = distribute_tensor(
+            full.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
     p.copy_(full)
 
 
 def pick_device(device, dtype):
     """Resolve the settings device and dtype, of which 'auto' is a value -> device, torch.dtype to compute in."""
-    available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
-    names = [name for name in available if available[name]]
+    available = ['cpu']
+    if torch.backends.mps.is_available():
+        available.insert(0, 'mps')
+    if torch.cuda.is_available():
+        available.insert(0, 'cuda')
     if device == 'auto':
-        device = names[0]
-    if device not in names:
-        raise UserError(f'device {device!r} is not available, choose one of: auto, {", ".join(names)}')
+        device = available[0]
+    if device not in available:
+        raise UserError(f'device {device!r} is not available, choose one of: auto, {", ".join(available)}')
 
     if dtype not in ('auto', 'bfloat16', 'float32'):
         raise UserError(f'dtype must be auto, bfloat16 or float32, got {dtype!r}')
@@ -420,12 +452,19 @@ rope_fp32       rope_full_precision
 # Switches of config.json that change the logits, and the only value that is implemented here
 SWITCHES = {
     'llada': dict(
-        activation_type='silu', block_type='llama', layer_norm_type='rms', rope=True, alibi=False,
-        include_bias=False, include_qkv_bias=False, bias_for_layer_norm=False, attention_layer_norm=False,
-        input_emb_norm=False, scale_logits=False, multi_query_attention=None, layer_norm_with_affine=True),
+        activation_type='silu', block_type='llama',
+        layer_norm_type='rms', layer_norm_with_affine=True, bias_for_layer_norm=False,
+        rope=True, alibi=False,
+        include_bias=False, include_qkv_bias=False,
+        attention_layer_norm=False, multi_query_attention=None,
+        input_emb_norm=False, scale_logits=False),
     'illada': dict(
-        hidden_act='silu', attention_bias=False, mlp_bias=False, layer_norm_eps=None, rope_scaling=None,
-        partial_rotary_factor=1.0)}
+        hidden_act='silu',
+        attention_bias=False, mlp_bias=False, layer_norm_eps=None,
+        rope_scaling=None, partial_rotary_factor=1.0)}
+# What the official training code would otherwise default to, although neither paper uses dropout
+NO_DROPOUT = dict.fromkeys(
+    ('attention_dropout', 'embedding_dropout', 'residual_dropout', 'resid_pdrop'), 0.0)
 ROLES = ('mask', 'eos', 'pad', 'bos', 'eot')            # special tokens whose ids config.json may hold
 
 
@@ -433,7 +472,8 @@ def column(table, layout):
     """Return a table as a dict: our name -> the name in this layout, if it has one."""
     heads, *rows = [line.split() for line in table.strip().splitlines()]
     number = heads.index(layout)
-    return {row[0]: row[number] for row in rows if len(row) > number}
+    rows = [row for row in rows if len(row) > number]
+    return {row[0]: row[number] for row in rows}
 
 
 def released_names(config, layout):
@@ -478,7 +518,9 @@ def save_model(model, folder, meta):
     layout, class_name = MODEL_TYPES[model_type]
     dtype = str(model.embed.weight.dtype).removeprefix('torch.')
     raw = {'model_type': model_type, 'architectures': [class_name], 'torch_dtype': dtype}
-    raw.update(SWITCHES[layout], vocab_size=model.config.vocab_size)
+    raw.update(SWITCHES[layout])
+    raw.update(NO_DROPOUT)
+    raw['vocab_size'] = model.config.vocab_size
     for ours, theirs in column(FIELDS, layout).items():
         raw[theirs] = getattr(model.config, ours)
     for role in ROLES:
@@ -493,10 +535,11 @@ def save_model(model, folder, meta):
 
 def open_model(path, device='auto', dtype='auto', compile=False):
     """Load a model for a script, with its settings device and dtype -> model in eval mode, meta (of load_model)."""
-    device, narrow = pick_device(device, dtype)
-    # with dtype 'auto', released weights stay as they are stored
+    device, compute = pick_device(device, dtype)
     released = not (newest_checkpoint(path) / 'state.json').is_file()
-    model, meta = load_model(path, device, None if released and dtype == 'auto' else narrow)
+    if released and dtype == 'auto':
+        compute = None                                      # as they are stored
+    model, meta = load_model(path, device, compute)
     if compile:
         torch._dynamo.config.recompile_limit = 64           # batches and canvases have many shapes
         for block in model.blocks:
@@ -518,8 +561,10 @@ def load_model(path, device='cpu', dtype=None):
     names = released_names(config, layout)
     stored = check_tensors(folder, config, names)
 
-    model = empty_model(config).to(dtype or stored).to_empty(device=device)
-    read_tensors(folder, {names[ours]: p.data for ours, p in model.named_parameters()})
+    model = empty_model(config).to(dtype or stored)
+    model = model.to_empty(device=device)
+    tensors = {names[ours]: p.data for ours, p in model.named_parameters()}
+    read_tensors(folder, tensors)
     ids = read_json(folder / 'generation_config.json') | raw        # some releases keep ids in the former
     meta = {f'{role}_id': ids.get(f'{role}_token_id') for role in ROLES}
     meta['folder'] = str(folder)
@@ -536,14 +581,15 @@ def newest_checkpoint(path):
     folders = checkpoints_of(path)
     if folders:
         return folders[-1]
-    if list(path.glob('iter_*/manifest.json')) or (path / 'manifest.json').is_file():
+    if any(path.rglob('.metadata')):
         raise UserError(f'{path}: a run of an older version of nanoLLaDA, which cannot be read; train it again')
     raise UserError(f'{path}: no checkpoint here; train.py writes one every eval_interval iterations')
 
 
 def checkpoints_of(run):
     """Return the checkpoint folders of a run, oldest first. (An unfinished one has another name.)"""
-    return sorted(folder for folder in Path(run).glob('iter_*') if (folder / 'state.json').is_file())
+    states = Path(run).glob('iter_*/state.json')
+    return sorted(state.parent for state in states)
 
 
 def config_from(raw, folder):
@@ -553,7 +599,8 @@ def config_from(raw, folder):
         raise UserError(f'{folder}: model_type {model_type!r} is not one of {", ".join(MODEL_TYPES)}')
     layout, _ = MODEL_TYPES[model_type]
     fields = column(FIELDS, layout)
-    values = {ours: raw[theirs] for ours, theirs in fields.items() if raw.get(theirs) is not None}
+    values = {ours: raw.get(theirs) for ours, theirs in fields.items()}
+    values = {ours: value for ours, value in values.items() if value is not None}
 
     # what some releases leave out, or keep elsewhere
     rope = raw.get('rope_parameters') or {}
@@ -572,7 +619,8 @@ def config_from(raw, folder):
     for name, only in SWITCHES[layout].items():
         if raw.get(name) not in (None, only):
             raise UserError(f'{folder}/config.json: {name} = {raw[name]!r} is not supported, only {only!r}')
-    if rope.get('rope_type', 'default') != 'default' or rope.keys() - {'rope_theta', 'rope_type'}:
+    scaled = rope.get('rope_type', 'default') != 'default'
+    if scaled or rope.keys() - {'rope_theta', 'rope_type'}:
         raise UserError(f'{folder}/config.json: rope_parameters = {rope} is not supported')
     return ModelConfig(**values, causal=model_type == 'nanollada_ar'), layout
 
@@ -590,11 +638,11 @@ def check_tensors(folder, config, names):
             raise UserError(f'{file}: damaged or incomplete ({error})') from None
 
     # not needed: a tied head that is stored twice, and rotary frequencies, which follow from rope_theta
-    for name in list(shapes):
-        if name.endswith('.inv_freq') or config.tied and name.endswith(('lm_head.weight', 'transformer.ff_out.weight')):
-            del shapes[name]
+    ignored = {name for name in shapes if name.endswith('.inv_freq')}
+    if config.tied:
+        ignored |= {'lm_head.weight', 'model.transformer.ff_out.weight'}
     missing = names.values() - shapes.keys()
-    extra = shapes.keys() - names.values()
+    extra = shapes.keys() - names.values() - ignored
     if missing or extra:
         raise UserError(f'{folder}: {len(missing)} tensors are missing {sorted(missing)[:1]}, '
                         f'{len(extra)} do not belong to this architecture {sorted(extra)[:1]}')

@@ -8,8 +8,8 @@
 
 A ___ in a prompt is a gap. It is filled with both sides in view, which no left-to-right model can do.
 
-Low-confidence remasking commits the most probable tokens first. Over a whole canvas without a prompt, a small model
-then writes one phrase again and again, so give it a prompt and small blocks (--block_length=8).
+Low-confidence remasking commits the most probable tokens first. Over a whole canvas without a prompt, a small
+model then writes one phrase again and again, so give it a prompt and small blocks (--block_length=8).
 """
 
 import json
@@ -33,35 +33,37 @@ from model import open_model
 # --- what to write
 checkpoint = 'out/docs'         # a run of train.py, one of its checkpoints, or a folder of released weights
 prompt = []                     # text to continue, or with ___ to fill in (repeat for more); none = samples
-prompt_file = ''                # more prompts: .txt (one per line), .jsonl ("prompt", "messages" or "ids"), - is stdin
+prompt_file = ''                # more prompts; - is stdin, a .txt has one per line,
+                                # a .jsonl has objects with "prompt" (a text), "messages" or "ids"
 instruct = False                # if True, a prompt is what the user says in a chat
 chat = False                    # talk: /reset forgets, /quit or Ctrl-D leaves, Ctrl-C interrupts an answer
 num_samples = 3                 # how many samples, if there is no prompt
-gen_length = 0                  # tokens to generate (not in gaps); 0 = what the context leaves, at most 64
+gen_length = 0                  # tokens to append; 0 = what the context leaves, at most 64 (in a chat 128)
 gap_length = 3                  # tokens in each ___ (tests/lab/hooks.py looks for the best length)
 stop = []                       # an answer ends before this text (repeat for more)
 # --- sampler
-steps = 0                       # denoising steps (of each block with variable_length); 0 = one token per step
-block_length = 0                # finish blocks of this many tokens from left to right; 0 = the whole canvas is one
+steps = 0                       # denoising steps (variable_length: of each block); 0 = one token per step
+block_length = 0                # finish blocks of this many tokens from left to right; 0 = one block
 variable_length = False         # if True, append blocks one by one until the end is written (iLLaDA)
-remasking = 'auto'              # which guesses a step keeps: 'random' draws from the model, 'low_confidence' seeks
-                                # the most probable text. 'auto' = low_confidence for answers (chat, instruct,
-                                # models trained on examples, released weights), else random
-temperature = -1.0              # of the guesses; 0 = the most probable token; -1 = 1 if remasking is random, else 0
+remasking = 'auto'              # which guesses a step keeps: 'random', 'low_confidence', or 'auto', see below
+                                # random draws from the model, low_confidence seeks the most probable text.
+                                # auto is low_confidence for answers (chat, instruct, released weights, models
+                                # trained on examples), and random otherwise
+temperature = -1.0              # of the guesses; 0 = the most probable token; -1 = 1 if random, else 0
 cfg_scale = 0.0                 # classifier-free guidance away from the canvas without the prompt; 0 = none
 logits_eos_inf = False          # if True, EOS is never written
 confidence_eos_eot_inf = False  # if True, EOS and EoT are written last
 threshold = 0.0                 # > 0: commit all guesses at least this probable (fast, inexact); 0 = off
-cache = ''                      # 'prefix' or 'dual' reuse keys and values (fast, inexact); '' = no cache
+cache = ''                      # 'prefix' or 'dual': reuse keys and values (fast, inexact); '' = no cache
 seed = 1337                     # of the noise
 # --- machine and output
 batch_size = 8                  # prompts in one forward pass
-out = ''                        # also write a JSON object per prompt to this new file: text, ids, settings
+out = ''                        # also write an object per prompt (prompt, text, ids, settings) to this new .jsonl
 show = False                    # if True, draw the canvas after every step
-device = 'auto'                 # 'cuda', 'mps' or 'cpu'; auto takes the first that is available
+device = 'auto'                 # 'cuda', 'mps' or 'cpu'; auto = the first that is available
 dtype = 'auto'                  # 'bfloat16' or 'float32'; auto = released weights as they are stored
 compile = False                 # torch.compile each block (half a minute; then up to twice as fast on a GPU)
-mask_id = -1                    # id of [MASK], if neither the weights nor their tokenizer name it; -1 = they do
+mask_id = -1                    # id of [MASK]; -1 = what the weights or their tokenizer say
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -74,18 +76,18 @@ def load(name, cfg):
     """Open a checkpoint with the settings of a script -> Run."""
     model, meta = open_model(name, cfg.device, cfg.dtype, cfg.compile)
     tok = data.tokenizer_of(meta, None if cfg.mask_id < 0 else cfg.mask_id)
-    # examples begin with BOS in training, windows of text anywhere
+    # examples begin with BOS in training, windows of text begin anywhere
     start = [tok.bos_id] if trained_with(meta, 'masking') == 'response' else []
     return Run(name, model, meta, tok, start)
 
 
 def trained_with(meta, name):
-    """Return a setting of the training run, None for released weights, which do not say."""
+    """Return a setting of the training run. Released weights do not say, so theirs are None."""
     return (meta['settings'] or {}).get(name)
 
 
 def read_prompts(name):
-    """Return the prompts of a file, or of stdin: a text per line, or JSON objects."""
+    """Return the prompts in a file, or in stdin if it is called -, as texts, lists of messages, or lists of ids."""
     if name.endswith('.jsonl'):
         return [prompt for _, prompt in data.read_records(name, as_prompt)]
     if name == '-':
@@ -96,72 +98,73 @@ def read_prompts(name):
 
 
 def as_prompt(row):
-    """Return the prompt in a line of a .jsonl: a text, messages, or ids. ValueError if there is none."""
-    if row.get('messages'):
-        return [data.as_message(message) for message in row['messages']]
-    if row.get('ids'):
-        return [int(i) for i in row['ids']]
-    if row.get('prompt'):
+    """Return the prompt in an object of a .jsonl. Raises ValueError if there is none."""
+    if 'messages' in row:
+        return list(map(data.as_message, row['messages']))
+    if 'ids' in row:
+        return list(map(int, row['ids']))
+    if 'prompt' in row:
         return data.as_text(row['prompt'])
-    raise ValueError('expected "prompt" (a text), "messages" (with role and content) or "ids"')
+    raise ValueError('expected "prompt", "messages" or "ids"')
 
 
 def encode_prompt(prompt, run, gap_length=3, instruct=False):
     """Turn a prompt (a text, messages, or ids) into ids, with gap_length masks for each ___ of a text."""
     tok = run.tok
-    ids = list(run.start)
     if isinstance(prompt, str) and not prompt.strip():
         raise UserError('the prompt is empty; leave it out to draw samples')
     if isinstance(prompt, str) and instruct:
         prompt = [{'role': 'user', 'content': prompt}]
 
+    ids = prompt
     if isinstance(prompt, str):
+        ids = list(run.start)
         *parts, last = re.split('_{3,}', prompt)
         for part in parts:
             # the blank before a gap belongs to what fills it
             ids += tok.encode(part.removesuffix(' '))
-            ids += [tok.mask_id] * gap_length
+            ids += [tok.mask_id] * max(1, gap_length)
         ids += tok.encode(last)
     elif prompt and isinstance(prompt[0], dict):
         ids = tok.encode_chat(prompt)
-    else:
-        ids = prompt
 
-    vocab_size = run.model.config.vocab_size
-    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise UserError(f'ids must lie in 0..{vocab_size - 1}, got {min(ids)}..{max(ids)}')
+    last_id = run.model.config.vocab_size - 1
+    if ids and not 0 <= min(ids) <= max(ids) <= last_id:
+        raise UserError(f'ids must lie in 0..{last_id}, got {min(ids)}..{max(ids)}')
     return ids
 
 
-def tokens_to_write(prompts, run, cfg):
-    """Return how many tokens to append to each of the prompts, 0 if they have gaps. UserError if they do not fit."""
+def tokens_to_append(prompts, run, cfg):
+    """Return how many tokens to append to prompts, 0 if they have gaps. Raises UserError if the context is short."""
     config = run.model.config
-    longest = max(map(len, prompts))
-    with_gaps = sum(run.tok.mask_id in ids for ids in prompts)
+    with_gaps = [ids for ids in prompts if run.tok.mask_id in ids]
     if with_gaps and config.causal:
         raise UserError('an autoregressive model does not see what follows a gap, so it cannot fill a ___')
-    if with_gaps not in (0, len(prompts)):
+    if with_gaps and len(with_gaps) < len(prompts):
         raise UserError('either all prompts have a ___, or none')
 
+    longest = max(map(len, prompts))
     new = 0
     if not with_gaps:
         new = cfg.gen_length or max(1, min(64, config.seq_len - longest))
     if longest + new > config.seq_len:
-        raise UserError(f'a prompt of {longest} tokens and {new} to generate exceed the context of {config.seq_len}; '
+        raise UserError(f'a prompt of {longest} tokens and {new} more exceed the context of {config.seq_len}; '
                         'shorten the prompt or gen_length')
     return new
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Ids in, ids out
+# Ids in, ids out. evaluate.py writes its answers with this as well.
 
 
 def sampling_params(cfg, new, answers=True):
-    """Turn the settings of a script into diffusion.SamplingParams, for `new` tokens. 0 and '' are the defaults there.
+    """Turn the settings of a script into diffusion.SamplingParams, for `new` tokens; 0 and '' are its defaults.
 
-    answers: what remasking 'auto' means. Raises UserError for invalid values, and for blocks that do not divide `new`.
+    answers: what remasking 'auto' means. Raises UserError for invalid values, and for blocks that do not divide.
     """
-    values = {field.name: getattr(cfg, field.name) or field.default for field in fields(diffusion.SamplingParams)}
+    values = {}
+    for field in fields(diffusion.SamplingParams):
+        values[field.name] = getattr(cfg, field.name) or field.default
     if cfg.remasking == 'auto':
         values['remasking'] = 'low_confidence' if answers else 'random'
     if cfg.temperature == -1:
@@ -172,18 +175,20 @@ def sampling_params(cfg, new, answers=True):
     try:
         params = diffusion.SamplingParams(**values)
         if not cfg.variable_length:
-            # let the sampler complain now, not after an hour
+            # if blocks do not divide, the sampler complains now and not after an hour
             diffusion.block_plan(torch.zeros(1, new), 0, None, params)
     except ValueError as error:
         raise UserError(error) from None
     return params
 
 
-def generate_text(model, prompts, gen_length, tok, params, *, batch_size=64, seeds=None, **options):
-    """Append gen_length tokens to prompts, or fill their gaps: lists of ids -> lists of ids (prompt included), n_forward.
+def generate_text(model, prompts, gen_length, tok, params,
+                  *, batch_size=64, seeds=None, **options):
+    """Append gen_length tokens to prompts, or fill their gaps: lists of ids -> lists of ids, number of forward passes.
 
-    seeds: a tuple of integers for each prompt (default: its number). The noise of a prompt depends on it alone, so a
-    batch gives the same answers as single prompts. options: of `generate_batch`.
+    The ids that are returned include the prompt. seeds: a tuple of integers for each prompt (default: its number).
+    The noise of a prompt depends on it alone, so a batch writes the same as its prompts one by one. options: of
+    generate_batch.
     """
     device = diffusion.device_of(model)
     seeds = seeds or [(k,) for k in range(len(prompts))]
@@ -196,8 +201,8 @@ def generate_text(model, prompts, gen_length, tok, params, *, batch_size=64, see
     for start in tqdm(starts, 'generating', disable=len(starts) < 2 or None, leave=False):
         batch = order[start:start + batch_size]
         noise = [diffusion.keyed_generator(*seeds[k], device=device) for k in batch]
-        rows, n = generate_batch(model, [prompts[k] for k in batch], gen_length, tok, params,
-                                 generator=noise, **options)
+        rows = [prompts[k] for k in batch]
+        rows, n = generate_batch(model, rows, gen_length, tok, params, generator=noise, **options)
         n_forward += n
         for k, row in zip(batch, rows):
             written[k] = row
@@ -205,24 +210,31 @@ def generate_text(model, prompts, gen_length, tok, params, *, batch_size=64, see
 
 
 @torch.no_grad()
-def generate_batch(model, prompts, gen_length, tok, params, *, variable_length=False, stop=(), **options):
-    """Do what generate_text does with prompts that form one batch.
+def generate_batch(model, prompts, gen_length, tok, params,
+                   *, variable_length=False, stop=(), **options):
+    """Do what generate_text does, for prompts that form one batch.
 
-    variable_length: append blocks until EOS, EoT or one of the texts `stop` is written. options: generator, adjust and
-    on_step of diffusion.generate. A causal model goes from left to right, and takes only the first of them.
+    variable_length: append blocks until EOS, EoT or one of the texts in `stop` is written. options: generator,
+    adjust and on_step of diffusion.generate, of which a causal model takes only the generator.
     """
-    device = diffusion.device_of(model)
     unused = tok.unused(model.config.vocab_size)
+    gaps = any(tok.mask_id in ids for ids in prompts)
+    n_masks = 0 if gaps or model.config.causal else gen_length
+    rows = prompts
     if model.config.causal:
         # what ends the text before also begins a new one, as in training
-        begun = [[tok.eos_id, *ids] for ids in prompts]
-        x, attention_mask, _ = diffusion.canvas(begun, 0, tok.mask_id, tok.eos_id, device)
-        x, n = diffusion.ar_generate(
-            model, x, gen_length, eos_id=tok.eos_id, attention_mask=attention_mask, suppress=[tok.mask_id, *unused],
-            temperature=params.temperature, generator=options.get('generator'))
-        new = x[:, x.shape[1] - gen_length:].tolist()
-        return [ids + more for ids, more in zip(prompts, new)], n
+        rows = [[tok.eos_id, *ids] for ids in prompts]
+    # padding is never attended to, so it may be any token but [MASK]
+    x, attention_mask, _ = diffusion.canvas(rows, n_masks, tok.mask_id, tok.eos_id, diffusion.device_of(model))
 
+    # 1) from left to right
+    if model.config.causal:
+        x, n = diffusion.ar_generate(
+            model, x, gen_length, eos_id=tok.eos_id, attention_mask=attention_mask,
+            suppress=[tok.mask_id, *unused], temperature=params.temperature, generator=options.get('generator'))
+        return [ids + row[-gen_length:].tolist() for ids, row in zip(prompts, x)], n
+
+    # 2) block after block, on a canvas that grows
     options.update(eot_id=tok.eot_id, suppress=unused)
     if variable_length:
         def ended(ids):
@@ -231,54 +243,44 @@ def generate_batch(model, prompts, gen_length, tok, params, *, variable_length=F
         return diffusion.generate_variable_length(
             model, prompts, tok.mask_id, tok.eos_id, params, max_length=gen_length, stop=ended, **options)
 
-    gaps = any(tok.mask_id in ids for ids in prompts)
+    # 3) all of a canvas of given length. Gaps are one block, wherever they are.
     if gaps:
         params = replace(params, block_length=None)
-        gen_length = 0
-    # padding is never attended to, so it may be any token but [MASK]
-    x, attention_mask, _ = diffusion.canvas(prompts, gen_length, tok.mask_id, tok.eos_id, device)
     x, n = diffusion.generate(
-        model, x, tok.mask_id, params, attention_mask=attention_mask, eos_id=tok.eos_id, until_end=not gaps, **options)
+        model, x, tok.mask_id, params, attention_mask=attention_mask, eos_id=tok.eos_id,
+        until_end=not gaps, **options)
     return [row[real].tolist() for row, real in zip(x, attention_mask)], n
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Ids become text on the screen
+# Ids become text
 
 
 def answer_text(ids, tok, stop=()):
-    """Return the text of generated ids before the first EOS, EoT or stop text."""
+    """Return the text of generated ids, up to the first EOS, EoT or stop text."""
     ends = (tok.eos_id, tok.eot_id)
     text = tok.decode(list(takewhile(lambda i: i not in ends, ids)))
-    for mark in filter(None, stop):
+    for mark in stop:
         text = text.partition(mark)[0]
     return text
 
 
-def filled_text(ids, tok):
-    """Return the text of a prompt whose gaps are filled. An EOS in a gap ends nothing."""
-    special = (tok.bos_id, tok.eos_id, tok.eot_id)
-    return tok.decode([i for i in ids if i not in special])
-
-
 class Screen:
-    """Draw the canvas after each step, as on_step: in place on a terminal, else about ten plain lines.
-
-    Of a batch it draws the last row, which has no padding.
-    """
+    """Draw the canvas after each step (on_step): in place on a terminal, else about ten lines."""
 
     def __init__(self, tok, n_steps):
         self.tok = tok
         self.every = max(1, n_steps // 8)
         self.step = 0
-        self.height = 0                                     # of what is on the terminal
+        self.height = 0                                     # lines that the last drawing takes on the terminal
 
     def __call__(self, x, committed):
-        mask_id = self.tok.mask_id
         plain = green = f'{self.step + 1:4d} | '
+        # The last row of a batch has no padding. Its tokens are decoded in runs, because a character may consist
+        # of several tokens.
+        mask_id = self.tok.mask_id
         pairs = zip(x[-1].tolist(), committed[-1].tolist())
-        # runs of tokens are decoded together, because a character may be several tokens
-        for (hidden, new), run in groupby(pairs, key=lambda pair: (pair[0] == mask_id, pair[1])):
+        for (hidden, new), run in groupby(pairs, lambda pair: (pair[0] == mask_id, pair[1])):
             ids = [i for i, _ in run]
             piece = '░' * len(ids) if hidden else self.tok.decode(ids).replace('\n', '⏎')
             plain += piece
@@ -286,7 +288,7 @@ class Screen:
 
         if sys.stdout.isatty():
             if self.height:
-                print(f'\x1b[{self.height}F\x1b[J', end='')         # back to where the last canvas began
+                print(f'\x1b[{self.height}F\x1b[J', end='')        # go back to where the last drawing began
             self.height = -(-len(plain) // shutil.get_terminal_size().columns)
             print(green, flush=True)
             time.sleep(0.05)
@@ -295,29 +297,31 @@ class Screen:
         self.step += 1
 
 
-def say_speed(run, n_tokens, started, n_forward):
-    """Print one line about tokens, seconds and forward passes."""
-    seconds = time.perf_counter() - started
-    weight = run.model.embed.weight
-    say(f'{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:.1f} tokens/s, {n_forward} forward passes '
-        f'({weight.dtype}, {weight.device})')
+# ----------------------------------------------------------------------------------------------------------
+# The script
 
 
 def write(run, prompts, new, params, cfg, first=0):
-    """Call generate_text with the settings of this script. first: the number of the first prompt."""
+    """Generate with the settings of this script -> rows of ids. Say how fast it was. first: number of prompt 0."""
     on_step = Screen(run.tok, cfg.steps or new) if cfg.show else None
     seeds = [(cfg.seed, first + k) for k in range(len(prompts))]
-    return generate_text(
+    started = time.perf_counter()
+    rows, n_forward = generate_text(
         run.model, prompts, new, run.tok, params, batch_size=cfg.batch_size, seeds=seeds,
         variable_length=cfg.variable_length, stop=cfg.stop, on_step=on_step)
 
+    seconds = time.perf_counter() - started
+    n_tokens = sum(len(row) - len(ids) + ids.count(run.tok.mask_id) for ids, row in zip(prompts, rows))
+    say(f'{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:.1f} tokens/s, {n_forward} forward passes')
+    return rows
+
 
 def talk(run, cfg):
-    """Chat on the terminal until /quit or Ctrl-D. When the context is full, the oldest turns are dropped."""
-    seq_len = run.model.config.seq_len
-    cfg.gen_length = cfg.gen_length or min(128, seq_len // 2)
+    """Chat on the terminal. When the context is full, the oldest turns are dropped."""
+    config = run.model.config
+    cfg.gen_length = cfg.gen_length or min(128, config.seq_len // 2)
     params = sampling_params(cfg, cfg.gen_length)
-    say(f'/reset forgets the conversation, /quit leaves; answers have at most {cfg.gen_length} tokens')
+    say('/reset forgets the conversation, /quit leaves')
     messages = []
 
     for turn in count():
@@ -334,31 +338,26 @@ def talk(run, cfg):
 
         messages.append({'role': 'user', 'content': text})
         ids = run.tok.encode_chat(messages)
-        while len(ids) + cfg.gen_length > seq_len and len(messages) > 1:
+        while len(messages) > 1 and len(ids) + cfg.gen_length > config.seq_len:
             say('(the context is full, so the oldest turn is dropped)')
             messages = messages[2:]
             ids = run.tok.encode_chat(messages)
 
-        started = time.perf_counter()
         try:
-            new = tokens_to_write([ids], run, cfg)
-            (row,), n_forward = write(run, [ids], new, params, cfg, first=turn)
+            new = tokens_to_append([ids], run, cfg)
+            row, = write(run, [ids], new, params, cfg, first=turn)
         except (UserError, KeyboardInterrupt) as error:
-            say(error if str(error) else '(interrupted)')
+            say(str(error) or '(interrupted)')
             messages.pop()
             continue
-
         answer = answer_text(row[len(ids):], run.tok, cfg.stop).strip()
         messages.append({'role': 'assistant', 'content': answer})
         print(answer, flush=True)
-        say_speed(run, len(row) - len(ids), started, n_forward)
 
 
 def main(cfg):
     if Path(cfg.out).is_file():
         raise UserError(f'{cfg.out} already exists, choose another name')
-    if cfg.gap_length < 1:
-        raise UserError(f'gap_length must be at least 1, got {cfg.gap_length}')
     run = load(cfg.checkpoint, cfg)
     if cfg.chat:
         talk(run, cfg)
@@ -370,29 +369,25 @@ def main(cfg):
     if not given:
         given = [run.start] * cfg.num_samples
     prompts = [encode_prompt(prompt, run, cfg.gap_length, cfg.instruct) for prompt in given]
-    new = tokens_to_write(prompts, run, cfg)
+    new = tokens_to_append(prompts, run, cfg)
     answers = cfg.instruct or trained_with(run.meta, 'masking') != 'unified'
     params = sampling_params(cfg, new, answers)
 
-    started = time.perf_counter()
-    n_tokens = 0
-    n_forward = 0
+    # in batches, so that what is written is on the screen and in the file, whatever happens later
     for i in range(0, len(prompts), cfg.batch_size):
         part = prompts[i:i + cfg.batch_size]
-        rows, n = write(run, part, new, params, cfg, first=i)
-        n_forward += n
+        rows = write(run, part, new, params, cfg, first=i)
         for prompt, ids, row in zip(given[i:], part, rows):
-            n_tokens += ids.count(run.tok.mask_id) or len(row) - len(ids)
-            text = answer_text(row[len(ids):], run.tok, cfg.stop) if new else filled_text(row, run.tok)
-            before = prompt if new and isinstance(prompt, str) and not cfg.instruct else ''
-            print('-' * 80 + '\n' + before + text, flush=True)
+            text = answer_text(row[len(ids):], run.tok, cfg.stop)
+            if isinstance(prompt, str) and not cfg.instruct:
+                # an EOS in a gap ends nothing, so it is skipped
+                text = run.tok.decode(row[:len(ids)], skip_special_tokens=True) + text
+            print('-' * 80 + '\n' + text, flush=True)
 
             if cfg.out:
                 line = {'prompt': prompt, 'text': text, 'ids': row, 'settings': vars(cfg) | asdict(params)}
                 with open(cfg.out, 'a', encoding='utf-8') as file:
                     print(json.dumps(line, ensure_ascii=False), file=file)
-    print('-' * 80, flush=True)
-    say_speed(run, n_tokens, started, n_forward)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Your answers, checked: python -m pytest tests/exercises -k ex3"""
+"""Check your answers: python -m pytest tests/exercises -k ex3"""
 
 import checks
 import exercises
