@@ -5,7 +5,7 @@
     python data.py --input=a.txt,b.jsonl --out=data/my --tokenizer=gpt2
 
 A data set is a folder: a tokenizer, token ids (train_00000.bin, val_00000.bin) and a manifest.json that counts them.
-Batches have no state: the rows of iteration `it` are a function of (seed, it, row), so a run resumes from a number,
+Batches have no state: the rows of iteration `it` are a function of (seed, it, row). So a run resumes from a number,
 on any number of processes.
 
 Letters: B batch, T sequence length (tokens per row of a batch).
@@ -28,7 +28,6 @@ import zlib
 from collections import namedtuple
 from dataclasses import dataclass
 from itertools import chain, count, groupby
-from operator import itemgetter
 from pathlib import Path
 
 import jinja2
@@ -36,8 +35,9 @@ import numpy as np
 import tiktoken
 import tokenizers
 import torch
+import torch.nn.functional as F
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers import decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
@@ -57,6 +57,7 @@ val_every = 10                  # hold out every N-th piece of a document, or on
 # 1. Tokenizers. The `tokenizers` library does the work, so that ids are the same as everywhere else.
 
 # What a special token is called: first in LLaDA's release, which our own vocabularies follow, then elsewhere.
+# LLaDA pads with EOS.
 ROLES = {
     'bos': ('<|startoftext|>', '<s>', '<|begin_of_text|>'),
     'eos': ('<|endoftext|>', '</s>', '<|end_of_text|>'),
@@ -64,7 +65,7 @@ ROLES = {
     'start_header': ('<|start_header_id|>',),
     'end_header': ('<|end_header_id|>',),
     'eot': ('<|eot_id|>', '<eot_id>'),
-    'pad': ()}
+    'pad': ('<|endoftext|>', '</s>', '<|end_of_text|>')}
 LLADA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
     "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
@@ -94,29 +95,24 @@ class Tokenizer:
             named = self.config.get(f'{role}_token')
             if isinstance(named, dict):
                 named = named['content']
-            if role == 'pad':                               # LLaDA pads with EOS
-                usual = [self.names['eos_token']]
-            choices = list(filter(None, [named, *usual]))
-            known = [choice for choice in choices if hf.token_to_id(choice) is not None]
-            best = next(chain(known, choices if complete else ()), None)
+            choices = [choice for choice in (named, *usual) if choice]
+            best = [choice for choice in choices if hf.token_to_id(choice) is not None]
+            if complete and not best:
+                best = choices
+            setattr(self, f'{role}_id', None)
+            if best:
+                # Some files have the token, but do not call it special. Then typing its name would make it.
+                hf.add_special_tokens(best[:1])
+                setattr(self, f'{role}_id', hf.token_to_id(best[0]))
+                self.names[f'{role}_token'] = best[0]
 
-            # Some files have the token, but do not call it special. Then a text that contains its name would
-            # contain the token.
-            hf.add_special_tokens([best] if best else [])
-            setattr(self, f'{role}_id', hf.token_to_id(best or ''))
-            self.names[f'{role}_token'] = best
-
-        # its own vocabularies, and files of the same family without a template, get LLaDA's
-        in_template = re.findall(r'<\|\w+\|>', LLADA_TEMPLATE)
-        if not template and None not in map(hf.token_to_id, in_template):
+        if not template and None not in (self.start_header_id, self.end_header_id, self.eot_id):
             template = LLADA_TEMPLATE
         self.template = template
-
         self.ids = set(hf.get_vocab().values())
         self.vocab_size = max(self.ids) + 1
-        added = hf.get_added_tokens_decoder().values()
-        special = sorted((re.escape(token.content) for token in added if token.special), reverse=True)
-        self.special = re.compile(f"({'|'.join(special)})")
+        special = [re.escape(token.content) for token in hf.get_added_tokens_decoder().values() if token.special]
+        self.special = re.compile(f"({'|'.join(sorted(special, reverse=True))})")
 
     def encode(self, text, special_names=False):
         """Return the ids of a text. special_names: read the name of a special token as that token, not as text."""
@@ -166,7 +162,7 @@ class Tokenizer:
         config = {'tokenizer_class': 'PreTrainedTokenizerFast', **self.config, **self.names}
         config['chat_template'] = self.template
         self.hf.save(f'{folder}/tokenizer.json')
-        Path(folder, 'tokenizer_config.json').write_text(json.dumps(config, indent=1), encoding='utf-8')
+        write_json(Path(folder, 'tokenizer_config.json'), config)
 
     def fingerprint(self):
         """Return a checksum, the same for two tokenizers that encode every text to the same ids."""
@@ -220,6 +216,10 @@ def read_json(path):
     return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
 
 
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=1), encoding='utf-8')
+
+
 def tokenizer_of(meta, mask_id=None):
     """Return the Tokenizer of loaded weights (meta of model.load_model), with the special ids that they name.
 
@@ -228,17 +228,13 @@ def tokenizer_of(meta, mask_id=None):
     """
     tok = get_tokenizer(meta['folder'], complete=False)
     for role in ('mask', 'eos', 'bos', 'eot', 'pad'):
-        named = [meta[f'{role}_id'], getattr(tok, f'{role}_id')]
-        if role == 'mask':
-            named.append(mask_id)
-        ids = [i for i in named if i is not None]
-
-        where = f'{meta["folder"]}: config.json, tokenizer and --mask_id'
+        key = f'{role}_id'
+        ids = [meta[key], getattr(tok, key), mask_id if role == 'mask' else None]
+        ids = [i for i in ids if i is not None]
         if len(set(ids)) > 1 and role != 'pad':
-            raise UserError(f'{where} disagree on the {role} id, {ids}')
-        if not ids and role in ('mask', 'eos'):
-            raise UserError(f'{where} do not say which id is {role}')
-        setattr(tok, f'{role}_id', ids[0] if ids else None)
+            raise UserError(f"{meta['folder']}: config.json, tokenizer or --mask_id disagree on the {role} id, {ids}")
+        setattr(tok, key, ids[0] if ids else tok.eos_id)
+
     return tok
 
 
@@ -255,7 +251,7 @@ def byte_level(vocab, merges=(), words=WORDS):
     hf.pre_tokenizer = Sequence([
         Split(tokenizers.Regex(words), 'isolated'),
         ByteLevel(add_prefix_space=False, use_regex=False)])
-    hf.decoder = ByteLevelDecoder()
+    hf.decoder = decoders.ByteLevel()
     return hf
 
 
@@ -267,19 +263,20 @@ def from_tiktoken(name):
         raise UserError(f'could not download tokenizer {name} ({type(error).__name__}); without a network, let '
                         'TIKTOKEN_CACHE_DIR name a folder that has it, or give a tokenizer.json') from None
 
-    ranks = encoding._mergeable_ranks                       # bytes of a token: its id
-    symbols = dict(enumerate(byte_symbols()))
-    spelled = {token: token.decode('latin-1').translate(symbols) for token in ranks}
-
     # tiktoken joins any two neighbours that make a token, lowest rank first. So in order of rank, all ways to cut
     # a token in two are merges. (Llama 3's tokenizer.json lists them like this, too.)
-    merges = []
+    ranks = encoding._mergeable_ranks                       # bytes of a token: its id
+    symbols = dict(enumerate(byte_symbols()))
+    vocab, merges = {}, []
     for token in sorted(ranks, key=ranks.get):
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
-        merges += [(spelled[a], spelled[b]) for a, b in cuts if a in ranks and b in ranks]
+        word = token.decode('latin-1').translate(symbols)
+        vocab[word] = ranks[token]
+        for i in range(1, len(token)):
+            if token[:i] in ranks and token[i:] in ranks:
+                merges.append((word[:i], word[i:]))
 
     # special tokens are in the vocabulary, too, because their ids may leave gaps
-    vocab = {spelled[token]: rank for token, rank in ranks.items()} | encoding._special_tokens
+    vocab |= encoding._special_tokens
     # {1,3}+ means at most three digits in tiktoken, and any number of them here
     hf = byte_level(vocab, merges, encoding._pat_str.replace('{1,3}+', '{1,3}'))
     hf.add_special_tokens(list(encoding._special_tokens))
@@ -290,7 +287,7 @@ def learn_tokenizer(texts, vocab_size):
     """Learn a byte-level vocabulary of at most vocab_size tokens, special tokens included -> Tokenizer."""
     hf = byte_level({})
     hf.train_from_iterator(texts, BpeTrainer(
-        vocab_size=vocab_size - sum(map(bool, ROLES.values())),
+        vocab_size=vocab_size - len(set(ROLES.values())),
         min_frequency=2,
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=False))
@@ -372,23 +369,17 @@ def read_records(source, accept=None):
         yield from source
         return
 
-    path, empty = Path(source), True
-    for number, row in enumerate(read_rows(path), 1):
-        if not row:
+    for number, row in enumerate(read_rows(Path(source)), 1):
+        if not row:                                         # an empty line
             continue
-        empty = False
         try:
-            row = json.loads(row) if isinstance(row, bytes) else row
-            record = (accept or as_record)(row)
-        except UnicodeDecodeError as error:
-            number += error.object.count(b'\n', 0, error.start)
-            raise UserError(f'{path}:{number}: not UTF-8 ({error.reason})') from None
+            if isinstance(row, bytes):
+                row = json.loads(row)
+            yield f'{source}:{number}', (accept or as_record)(row)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            found = f'the keys {list(row)[:9]}' if isinstance(row, dict) else f'{row!r:.60}'
-            raise UserError(f'{path}:{number}: {error}; found {found}') from None
-        yield f'{path}:{number}', record
-    if empty:
-        raise UserError(f'{path}: no text in it')
+            if isinstance(error, UnicodeDecodeError):
+                number += error.object.count(b'\n', 0, error.start)
+            raise UserError(f'{source}:{number}: {error}') from None
 
 
 def read_rows(path):
@@ -438,7 +429,7 @@ def as_record(row):
     for key in ('text', 'response'):
         if key in row:
             return record | {key: as_text(row[key])}
-    raise ValueError('expected text, messages, or prompt and response')
+    raise ValueError(f'expected text, messages, or prompt and response; got the keys {list(row)}')
 
 
 def as_message(message):
@@ -465,6 +456,8 @@ def as_text(value):
 
 FORMAT = 'nanollada data 3'
 SPLITS = ('train', 'val')
+# A document, or the part of it in one split, or an answer with all that was said before (LLaDA, App. B.1).
+Item = namedtuple('Item', 'split ids n_bytes n_prompt record', defaults=(0, ''))
 
 
 def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
@@ -476,13 +469,10 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
     """
     out = Path(out).resolve()
     check_out(out, [*sources, *val])
-    is_text = 'text' in next(read_records(sources[0]))[1]
     every = [0 if val else val_every] * len(sources) + [1] * len(val)
-    jobs = [(number, source, every[number], is_text) for number, source in enumerate([*sources, *val])]
-    if re.fullmatch(r'bpe-\d+', str(tokenizer)):
-        tok = learn_tokenizer(training_texts(jobs), int(tokenizer[4:]))
-    else:
-        tok = get_tokenizer(tokenizer)
+    jobs = list(zip(count(), [*sources, *val], every))
+    size = str(tokenizer).removeprefix('bpe-')
+    tok = learn_tokenizer(training_texts(jobs), int(size)) if size.isdecimal() else get_tokenizer(tokenizer)
 
     aside = out.with_name(f'.{out.name}.{os.getpid()}')
     aside.mkdir(parents=True)
@@ -491,13 +481,14 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
         tokenize = functools.partial(tokenize_source, folder=aside)
         if min(workers, len(jobs)) > 1:
             with multiprocessing.get_context('spawn').Pool(min(workers, len(jobs))) as pool:
-                splits = write_splits(pool.imap(tokenize, jobs), aside)
+                items = list(chain(*pool.imap(tokenize, jobs)))
         else:
-            splits = write_splits(map(tokenize, jobs), aside)
+            items = list(chain(*map(tokenize, jobs)))
 
-        manifest = {'format': FORMAT, 'vocab_size': tok.vocab_size, 'splits': splits}
-        manifest['files'] = sorted(path.name for path in aside.iterdir())
-        (aside / 'manifest.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
+        splits = {split: write_split(items, split, aside) for split in SPLITS}
+        files = [path.name for path in aside.iterdir()]
+        manifest = {'format': FORMAT, 'vocab_size': tok.vocab_size, 'splits': splits, 'files': sorted(files)}
+        write_json(aside / 'manifest.json', manifest)
         shutil.rmtree(out, ignore_errors=True)
         os.replace(aside, out)
     finally:
@@ -512,92 +503,74 @@ def check_out(out, sources):
             raise UserError(f'{source} lies inside of {out}, which would be replaced; choose another --out')
 
     manifest = read_json(out / 'manifest.json')
-    found = {path.name for path in out.iterdir()} if out.exists() else set()
-    if str(manifest.get('format')).startswith('nanollada'):
-        if found == {'manifest.json', *manifest['files']}:
-            say(f'{out}: replacing the data set that is there')
-            found = set()
-    if found:
-        raise UserError(f'{out} holds other files than a data set, such as {min(found)}; choose another --out')
+    others = {path.name for path in out.glob('*')}
+    if 'nanollada' in str(manifest.get('format')):
+        say(f'{out}: the data set that is there will be replaced')
+        others -= {'manifest.json', *manifest['files']}
+    if others:
+        raise UserError(f'{out} holds files that are no data set, such as {min(others)}; choose another --out')
 
 
 def tokenize_source(job, folder):
-    """Tokenize one source -> a list of (split, ids, bytes of text, prompt length, records).
-
-    Of a document there is one for each piece, without the last two. A dialogue of n answers makes n, each with all
-    that was said before as its prompt (LLaDA, App. B.1). The first of them carries the record.
-    """
+    """Tokenize one source -> its Items, in order."""
     tok = get_tokenizer(folder)
     dtype = dtype_of(tok.vocab_size)
-    done = []
-    for (where, split), pieces in groupby(split_pieces(*job), key=itemgetter(0, 1)):
-        for _, _, piece in pieces:
-            if isinstance(piece, str):
-                ids = np.array(tok.encode(piece), dtype)
-                done.append((split, ids, len(piece.encode()), None, []))
-                continue
+    items = []
+    for where, split, pieces in split_source(*job):
+        if isinstance(pieces[0], str):
+            ids = list(chain(*map(tok.encode, pieces)))
+            items.append(Item(split, np.array([*ids, tok.eos_id], dtype), len(''.join(pieces).encode())))
+            continue
 
-            records = [piece]
-            for prompt, response in turns_of(piece, tok):
-                ids = [*prompt, *response, tok.eos_id]
-                if max(ids) >= tok.vocab_size:
-                    raise UserError(f'{where}: id {max(ids)} is not in the vocabulary of {tok.vocab_size} tokens')
-                n_bytes = len(tok.decode(ids, skip_special_tokens=True).encode())
-                done.append((split, np.array(ids, dtype), n_bytes, len(prompt), records))
-                records = []
-
-        if isinstance(piece, str):
-            # here a document ends, or goes on in the other split
-            done.append((split, np.array([tok.eos_id], dtype), 0, None, []))
-    return done
+        line = json.dumps(pieces[0], ensure_ascii=False, default=str) + '\n'
+        for prompt, response in turns_of(pieces[0], tok):
+            ids = [*prompt, *response, tok.eos_id]
+            if max(ids) >= tok.vocab_size:
+                raise UserError(f'{where}: id {max(ids)} is not in the vocabulary of {tok.vocab_size} tokens')
+            n_bytes = len(tok.decode(ids, skip_special_tokens=True).encode())
+            items.append(Item(split, np.array(ids, dtype), n_bytes, len(prompt), line))
+            line = ''                                       # the first answer of a dialogue carries the record
+    return items
 
 
-def write_splits(parts, folder):
-    """Write what tokenize_source returns for each source -> {split: {'tokens', 'bytes', 'examples'}}.
+def write_split(items, split, folder):
+    """Write the Items of a split -> {'tokens', 'bytes', 'examples'}, how many it has.
 
-    Beside the ids of examples, rows.npy says where each one is: start, response, end, number of its dialogue.
+    Of examples also where they are: rows (n, 4) start, response, end, number of the dialogue; and the held-out
+    records, which evaluate.py asks.
     """
-    splits = {}
-    files = {split: open(folder / f'{split}_00000.bin', 'wb') for split in SPLITS}
-    rows = {split: [] for split in SPLITS}
-    records = {split: [] for split in SPLITS}
-    n_tokens, n_bytes = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
-    for split, ids, size, prompt, record in chain.from_iterable(parts):
-        files[split].write(ids)
-        records[split] += record
-        if prompt is not None:
-            start = n_tokens[split]
-            rows[split].append((start, start + prompt, start + len(ids), len(records[split])))
-        n_tokens[split] += len(ids)
-        n_bytes[split] += size
-
-    for split in SPLITS:
-        files[split].close()
-        if not n_tokens[split]:
-            raise UserError(f'not enough text to hold out a validation split (nothing is left for {split}); give '
-                            'more, or say with --val_input=FILE what to hold out')
-        if rows[split]:
-            np.save(folder / f'{split}_00000.rows.npy', rows[split])
-            # evaluate.py asks the questions of the held-out records
-            lines = [json.dumps(record, ensure_ascii=False, default=str) + '\n' for record in records['val']]
-            (folder / 'val_00000.jsonl').write_text(''.join(lines), encoding='utf-8')
-        splits[split] = {'tokens': n_tokens[split], 'bytes': n_bytes[split], 'examples': len(rows[split])}
-    return splits
+    items = [item for item in items if item.split == split]
+    if not items:
+        raise UserError(f'not enough text to hold out a validation split (nothing is left for {split}); give more, '
+                        'or say with --val_input=FILE what to hold out')
+    path = folder / f'{split}_00000.bin'
+    np.concatenate([item.ids for item in items]).tofile(path)
+    ends = np.cumsum([len(item.ids) for item in items])
+    prompts = np.array([item.n_prompt for item in items])
+    if prompts.any():
+        if not prompts.all():
+            raise UserError('documents (text) and examples do not mix; prepare them separately')
+        starts = np.append(0, ends[:-1])
+        dialogues = np.cumsum([item.record > '' for item in items])
+        np.save(path.with_suffix('.rows.npy'), np.stack([starts, starts + prompts, ends, dialogues], 1))
+        if split == 'val':
+            path.with_suffix('.jsonl').write_text(''.join(item.record for item in items), encoding='utf-8')
+    return {'tokens': int(ends[-1]), 'bytes': sum(item.n_bytes for item in items), 'examples': int((prompts > 0).sum())}
 
 
-def split_pieces(number, source, val_every, is_text):
-    """Yield (where, split, piece) of a source: a piece of a document (str) or a whole example (dict).
+def split_source(number, source, val_every):
+    """Yield (where, split, pieces) of a source: successive pieces of a document (str), or one example (dict).
 
     Of documents, every val_every-th piece is held out, counted from `number`, because the tail of a text would share
     long passages with the rest. Of examples one in val_every, by a hash, so that no question is in both splits.
     """
+    numbers = count(number + 1)
     for where, record in tqdm(read_records(source), disable=number > 0 or None, leave=False):
-        if is_text != ('text' in record):
-            raise UserError(f'{where}: documents (text) and examples do not mix; prepare them separately')
-        pieces = enumerate(chunks(record['text']), number + 1) if is_text else [(question_hash(record), record)]
-        for number, piece in pieces:
-            held_out = val_every and number % val_every == 0
-            yield where, 'val' if held_out else 'train', piece
+        pieces = [(record, question_hash(record))]
+        if 'text' in record:
+            pieces = zip(chunks(record['text']), numbers)
+        for held_out, group in groupby(pieces, lambda piece: val_every > 0 and piece[1] % val_every == 0):
+            yield where, SPLITS[held_out], [piece for piece, _ in group]
 
 
 def chunks(text, size=4096):
@@ -623,16 +596,19 @@ def question_hash(record):
 
 def training_texts(jobs):
     """Yield, in pieces, the text of everything that goes into the training split."""
-    for _, split, piece in chain.from_iterable(split_pieces(*job) for job in jobs):
-        if split == 'train':
-            # short pieces, because the time to learn from a word grows with the square of its length
-            yield from chunks(piece if isinstance(piece, str) else text_of(piece))
+    for job in jobs:
+        for _, split, pieces in split_source(*job):
+            if split == 'train':
+                # short pieces, because the time to learn from a word grows with the square of its length
+                yield from chain(*map(chunks, map(text_of, pieces)))
 
 
-def text_of(record):
-    """Return all text of an example."""
-    said = [message[key] for message in record.get('messages', []) for key in ('role', 'content')]
-    return '\n\n'.join(said) or record.get('response', '')
+def text_of(piece):
+    """Return all text of a piece of a document, or of an example."""
+    if isinstance(piece, str):
+        return piece
+    said = [f'{message["role"]}\n\n{message["content"]}' for message in piece.get('messages', [])]
+    return '\n\n'.join(said) or piece.get('response', '')
 
 
 def turns_of(record, tok):
@@ -658,7 +634,6 @@ def dtype_of(vocab_size):
 # 4. Loading. Files become batches.
 
 Dataset = namedtuple('Dataset', 'parts weights')            # lists of Corpus and of float
-Batch = namedtuple('Batch', 'x0 maskable cu_seqlens')       # (B, T) int64, (B, T) bool, (n+1,) int32 or None
 ORDER, CUTS, TURNS, MIXTURE = range(4)                      # what a random number is for
 
 
@@ -667,23 +642,20 @@ class Corpus:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        how = f'data.py --input=FILE --out={folder}'
-        if self.folder.name in DATASETS:
-            how = f'data.py {self.folder.name}'
-        if self.folder.name in ('world', 'instruct', 'facts'):
-            how = 'tests/lab/worlds.py'
-
         manifest = read_json(self.folder / 'manifest.json')
         if manifest.get('format') != FORMAT:
-            what = 'made by another version of data.py' if manifest else 'no data set here'
-            raise UserError(f'{folder}: {what}; make it with: python {how}')
-        self.facts, self.tokens = manifest['splits'], {}
-        for split, facts in self.facts.items():
+            what = 'a data set of another version' if manifest else 'no data set here'
+            raise UserError(f'{folder}: {what}; make it: python data.py {self.folder.name}, or python data.py '
+                            f'--input=FILE --out={folder}, or tests/lab/worlds.py for world, instruct and facts')
+
+        self.facts = manifest['splits']
+        self.tokens = {}
+        for split in SPLITS:
             # mapped into memory, not read
             path = self.folder / f'{split}_00000.bin'
             self.tokens[split] = np.memmap(path, dtype_of(manifest['vocab_size']), 'r')
-            if len(self.tokens[split]) != facts['tokens']:
-                raise UserError(f'{path}: the manifest says {facts["tokens"]} tokens; prepare the data again')
+            if len(self.tokens[split]) != self.facts[split]['tokens']:
+                raise UserError(f'{path}: not as long as the manifest says; prepare the data again')
 
     def tokenizer(self):
         """Return the Tokenizer that made it."""
@@ -700,12 +672,12 @@ def open_dataset(name):
     if ':' in name and not Path(name).is_dir():
         try:
             names, weights = zip(*(part.rsplit(':', 1) for part in name.split(',')))
-            weights = list(map(float, weights))
+            weights = np.array(weights, float)
         except ValueError:
             raise UserError(f'dataset {name!r}: a mixture is written name:weight,name:weight') from None
 
-    parts = [open_corpus(part) for part in names]
-    if len(parts) > 1 and len({corpus.tokenizer().fingerprint() for corpus in parts}) > 1:
+    parts = list(map(open_corpus, names))
+    if len({corpus.tokenizer().fingerprint() for corpus in parts}) > 1:
         raise UserError(f'dataset {name!r}: the parts of a mixture must have the same tokenizer')
     return Dataset(parts, weights)
 
@@ -728,18 +700,13 @@ def open_source(dataset, split, masking, tok, seq_len, seed=0, **options):
     return kind(dataset, split, tok, seq_len, seed, **options)
 
 
-def keyed_rng(*key):
-    """Return a numpy generator that depends on the key alone, some integers."""
-    return np.random.default_rng(key)
-
-
 def shuffled(sample, n, seed):
     """Return (epoch, which of n things, generator of the epoch) at place `sample` of an endless stream.
 
     Each epoch has every thing once. Its order i -> (a i + b) mod n, with a coprime to n, takes no memory.
     """
     epoch, i = divmod(sample, n)
-    rng = keyed_rng(seed, epoch, ORDER)
+    rng = np.random.default_rng([seed, epoch, ORDER])
     a, b = rng.integers(n, size=2).tolist()
     while math.gcd(a, n) > 1:
         a = int(rng.integers(n))
@@ -758,7 +725,7 @@ class Source:
     dataset: Dataset
     split: str
     tok: Tokenizer
-    seq_len: int
+    T: int
     seed: int = 0
     random_length: float = 0.   # share of windows of which only a random length is kept (LLaDA: 0.01)
     random_split: float = 0.    # share of windows in two parts that do not attend to each other (iLLaDA: 0.3)
@@ -771,59 +738,51 @@ class Windows(Source):
     """Pre-training (Eq. 3): windows of T tokens, all maskable. Each epoch cuts the text at other places."""
 
     def __post_init__(self):
-        self.T = self.seq_len
-        self.share = np.array(self.dataset.weights) / sum(self.dataset.weights)
         facts = [corpus.facts[self.split] for corpus in self.dataset.parts]
         self.n_tokens = [fact['tokens'] for fact in facts]
         if min(self.n_tokens) < self.T:
             raise UserError(f'split {self.split} has {min(self.n_tokens)} tokens, too few for seq_len={self.T}')
-        self.n_examples = sum(fact['examples'] for fact in facts)
+        self.share = np.array(self.dataset.weights) / sum(self.dataset.weights)
         self.bytes_per_token = float(self.share @ [fact['bytes'] / fact['tokens'] for fact in facts])
+        self.n_examples = sum(fact['examples'] for fact in facts)
 
     def window(self, sample):
         """Return window number `sample` of an endless stream: (T,) int64."""
-        part, n_tokens = 0, self.n_tokens[0]
-        if len(self.n_tokens) > 1:
-            # a mixture draws with replacement, so that its weights hold however small a part is
-            rng = keyed_rng(self.seed, sample, MIXTURE)
-            part = rng.choice(len(self.share), p=self.share)
-            start = rng.integers(self.n_tokens[part] - self.T + 1)
-        else:
-            n = max(1, (n_tokens - self.T + 1) // self.T)   # windows that fit behind any offset
-            _, i, rng = shuffled(sample, n, self.seed)
-            start = i * self.T + rng.integers(min(self.T, n_tokens - n * self.T + 1))
+        # of a mixture each window draws its part; a single part is always drawn
+        part = np.random.default_rng([self.seed, sample, MIXTURE]).choice(len(self.share), p=self.share)
+        n_tokens = self.n_tokens[part]
+        n = max(1, (n_tokens - self.T + 1) // self.T)       # windows that fit behind any offset
+        _, i, rng = shuffled(sample, n, self.seed)
+        start = i * self.T + rng.integers(min(self.T, n_tokens - n * self.T + 1))
         return self.dataset.parts[part].read(self.split, start, start + self.T)
 
     def cuts(self, it, size):
         """Return how many tokens of each window are kept, and where its border is (T: nowhere), (size,) int64."""
-        random = torch.from_numpy(keyed_rng(self.seed, it, CUTS).random((2, size)))
-        which, where = random
+        which, where = torch.from_numpy(np.random.default_rng([self.seed, it, CUTS]).random((2, size)))
         short = which < self.random_length
         split = ~short & (which < self.random_length + self.random_split)
         keep = torch.where(short, 1 + (where * self.T).long(), self.T)
         return keep, torch.where(split, 1 + (where * (self.T - 1)).long(), keep)
 
     def batch(self, it, rows, size):
-        """Return the rows `rows` (a range) of the `size` rows of iteration `it` -> Batch."""
+        """Return x0 (B, T) int64, maskable (B, T) bool and cu_seqlens, the limits of segments that attend only to
+        themselves, (n+1,) int32 in the flattened batch, or None. rows: a range of the `size` rows of iteration `it`.
+        """
         x0 = torch.stack([self.window((it * size + row) // self.copies) for row in rows])
         keep, border = (cut[rows.start:rows.stop] for cut in self.cuts(it, size))
         maskable = torch.arange(self.T) < keep[:, None]
-        cu_seqlens = None
-        if self.isolate or border.min() < self.T:
-            cu_seqlens = self.segments(x0, border)
-        return Batch(x0, maskable, cu_seqlens)
+        if not self.isolate and border.min() == self.T:
+            return x0, maskable, None
 
-    def segments(self, x0, border):
-        """Return the limits of the segments that attend to themselves only, (n+1,) int32 in the flattened batch."""
         starts = torch.arange(0, x0.numel() + 1, self.T)
         limits = torch.cat([starts, starts[:-1] + border])
         if self.isolate:
             limits = torch.cat([limits, 1 + (x0.flatten() == self.tok.eos_id).nonzero()[:, 0]])
         limits = limits.unique()
-
         # empty segments at the end make few different shapes, because each new shape compiles a graph
         n = math.ceil(len(limits) / 64) * 64 if self.isolate else 2 * len(x0) + 1
-        return torch.cat([limits, limits[-1:].expand(n - len(limits))]).int()
+        cu_seqlens = F.pad(limits, (0, n - len(limits)), value=x0.numel())
+        return x0, maskable, cu_seqlens.int()
 
     def held_out(self, limit=0):
         """Return ([(x0, maskable)], bytes of text per row): `limit` windows of the split in order, or all, (n, T)."""
@@ -853,10 +812,8 @@ class Examples(Source):
                             'messages, or of prompt and response')
 
         rows = np.load(self.corpus.folder / f'{self.split}_00000.rows.npy')
-        self.rows = rows[rows[:, 2] - rows[:, 0] <= self.seq_len]
-        left_out = len(rows) - len(self.rows)
-        if left_out and os.environ.get('RANK', '0') == '0':
-            say(f'{self.corpus.folder}: {left_out} of {len(rows)} examples are longer than seq_len, and left out')
+        self.rows = rows[rows[:, 2] - rows[:, 0] <= self.T]
+        say(f'{self.corpus.folder}: {len(self.rows)} of {len(rows)} examples fit into seq_len={self.T}')
         _, first_turns = np.unique(self.rows[:, 3], return_index=True)
         self.dialogues = np.append(first_turns, len(self.rows))             # where each one begins
 
@@ -867,25 +824,23 @@ class Examples(Source):
         """
         epoch, dialogue, _ = shuffled(sample, len(self.dialogues) - 1, self.seed)
         turns = self.dialogues[dialogue:dialogue + 2]
-        return self.rows[keyed_rng(self.seed, epoch, TURNS, dialogue).integers(*turns)]
+        return self.rows[np.random.default_rng([self.seed, epoch, TURNS, dialogue]).integers(*turns)]
 
     def batch(self, it, rows, size):
-        """Return the rows `rows` (a range inside of a group) of the `size` rows of iteration `it` -> Batch."""
+        """Return x0 (B, T) int64, maskable (B, T) bool, None. rows: a range inside of a group of pad_group rows."""
         each = self.pad_group or size
         start = rows.start // each * each
         group = range(start, max(rows.stop, min(start + each, size)))
         examples = np.stack([self.drawn((it * size + row) // self.copies) for row in group])
         longest = (examples[:, 2] - examples[:, 0]).max()
-        return Batch(*self.padded(examples[rows.start - start:rows.stop - start], longest), None)
+        return *self.padded(examples[rows.start - start:rows.stop - start], longest), None
 
     def padded(self, rows, length):
         """Return examples (n, 4) as x0 (n, length) int64, maskable (n, length) bool."""
         x0 = torch.full((len(rows), length), self.tok.eos_id)
-        maskable = torch.zeros_like(x0, dtype=torch.bool)
-        for i, (start, response, end, _) in enumerate(rows):
-            x0[i, :end - start] = self.corpus.read(self.split, start, end)
-            maskable[i, response - start:] = True
-        return x0, maskable
+        for row, (start, _, end, _) in zip(x0, rows):
+            row[:end - start] = self.corpus.read(self.split, start, end)
+        return x0, torch.arange(length) >= torch.from_numpy(rows[:, 1] - rows[:, 0])[:, None]
 
     def held_out(self, limit=0):
         """Return ([(x0 (n, T), maskable (n, T)), ...] for several T, bytes of text per row).
@@ -893,11 +848,10 @@ class Examples(Source):
         Each example is padded to a multiple of 32, so that its loss does not depend on which others there are.
         """
         rows = self.rows[evenly_spaced(len(self.rows), limit)]
-        lengths = np.minimum((rows[:, 2] - rows[:, 0] + 31) // 32 * 32, self.seq_len)
+        lengths = np.minimum((rows[:, 2] - rows[:, 0] + 31) // 32 * 32, self.T)
         groups = [self.padded(rows[lengths == T], T) for T in np.unique(lengths)]
-        answers = [self.corpus.read(self.split, response, end) for _, response, end, _ in rows]
-        texts = [self.tok.decode(answer, skip_special_tokens=True) for answer in answers]
-        return groups, sum(len(text.encode()) for text in texts) / len(rows)
+        answers = [self.tok.decode(x0[maskable], skip_special_tokens=True) for x0, maskable in groups]
+        return groups, len(''.join(answers).encode()) / len(rows)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -14,11 +14,10 @@ model then writes one phrase again and again, so give it a prompt and small bloc
 
 import json
 import re
-import shutil
 import sys
 import time
 from collections import namedtuple
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from itertools import count, groupby, takewhile
 from pathlib import Path
 
@@ -33,8 +32,7 @@ from model import open_model
 # --- what to write
 checkpoint = 'out/docs'         # a run of train.py, one of its checkpoints, or a folder of released weights
 prompt = []                     # text to continue, or with ___ to fill in (repeat for more); none = samples
-prompt_file = ''                # more prompts; - is stdin, a .txt has one per line,
-                                # a .jsonl has objects with "prompt" (a text), "messages" or "ids"
+prompt_file = ''                # more prompts: .txt (a line each), .jsonl ("prompt", "messages" or "ids"), - = stdin
 instruct = False                # if True, a prompt is what the user says in a chat
 chat = False                    # talk: /reset forgets, /quit or Ctrl-D leaves, Ctrl-C interrupts an answer
 num_samples = 3                 # how many samples, if there is no prompt
@@ -45,11 +43,11 @@ stop = []                       # an answer ends before this text (repeat for mo
 steps = 0                       # denoising steps (variable_length: of each block); 0 = one token per step
 block_length = 0                # finish blocks of this many tokens from left to right; 0 = one block
 variable_length = False         # if True, append blocks one by one until the end is written (iLLaDA)
-remasking = 'auto'              # which guesses a step keeps: 'random', 'low_confidence', or 'auto', see below
+remasking = 'auto'              # which guesses a step keeps: 'random' or 'low_confidence'; 'auto' = as it fits
                                 # random draws from the model, low_confidence seeks the most probable text.
                                 # auto is low_confidence for answers (chat, instruct, released weights, models
-                                # trained on examples), and random otherwise
-temperature = -1.0              # of the guesses; 0 = the most probable token; -1 = 1 if random, else 0
+                                # trained on examples), and random for everything else.
+temperature = -1.0              # of the guesses; 0 = the most probable token; -1 = 1 for random, else 0
 cfg_scale = 0.0                 # classifier-free guidance away from the canvas without the prompt; 0 = none
 logits_eos_inf = False          # if True, EOS is never written
 confidence_eos_eot_inf = False  # if True, EOS and EoT are written last
@@ -69,25 +67,24 @@ mask_id = -1                    # id of [MASK]; -1 = what the weights or their t
 # ----------------------------------------------------------------------------------------------------------
 # A checkpoint, and prompts as ids
 
-Run = namedtuple('Run', 'name model meta tok start')        # start: the ids that a plain prompt begins with
+Run = namedtuple('Run', 'name model meta tok start masking')
 
 
 def load(name, cfg):
-    """Open a checkpoint with the settings of a script -> Run."""
+    """Open a checkpoint with the settings of a script -> Run.
+
+    start: the ids that a plain prompt begins with. masking: as in training, None for released weights.
+    """
     model, meta = open_model(name, cfg.device, cfg.dtype, cfg.compile)
     tok = data.tokenizer_of(meta, None if cfg.mask_id < 0 else cfg.mask_id)
-    # examples begin with BOS in training, windows of text begin anywhere
-    start = [tok.bos_id] if trained_with(meta, 'masking') == 'response' else []
-    return Run(name, model, meta, tok, start)
-
-
-def trained_with(meta, name):
-    """Return a setting of the training run. Released weights do not say, so theirs are None."""
-    return (meta['settings'] or {}).get(name)
+    masking = (meta['settings'] or {}).get('masking')
+    # in training an example begins with BOS, but a window begins anywhere in a text
+    start = [tok.bos_id] if masking == 'response' else []
+    return Run(name, model, meta, tok, start, masking)
 
 
 def read_prompts(name):
-    """Return the prompts in a file, or in stdin if it is called -, as texts, lists of messages, or lists of ids."""
+    """Return the prompts in a file, or in stdin if it is called -: texts, lists of messages, or lists of ids."""
     if name.endswith('.jsonl'):
         return [prompt for _, prompt in data.read_records(name, as_prompt)]
     if name == '-':
@@ -111,20 +108,19 @@ def as_prompt(row):
 def encode_prompt(prompt, run, gap_length=3, instruct=False):
     """Turn a prompt (a text, messages, or ids) into ids, with gap_length masks for each ___ of a text."""
     tok = run.tok
-    if isinstance(prompt, str) and not prompt.strip():
+    if prompt == '':
         raise UserError('the prompt is empty; leave it out to draw samples')
     if isinstance(prompt, str) and instruct:
         prompt = [{'role': 'user', 'content': prompt}]
 
     ids = prompt
     if isinstance(prompt, str):
-        ids = list(run.start)
-        *parts, last = re.split('_{3,}', prompt)
-        for part in parts:
-            # the blank before a gap belongs to what fills it
-            ids += tok.encode(part.removesuffix(' '))
+        # the blank before a gap belongs to what fills it
+        before, *others = re.split(' ?_{3,}', prompt)
+        ids = run.start + tok.encode(before)
+        for part in others:
             ids += [tok.mask_id] * max(1, gap_length)
-        ids += tok.encode(last)
+            ids += tok.encode(part)
     elif prompt and isinstance(prompt[0], dict):
         ids = tok.encode_chat(prompt)
 
@@ -154,11 +150,11 @@ def tokens_to_append(prompts, run, cfg):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Ids in, ids out. evaluate.py writes its answers with this as well.
+# Ids in, ids out. evaluate.py gets its answers from here as well.
 
 
 def sampling_params(cfg, new, answers=True):
-    """Turn the settings of a script into diffusion.SamplingParams, for `new` tokens; 0 and '' are its defaults.
+    """Turn the settings of a script into diffusion.SamplingParams, for `new` tokens. 0 and '' mean its defaults.
 
     answers: what remasking 'auto' means. Raises UserError for invalid values, and for blocks that do not divide.
     """
@@ -184,10 +180,10 @@ def sampling_params(cfg, new, answers=True):
 
 def generate_text(model, prompts, gen_length, tok, params,
                   *, batch_size=64, seeds=None, **options):
-    """Append gen_length tokens to prompts, or fill their gaps: lists of ids -> lists of ids, number of forward passes.
+    """Append gen_length tokens to prompts, or fill their gaps: lists of ids -> lists of ids, n_forward.
 
-    The ids that are returned include the prompt. seeds: a tuple of integers for each prompt (default: its number).
-    The noise of a prompt depends on it alone, so a batch writes the same as its prompts one by one. options: of
+    The ids that are returned begin with the prompt. seeds: a tuple of integers for each prompt (default: its number).
+    The noise of a prompt depends on it alone, so a batch writes what its prompts get one by one. options: of
     generate_batch.
     """
     device = diffusion.device_of(model)
@@ -201,8 +197,8 @@ def generate_text(model, prompts, gen_length, tok, params,
     for start in tqdm(starts, 'generating', disable=len(starts) < 2 or None, leave=False):
         batch = order[start:start + batch_size]
         noise = [diffusion.keyed_generator(*seeds[k], device=device) for k in batch]
-        rows = [prompts[k] for k in batch]
-        rows, n = generate_batch(model, rows, gen_length, tok, params, generator=noise, **options)
+        rows, n = generate_batch(model, [prompts[k] for k in batch], gen_length, tok, params,
+                                 generator=noise, **options)
         n_forward += n
         for k, row in zip(batch, rows):
             written[k] = row
@@ -217,43 +213,36 @@ def generate_batch(model, prompts, gen_length, tok, params,
     variable_length: append blocks until EOS, EoT or one of the texts in `stop` is written. options: generator,
     adjust and on_step of diffusion.generate, of which a causal model takes only the generator.
     """
-    unused = tok.unused(model.config.vocab_size)
-    gaps = any(tok.mask_id in ids for ids in prompts)
-    n_masks = 0 if gaps or model.config.causal else gen_length
-    rows = prompts
-    if model.config.causal:
-        # what ends the text before also begins a new one, as in training
-        rows = [[tok.eos_id, *ids] for ids in prompts]
-    # padding is never attended to, so it may be any token but [MASK]
-    x, attention_mask, _ = diffusion.canvas(rows, n_masks, tok.mask_id, tok.eos_id, diffusion.device_of(model))
+    device = diffusion.device_of(model)
+    never = [tok.mask_id, *tok.unused(model.config.vocab_size)]
 
-    # 1) from left to right
+    # 1) from left to right. The EOS that ends a text also begins the next one, as in training.
     if model.config.causal:
+        rows = [[tok.eos_id, *ids] for ids in prompts]
+        x, attention_mask, _ = diffusion.canvas(rows, 0, tok.mask_id, tok.eos_id, device)
         x, n = diffusion.ar_generate(
-            model, x, gen_length, eos_id=tok.eos_id, attention_mask=attention_mask,
-            suppress=[tok.mask_id, *unused], temperature=params.temperature, generator=options.get('generator'))
+            model, x, gen_length, attention_mask=attention_mask, eos_id=tok.eos_id, suppress=never,
+            temperature=params.temperature, generator=options['generator'])
         return [ids + row[-gen_length:].tolist() for ids, row in zip(prompts, x)], n
 
     # 2) block after block, on a canvas that grows
-    options.update(eot_id=tok.eot_id, suppress=unused)
+    options.update(eot_id=tok.eot_id, suppress=never)
     if variable_length:
-        def ended(ids):
-            return tok.eot_id in ids or any(text in tok.decode(ids) for text in stop)
-
         return diffusion.generate_variable_length(
-            model, prompts, tok.mask_id, tok.eos_id, params, max_length=gen_length, stop=ended, **options)
+            model, prompts, tok.mask_id, tok.eos_id, params, max_length=gen_length,
+            stop=lambda ids: answer_text(ids, tok, stop) != tok.decode(ids), **options)
 
-    # 3) all of a canvas of given length. Gaps are one block, wherever they are.
+    # 3) a canvas of given length. All gaps are one block, wherever they are.
+    gaps = any(tok.mask_id in ids for ids in prompts)
     if gaps:
         params = replace(params, block_length=None)
+        gen_length = 0
+    # padding is never attended to, so it can be any token but [MASK]
+    x, attention_mask, _ = diffusion.canvas(prompts, gen_length, tok.mask_id, tok.eos_id, device)
     x, n = diffusion.generate(
         model, x, tok.mask_id, params, attention_mask=attention_mask, eos_id=tok.eos_id,
         until_end=not gaps, **options)
     return [row[real].tolist() for row, real in zip(x, attention_mask)], n
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Ids become text
 
 
 def answer_text(ids, tok, stop=()):
@@ -265,45 +254,38 @@ def answer_text(ids, tok, stop=()):
     return text
 
 
-class Screen:
-    """Draw the canvas after each step (on_step): in place on a terminal, else about ten lines."""
-
-    def __init__(self, tok, n_steps):
-        self.tok = tok
-        self.every = max(1, n_steps // 8)
-        self.step = 0
-        self.height = 0                                     # lines that the last drawing takes on the terminal
-
-    def __call__(self, x, committed):
-        plain = green = f'{self.step + 1:4d} | '
-        # The last row of a batch has no padding. Its tokens are decoded in runs, because a character may consist
-        # of several tokens.
-        mask_id = self.tok.mask_id
-        pairs = zip(x[-1].tolist(), committed[-1].tolist())
-        for (hidden, new), run in groupby(pairs, lambda pair: (pair[0] == mask_id, pair[1])):
-            ids = [i for i, _ in run]
-            piece = '░' * len(ids) if hidden else self.tok.decode(ids).replace('\n', '⏎')
-            plain += piece
-            green += f'\x1b[1;32m{piece}\x1b[0m' if new else piece
-
-        if sys.stdout.isatty():
-            if self.height:
-                print(f'\x1b[{self.height}F\x1b[J', end='')        # go back to where the last drawing began
-            self.height = -(-len(plain) // shutil.get_terminal_size().columns)
-            print(green, flush=True)
-            time.sleep(0.05)
-        elif self.step % self.every == 0 or mask_id not in x[-1]:
-            print(plain, flush=True)
-        self.step += 1
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The script
 
 
+def screen(tok, n_steps):
+    """Return an on_step that draws the canvas: on a terminal each step in place, else about ten lines."""
+    every = max(1, n_steps // 8)
+    steps = count()
+
+    def draw(x, committed):
+        step = next(steps)
+        in_place = sys.stdout.isatty()
+        text = f'{step + 1:4d} | '
+        # The last row of a batch has no padding. Tokens are decoded in runs, because some characters are several.
+        pairs = zip(x[-1].tolist(), committed[-1].tolist())
+        for (hidden, new), run in groupby(pairs, lambda pair: (pair[0] == tok.mask_id, pair[1])):
+            ids = [i for i, _ in run]
+            piece = '░' * len(ids) if hidden else tok.decode(ids).replace('\n', '⏎')
+            text += f'\x1b[1;32m{piece}\x1b[0m' if new and in_place else piece
+
+        if in_place:
+            print('\x1b[H\x1b[J' + text, flush=True)        # on an empty screen
+            time.sleep(0.05)
+        elif step % every == 0 or tok.mask_id not in x[-1]:
+            print(text, flush=True)
+
+    return draw
+
+
 def write(run, prompts, new, params, cfg, first=0):
-    """Generate with the settings of this script -> rows of ids. Say how fast it was. first: number of prompt 0."""
-    on_step = Screen(run.tok, cfg.steps or new) if cfg.show else None
+    """Call generate_text with the settings of this script, and say how fast it was. first: number of prompt 0."""
+    on_step = screen(run.tok, cfg.steps or new) if cfg.show else None
     seeds = [(cfg.seed, first + k) for k in range(len(prompts))]
     started = time.perf_counter()
     rows, n_forward = generate_text(
@@ -317,14 +299,13 @@ def write(run, prompts, new, params, cfg, first=0):
 
 
 def talk(run, cfg):
-    """Chat on the terminal. When the context is full, the oldest turns are dropped."""
-    config = run.model.config
-    cfg.gen_length = cfg.gen_length or min(128, config.seq_len // 2)
+    """Chat on the terminal, until /quit or Ctrl-D."""
+    cfg.gen_length = cfg.gen_length or min(128, run.model.config.seq_len // 2)
     params = sampling_params(cfg, cfg.gen_length)
-    say('/reset forgets the conversation, /quit leaves')
     messages = []
+    say('/reset forgets the conversation, /quit leaves')
 
-    for turn in count():
+    while True:
         try:
             text = input('> ').strip()
         except (EOFError, KeyboardInterrupt):
@@ -333,26 +314,26 @@ def talk(run, cfg):
             return
         if text == '/reset':
             messages = []
-        if text in ('', '/reset'):
-            continue
+        elif text:
+            try:
+                messages = reply([*messages, {'role': 'user', 'content': text}], run, params, cfg)
+            except (UserError, KeyboardInterrupt) as error:
+                say(str(error) or '(interrupted)')
 
-        messages.append({'role': 'user', 'content': text})
+
+def reply(messages, run, params, cfg):
+    """Answer the last of the messages on the terminal -> the messages, with the answer."""
+    ids = run.tok.encode_chat(messages)
+    while len(messages) > 1 and len(ids) + cfg.gen_length > run.model.config.seq_len:
+        say('(the context is full, so the oldest turn is dropped)')
+        messages = messages[2:]
         ids = run.tok.encode_chat(messages)
-        while len(messages) > 1 and len(ids) + cfg.gen_length > config.seq_len:
-            say('(the context is full, so the oldest turn is dropped)')
-            messages = messages[2:]
-            ids = run.tok.encode_chat(messages)
 
-        try:
-            new = tokens_to_append([ids], run, cfg)
-            row, = write(run, [ids], new, params, cfg, first=turn)
-        except (UserError, KeyboardInterrupt) as error:
-            say(str(error) or '(interrupted)')
-            messages.pop()
-            continue
-        answer = answer_text(row[len(ids):], run.tok, cfg.stop).strip()
-        messages.append({'role': 'assistant', 'content': answer})
-        print(answer, flush=True)
+    new = tokens_to_append([ids], run, cfg)
+    row, = write(run, [ids], new, params, cfg, first=len(messages))
+    answer = answer_text(row[len(ids):], run.tok, cfg.stop).strip()
+    print(answer, flush=True)
+    return [*messages, {'role': 'assistant', 'content': answer}]
 
 
 def main(cfg):
@@ -370,10 +351,9 @@ def main(cfg):
         given = [run.start] * cfg.num_samples
     prompts = [encode_prompt(prompt, run, cfg.gap_length, cfg.instruct) for prompt in given]
     new = tokens_to_append(prompts, run, cfg)
-    answers = cfg.instruct or trained_with(run.meta, 'masking') != 'unified'
-    params = sampling_params(cfg, new, answers)
+    params = sampling_params(cfg, new, answers=cfg.instruct or run.masking != 'unified')
 
-    # in batches, so that what is written is on the screen and in the file, whatever happens later
+    # in batches, so that an answer is on the screen and in the file before the next ones are written
     for i in range(0, len(prompts), cfg.batch_size):
         part = prompts[i:i + cfg.batch_size]
         rows = write(run, part, new, params, cfg, first=i)
@@ -385,7 +365,7 @@ def main(cfg):
             print('-' * 80 + '\n' + text, flush=True)
 
             if cfg.out:
-                line = {'prompt': prompt, 'text': text, 'ids': row, 'settings': vars(cfg) | asdict(params)}
+                line = {'prompt': prompt, 'text': text, 'ids': row, 'settings': vars(cfg)}
                 with open(cfg.out, 'a', encoding='utf-8') as file:
                     print(json.dumps(line, ensure_ascii=False), file=file)
 

@@ -26,6 +26,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 import data
 import diffusion
@@ -205,7 +208,9 @@ def train_step(net, optimizers, batches, factor, cfg):
     norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
     norm = norm.item()                          # the only point of an update where the host waits for the device
     if not math.isfinite(norm):
-        raise FloatingPointError(f'loss {float(total)}, gradient norm {norm}')
+        kept = [str(folder) for folder in models.checkpoints_of(cfg.out_dir)]
+        raise UserError(f'stopped before an update: loss {float(total)}, gradient norm {norm}; '
+                        f'the last good checkpoint: {(kept or ["none yet"])[-1]}')
     step(optimizers, factor)
     return float(total), norm
 
@@ -438,7 +443,6 @@ def optimizer_state(model, optimizers):
 
 def save_checkpoint(it, model, optimizers, cfg, tok):
     """Write out_dir/iter_N under another name, rename it when it is complete, then remove the oldest ones."""
-    import torch.distributed.checkpoint as dcp
     final = Path(cfg.out_dir, f'iter_{it:07d}')
     unfinished = Path(cfg.out_dir, 'unfinished')
     if RANK == 0:
@@ -447,11 +451,14 @@ def save_checkpoint(it, model, optimizers, cfg, tok):
     broadcast()                                             # wait for the folder
 
     ids = {f'{role}_id': getattr(tok, f'{role}_id') for role in models.ROLES}
-    models.save_model(model, unfinished, ids)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                     # that a single process is a single process
-        writer = dcp.HuggingFaceStorageWriter(str(unfinished / 'optimizer'), save_distributed=True)
-        dcp.save(optimizer_state(model, optimizers), storage_writer=writer, no_dist=WORLD == 1)
+    writer = dcp.HuggingFaceStorageWriter(str(unfinished / 'optimizer'), save_distributed=True)
+    try:
+        models.save_model(model, unfinished, ids)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')                 # that a single process is a single process
+            dcp.save(optimizer_state(model, optimizers), storage_writer=writer, no_dist=WORLD == 1)
+    except (OSError, SafetensorError, CheckpointException) as error:
+        raise UserError(f'{unfinished} could not be written: {error}') from None
     broadcast()                                             # wait for all files
 
     if RANK == 0:
@@ -649,7 +656,10 @@ def main(cfg):
             started += time.perf_counter() - paused         # not part of the training speed
 
     if RANK == 0:
-        say(f'saved iteration {it} of {cfg.max_iters} in {cfg.out_dir}/')
+        hint = 'continue with the same command and --resume'
+        if it >= cfg.max_iters:
+            hint = f'next:  python sample.py {cfg.out_dir}'
+        print(f'saved iteration {it} of {cfg.max_iters} in {cfg.out_dir}/; {hint}', flush=True)
     if WORLD > 1:
         dist.destroy_process_group()
         sys.stdout.flush()

@@ -1,7 +1,7 @@
 """Check the exercises against an independent truth. A check that fails names the mistake in words.
 
-Each check takes the functions under test as a module or a namespace. So it also runs on the project's own answers, and
-on wrong ones (tests/test_exercises.py).
+Each check takes the functions under test as a module or a namespace. So tests/test_exercises.py can also run it
+on right answers and on typical wrong ones.
 """
 
 import itertools
@@ -55,7 +55,8 @@ def ex1(my):
 
     got = my.ex1_loss(model, x0, xt, masked, t)
     fail_if(not torch.is_tensor(got) or got.dim(), f'the loss is a tensor without dimensions, got {got!r}')
-    fail_if(any(not torch.equal(ids, xt) for ids in inputs), 'the model must see xt, because x0 holds the answers')
+    sees_xt = all(torch.equal(ids, xt) for ids in inputs)
+    fail_if(not sees_xt, 'the model must see xt, because x0 holds the answers')
 
     logits = model(xt)
     every = -log_p(logits, x0)
@@ -74,11 +75,13 @@ def ex1(my):
         'this divides by the masked tokens, but Eq. 3 divides by all tokens': (rows / t).sum() / masked.sum(),
         'this divides each row by its number of masked tokens, but Eq. 3 divides by T': (per_row / t).mean(),
         'this uses one t for the whole batch, but each row has its own': (rows / t.mean()).sum() / n,
-        'the weight is 1/t, not 1/(1 - t), because t is the probability to be hidden': (rows / (1 - t)).sum() / n,
+        'the weight is 1/t, not 1/(1 - t), because t is the probability to be hidden':
+            (rows / (1 - t)).sum() / n,
         'the weight is 1/t, not t': (rows * t).sum() / n,
         'this divides by the number of rows only, but Eq. 3 divides by T as well': (rows / t).sum() / len(x0),
         'this is a sum, but Eq. 3 divides by B and by T': (rows / t).sum(),
-        'this counts visible tokens as well, but only the masked ones are in the sum': (every / t[:, None]).sum() / n,
+        'this counts visible tokens as well, but only the masked ones are in the sum':
+            (every / t[:, None]).sum() / n,
         'these are logits, but log p is their log_softmax': -(raw.sum(1) / t).sum() / n,
         shift: next_token / n})
 
@@ -89,9 +92,11 @@ def ex1(my):
         for mask, (text, p) in itertools.product(MASKS, zip(TEXTS, P.flatten())):
             chance = t ** int(mask.sum()) * (1 - t) ** int((~mask).sum())
             xt = torch.where(mask, MASK, text)
-            loss = my.ex1_loss(MODEL, text[None], xt[None], mask[None], torch.tensor([t], dtype=torch.float64))
+            ratio = torch.tensor([t], dtype=torch.float64)
+            loss = my.ex1_loss(MODEL, text[None], xt[None], mask[None], ratio)
             total += share * chance * float(p) * float(loss)
-    fail_if(not near(total * T, ENTROPY), f'averaged over everything it is {total * T:.6f} nats, not {ENTROPY:.6f}')
+    fail_if(not near(total * T, ENTROPY),
+            f'averaged over everything it is {total * T:.6f} nats, the entropy is {ENTROPY:.6f}')
 
 
 def ex2(my):
@@ -104,10 +109,13 @@ def ex2(my):
             f'expected (B, T) bool, got {tuple(got.shape)} {got.dtype}')
 
     once = u.masked_fill(~maskable, 2).argsort(1) < n[:, None]
-    fail_if(torch.equal(got, once), 'argsort gives the order of the positions, not their ranks, so argsort once more')
+    fail_if(torch.equal(got, once),
+            'argsort gives the order of the positions, not their ranks, so argsort once more')
     too_late = (u.argsort(1).argsort(1) < n[:, None]) & maskable
-    fail_if(torch.equal(got, too_late), 'the positions that are not maskable take ranks, so give them noise that sorts last')
-    fail_if((got & ~maskable).any(), 'this hides what is not maskable, so give those positions noise that sorts last')
+    fail_if(torch.equal(got, too_late),
+            'positions that are not maskable take up ranks, so give them noise that sorts last')
+    fail_if((got & ~maskable).any(),
+            'this hides what is not maskable, so give those positions noise that sorts last')
     fail_if(got.sum(1).unique().numel() > 3,
             'the number varies: u < n / T hides n tokens only on average (that is Eq. 3, not Eq. 14)')
     fail_if((got.sum(1) != n).any(), 'the number of hidden positions in row b is not n[b]')
@@ -133,17 +141,19 @@ def ex3(my):
         'the sign is wrong: it is a bound on log p, which is negative': -right,
         'T/l is missing, but a mask that hides few tokens stands for all T of them': logp.mean(),
         'this is log p of one token; for T tokens multiply by T': (logp / n).mean(),
-        'this is the ratio of two sums, not the mean of the ratios: T/l belongs to its mask': logp.sum() / n.sum() * T,
+        'this is the ratio of two sums, not the mean of the ratios: T/l belongs to its mask':
+            logp.sum() / n.sum() * T,
         'this is a sum over the masks, but Eq. 6 is their mean': (T / n * logp).sum(),
         'the factor is T/l, not l/T': (n / T * logp).mean()})
 
-    # the independent truth: if l, and masks of the same l, are equally likely, then the mean over texts is -entropy
+    # the independent truth: with l uniform, and all masks of the same l equally likely, the mean is -entropy
     total = 0.0
     for text, p in zip(TEXTS, P.flatten()):
         for size in range(1, T + 1):
             bound = my.ex3_bound(MODEL, text, MASKS[MASKS.sum(1) == size], MASK)
             total += float(p) * float(bound) / T
-    fail_if(not near(-total, ENTROPY), f'over all texts and masks it is {-total:.6f} nats, not {ENTROPY:.6f}')
+    fail_if(not near(-total, ENTROPY),
+            f'over all texts and masks it is {-total:.6f} nats, the entropy is {ENTROPY:.6f}')
 
 
 def frequencies(texts):
@@ -163,7 +173,8 @@ def ex4(my):
 
     # 1) on canvases for which the right result is plain to see
     all_masks = torch.full((600, T), MASK)
-    fail_if((step(all_masks[:4], 5, seeded(0)) == MASK).any(), 'if n is more than are left, it must write all that are left')
+    new = step(all_masks[:4], 5, seeded(0))
+    fail_if((new == MASK).any(), 'if fewer than n masks are left, it must write all of them')
     some = torch.tensor([[0, MASK, 1], [MASK, 2, MASK]]).repeat(200, 1)
     anything = torch.zeros(V + 1)
     anything[MASK] = -math.inf
@@ -182,7 +193,8 @@ def ex4(my):
         new = step(x, 1, generator)
         fail_if(not torch.equal(x, before), 'it writes into x itself, so work on a copy')
         n_masks = (new == MASK).sum(1)
-        fail_if((n_masks != left).any(), f'after a step of one token {n_masks.unique().tolist()} masks are left, not {left}')
+        fail_if((n_masks != left).any(),
+                f'after a step of one token {n_masks.unique().tolist()} masks are left, not {left}')
         fail_if((new[x != MASK] != x[x != MASK]).any(), 'it changes tokens that were written before')
         x = new
 
@@ -192,23 +204,27 @@ def ex4(my):
             'there is hardly any variety. Is it the most probable token, or one draw for all rows?')
     fail_if((share - 1 / 3).abs().max() > 0.1,
             'positions are not equally likely, but the choice must not depend on the confidence')
-    fail_if(distance > 0.02, f'the texts are {distance:.3f} (total variation) from the true distribution, noise is 0.016')
+    fail_if(distance > 0.02,
+            f'the texts are {distance:.3f} (total variation) from the true distribution, noise is 0.016')
 
 
 def ex5(my):
     import diffusion
     got = torch.as_tensor(my.ex5_law(MODEL, MASK, T, V))
-    fail_if(tuple(got.shape) != (V,) * T, f'expected probabilities of shape {(V,) * T}, got {tuple(got.shape)}')
+    shape = (V,) * T
+    fail_if(got.shape != shape, f'expected probabilities of shape {shape}, got {tuple(got.shape)}')
     fail_if(not near(got.sum(), 1), f'probabilities add up to 1, these to {float(got.sum()):.6f}')
     fail_if(total_variation(got, P) < 0.05,
             'this is the true distribution, but the position must be chosen after the draw, by what was drawn')
-    fail_if((got > 0).sum() == 1, 'this is the mode, but at temperature 1 the proposals are drawn; only the choice is greedy')
+    fail_if((got > 0).sum() == 1,
+            'this is the mode, but at temperature 1 the proposals are drawn, and only the choice is greedy')
 
     # the independent truth: what the sampler of the project writes
     params = diffusion.SamplingParams(steps=T, temperature=1.0)
     x, _ = diffusion.generate(MODEL, torch.full((20000, T), MASK), MASK, params, generator=seeded(0))
     distance = total_variation(got, frequencies(x))
-    fail_if(distance > 0.03, f'20,000 real samples are {distance:.3f} (total variation) from this law, noise is 0.016')
+    fail_if(distance > 0.03,
+            f'20,000 real samples are {distance:.3f} (total variation) from this law, noise is 0.016')
 
 
 def ex6(my):
@@ -219,7 +235,8 @@ def ex6(my):
         where = f'{n} masks in {steps} steps'
         fail_if(len(got) != steps, f'{where}: expected {steps} numbers, got {len(got)}')
         fail_if(sum(got) != n, f'{where}: {got[:8]} adds up to {sum(got)} (rounding loses or invents some)')
-        fail_if(max(got) - min(got) > 1, f'{where}: {got[:8]} is uneven, because one step gets all of the remainder')
+        fail_if(max(got) - min(got) > 1,
+                f'{where}: {got[:8]} is uneven, because one step gets all of the remainder')
         fail_if(got != sorted(got, reverse=True), f'{where}: the remainder comes first, not {got[:8]}')
 
     cond, uncond = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.0, 1.0, 0.5])
@@ -241,9 +258,11 @@ def ex7(my):
 
     got = my.ex7_write(keys, new, pos)
     fail_if(not torch.equal(keys, before), 'keys itself has changed, so work on a copy')
-    fail_if(got.shape != keys.shape, f'expected the keys of all positions, {tuple(keys.shape)}, got {tuple(got.shape)}')
+    fail_if(got.shape != keys.shape,
+            f'expected the keys of all positions, {tuple(keys.shape)}, got {tuple(got.shape)}')
     fail_if(torch.equal(got[:, :, :2], new), 'this writes to the first positions, but pos says where')
-    fail_if(torch.equal(got[:, :, pos.sort().values], new), 'in the wrong order: new[:, :, k] belongs to position pos[k]')
+    fail_if(torch.equal(got[:, :, pos.sort().values], new),
+            'in the wrong order: new[:, :, k] belongs to position pos[k]')
     others = [0, 2, 3, 4, 5, 7]
     fail_if(not torch.equal(got[:, :, others], keys[:, :, others]), 'positions that are not in pos must stay')
     fail_if(not torch.equal(got[:, :, pos], new), 'the keys at pos are not the new ones')
@@ -286,6 +305,12 @@ def ex8(my):
         'this multiplies by bytes per token, but divide by it': bits * n_bytes / n})
 
 
+def schedules(n, k):
+    """Yield all lists of k positive numbers that add up to n."""
+    for cuts in itertools.combinations(range(1, n), k - 1):
+        yield [b - a for a, b in zip((0, *cuts), (*cuts, n))]
+
+
 def ex9(my):
     generator = seeded(3)
     for n, k in ((7, 3), (9, 4), (7, 7), (5, 1)):
@@ -297,8 +322,7 @@ def ex9(my):
             ends = list(itertools.accumulate(sizes))
             return sum(cost[end - size][end] for size, end in zip(sizes, ends))
 
-        every_schedule = (sizes for sizes in itertools.product(range(1, n + 1), repeat=k) if sum(sizes) == n)
-        best = min(map(price, every_schedule))
+        best = min(map(price, schedules(n, k)))
         sizes = [int(size) for size in my.ex9_schedule(cost, n, k)]
         where = f'{n} tokens in {k} steps'
         fail_if(len(sizes) != k, f'{where}: expected {k} numbers, got {sizes}')
@@ -307,9 +331,10 @@ def ex9(my):
         got = price(sizes)
         if not near(got, best):
             equal = [n // k + (i < n % k) for i in range(k)]
-            fail_if(sizes == equal, f'equal steps cost {got:.4f} and the best ones {best:.4f}, so let the costs decide')
+            fail_if(sizes == equal,
+                    f'equal steps cost {got:.4f} and the best ones {best:.4f}, so let the costs decide')
             fail_if(near(price(sizes[::-1]), best), f'these are the best sizes in the wrong order: {sizes}')
-            fail_if(True, f'{sizes} costs {got:.4f}, but the best schedule {best:.4f}. Is there a greedy choice in it?')
+            fail_if(True, f'{sizes} costs {got:.4f}, the best schedule {best:.4f}: is there a greedy choice in it?')
 
 
 def ex10(my):
@@ -331,7 +356,8 @@ def ex10(my):
     packed = attention(q, k, v, attn_mask=got[None, None])
     for part in (slice(0, 3), slice(3, 4), slice(4, 8)):
         alone = attention(q[:, :, part], k[:, :, part], v[:, :, part])
-        fail_if(not torch.allclose(packed[:, :, part], alone, atol=1e-5), 'a packed segment differs from the segment alone')
+        fail_if(not torch.allclose(packed[:, :, part], alone, atol=1e-5),
+                'attention in a packed segment differs from the segment alone')
 
 
 CHECKS = {f.__name__: f for f in (ex1, ex2, ex3, ex4, ex5, ex6, ex7, ex8, ex9, ex10)}
