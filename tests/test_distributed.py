@@ -11,17 +11,15 @@ import time
 import pytest
 import torch
 from helpers import ROOT, small_corpus
-from test_train import settings, tensors
+from test_train import PAPER, flags, go, settings, tensors
 
 import data
 import model as M
-import train
-from configurator import settings_of
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or sys.platform == 'win32',
                                 reason='needs torch.distributed with gloo')
-SMALL = dict(batch_size=2, global_batch=8, max_iters=20, log_interval=1, eval_interval=10, eval_windows=9, eval_draws=1,
-             sample_tokens=4, optimizer='adamw', learning_rate=3e-3, warmup_iters=5, keep_last=5)
+SMALL = dict(PAPER, batch_size=2, global_batch=8, max_iters=20, log_interval=1, eval_interval=10, eval_windows=9,
+             eval_draws=1, sample_tokens=4, learning_rate=3e-3, warmup_iters=5, keep_last=5)
 
 
 @pytest.fixture(scope='module')
@@ -29,16 +27,18 @@ def corpus_folder(tmp_path_factory):
     return small_corpus(tmp_path_factory.mktemp('corpus') / 'small')
 
 
-def command(n, config, *more):
-    defaults = settings_of(vars(train))
-    asked = [f'--{k}={v}' for k, v in config.items() if v != defaults[k]]
+EXTRA = ('fsdp', 'act_memory', 'keep_last', 'masking', 'pad_group', 'random_length', 'random_split', 'tied', 'compile')
+
+
+def command(n, cfg, *more):
+    asked = [f'--{name}={getattr(cfg, name)}' for name in EXTRA]
     return [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={n}', *more,
-            str(ROOT / 'train.py'), *asked]
+            str(ROOT / 'train.py'), *flags(cfg), *asked]
 
 
-def torchrun(n, config, *more, code=0):
-    """Runs train.py on n processes -> what it said."""
-    done = subprocess.run(command(n, config, *more), cwd=ROOT, capture_output=True, text=True, timeout=300,
+def torchrun(n, cfg, *more, code=0):
+    """Run train.py on n processes -> what it said."""
+    done = subprocess.run(command(n, cfg, *more), cwd=ROOT, capture_output=True, text=True, timeout=300,
                           env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert (done.returncode == 0) == (code == 0), done.stderr[-3000:]
     return done.stdout + done.stderr
@@ -59,7 +59,7 @@ def same_losses(run, other, rel=1e-5):
 @pytest.fixture(scope='module')
 def one(corpus_folder, tmp_path_factory):
     run = tmp_path_factory.mktemp('one') / 'run'
-    train.main(settings(corpus_folder, run, **SMALL))
+    go(settings(corpus_folder, run, **SMALL))
     return run
 
 
@@ -81,7 +81,7 @@ def test_fine_tuning_on_two_processes_equals_one(tmp_path):
                            for r in ('user', 'assistant')]} for i in range(60)]
     data.prepare([list(enumerate(talks))], tmp_path / 'talks', 'bytes', val_every=5)
     asked = {**SMALL, 'masking': 'response', 'seq_len': 256, 'pad_group': 8}
-    train.main(settings(tmp_path / 'talks', tmp_path / 'one', **asked))
+    go(settings(tmp_path / 'talks', tmp_path / 'one', **asked))
     torchrun(2, settings(tmp_path / 'talks', tmp_path / 'two', **asked, fsdp=-1))
     same_losses(tmp_path / 'two', tmp_path / 'one')
 
@@ -91,7 +91,7 @@ def test_fine_tuning_on_two_processes_equals_one(tmp_path):
 def test_ddp_and_hsdp_equal_one_process(corpus_folder, one, tmp_path, n, changes):
     said = torchrun(n, settings(corpus_folder, tmp_path / 'run', **SMALL, **changes))
     same_losses(tmp_path / 'run', one)
-    assert said.count('done:') == 1 and f'{n} processes' in said                    # only rank 0 speaks
+    assert said.count('saved iteration 20') == 1 and f'{n} processes' in said                    # only rank 0 speaks
 
 
 def test_unequal_lengths_on_the_processes(corpus_folder, tmp_path):
@@ -99,8 +99,8 @@ def test_unequal_lengths_on_the_processes(corpus_folder, tmp_path):
 
     With a tied head and grouped queries, as iLLaDA has them.
     """
-    cut = dict(SMALL, random_length=0.4, random_split=0.4, tied=True, emb_std=0.0, n_kv_head=1)
-    train.main(settings(corpus_folder, tmp_path / 'one', **cut))
+    cut = dict(SMALL, random_length=0.4, random_split=0.4, tied=True, n_kv_head=1)
+    go(settings(corpus_folder, tmp_path / 'one', **cut))
     torchrun(2, settings(corpus_folder, tmp_path / 'two', **cut, fsdp=-1))
     same_losses(tmp_path / 'two', tmp_path / 'one')
 
@@ -109,16 +109,16 @@ def test_unequal_lengths_on_the_processes(corpus_folder, tmp_path):
 def test_compiled_blocks_under_fsdp(corpus_folder, tmp_path):
     """Each block compiled, then sharded, on windows cut at random; needs a C++ compiler on CPU."""
     cut = dict(SMALL, random_length=0.2, random_split=0.4)
-    train.main(settings(corpus_folder, tmp_path / 'one', **cut))
+    go(settings(corpus_folder, tmp_path / 'one', **cut))
     torchrun(2, settings(corpus_folder, tmp_path / 'two', **cut, fsdp=-1, compile=True))
     same_losses(tmp_path / 'two', tmp_path / 'one')
 
 
 def test_narrow_parameters_with_wide_gradients(corpus_folder, one, tmp_path):
     """FSDP in bfloat16: forward and backward in narrow copies, weights, reductions and updates in float32."""
-    torchrun(2, settings(corpus_folder, tmp_path / 'run', **SMALL, fsdp=-1) | {'dtype': 'bfloat16'})
+    torchrun(2, settings(corpus_folder, tmp_path / 'run', **SMALL, fsdp=-1, dtype='bfloat16'))
     same_losses(tmp_path / 'run', one, rel=2e-2)
-    assert all(t.dtype == torch.float32 for t in M.load_model(tmp_path / 'run')[0].state_dict().values())
+    assert all(p.dtype == torch.float32 for p in M.load_model(tmp_path / 'run')[0].parameters())
 
 
 def half(run, target):
@@ -129,7 +129,7 @@ def half(run, target):
 
 
 def test_one_process_takes_over_from_fsdp_and_back(corpus_folder, one, sharded, tmp_path):
-    train.main(settings(corpus_folder, half(sharded, tmp_path / 'a'), **SMALL, resume=True))        # 2 -> 1
+    go(settings(corpus_folder, half(sharded, tmp_path / 'a'), **SMALL, resume=True))        # 2 -> 1
     same_losses(tmp_path / 'a', one)
     torchrun(2, settings(corpus_folder, half(one, tmp_path / 'b'), **SMALL, fsdp=-1, resume=True))   # 1 -> 2
     same_losses(tmp_path / 'b', one)
@@ -146,11 +146,11 @@ def test_resuming_on_the_same_processes_gives_the_same_bits(corpus_folder, shard
 @pytest.mark.parametrize('fsdp', [pytest.param(0, id='ddp'), pytest.param(-1, id='fsdp', marks=pytest.mark.slow)])
 def test_four_processes_resume_to_the_same_bits(corpus_folder, tmp_path, fsdp):
     """Of four summands the order counts: DDP must add up after a restart as it does in the middle of a run."""
-    settled = settings(corpus_folder, tmp_path / 'a', **{**SMALL, 'max_iters': 8, 'eval_interval': 4}, fsdp=fsdp)
-    torchrun(4, settled)
+    short = {**SMALL, 'max_iters': 8, 'eval_interval': 4, 'fsdp': fsdp}
+    torchrun(4, settings(corpus_folder, tmp_path / 'a', **short))
     shutil.copytree(tmp_path / 'a', tmp_path / 'b')
     shutil.rmtree(tmp_path / 'b' / 'iter_0000008')
-    torchrun(4, {**settled, 'out_dir': str(tmp_path / 'b'), 'resume': True})
+    torchrun(4, settings(corpus_folder, tmp_path / 'b', **short, resume=True))
     a, b = tensors(tmp_path / 'a' / 'iter_0000008'), tensors(tmp_path / 'b' / 'iter_0000008')
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -188,7 +188,7 @@ def killed_and_restarted(corpus_folder, run, kills, iters=60):
 
 @pytest.mark.skipif(shutil.which('ps') is None, reason='needs ps')
 def test_a_killed_process_is_replaced(corpus_folder, tmp_path):
-    train.main(settings(corpus_folder, tmp_path / 'straight', **dict(SMALL, max_iters=60, eval_interval=5)))
+    go(settings(corpus_folder, tmp_path / 'straight', **dict(SMALL, max_iters=60, eval_interval=5)))
     killed_and_restarted(corpus_folder, tmp_path / 'run', 1)
     a, b = (M.load_model(tmp_path / name)[0] for name in ('straight', 'run'))
     for p, q in zip(a.parameters(), b.parameters()):
@@ -215,11 +215,11 @@ def test_all_processes_stop_together_and_save(corpus_folder, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
-    assert 'saved iteration' in said and len(M.find_checkpoints(run)) == 1
+    assert 'saved iteration' in said and len(M.checkpoints_of(run)) == 1
     M.load_model(run)
 
 
 def test_what_does_not_divide_is_said_once_and_in_words(corpus_folder, tmp_path):
     said = torchrun(2, settings(corpus_folder, tmp_path / 'run', **dict(SMALL, batch_size=8)), code=2)
-    assert said.count('8 windows do not divide into 2 processes x batch_size 8') == 1
+    assert said.count('global_batch 8 must divide into 2 processes of batch_size 8') == 1
     assert not (tmp_path / 'run').exists()
