@@ -137,6 +137,14 @@ def test_gaps_before_gen_start_belong_to_the_first_block():
     assert out.n_forward == 9
 
 
+@pytest.mark.xfail(strict=True, reason='num_transfer_tokens(0, 0) divides by zero')
+@pytest.mark.parametrize('settings', [dict(), dict(threshold=0.5)], ids=str)
+def test_a_block_without_masks_costs_nothing(settings):
+    x = torch.tensor([[MASK, 1, 2, 3, MASK, MASK]])
+    out = generate(MODEL, x, MASK, SamplingParams(block_length=2, **settings))
+    assert not (out.x == MASK).any() and out.n_forward <= 3
+
+
 def test_block_plan():
     x = masks_after([1, 2], 8, MASK)
 
