@@ -3,8 +3,9 @@
     python train.py config/docs.py --batch_size=16 --compile
     python train.py --help                          # every setting, its default and its comment
 
-A setting is a global variable of the script in lower case. A config file is Python that assigns to the same names;
-it is executed, so run only config files that you trust. (A helper variable in it begins with an underscore.)
+A setting is a global variable of the script in lower case. A config file is Python that assigns to the same
+names; it is executed, so run only config files that you trust. (A helper variable in it begins with an
+underscore.)
 """
 
 import difflib
@@ -28,8 +29,9 @@ class UserError(ValueError):
 def configure(namespace, argv=None, positional=()):
     """Apply config files and flags to the settings in a script's globals() and return them, name -> value.
 
-    A word that ends in .py is a config file. Other bare words go to the settings named in `positional`, one each;
-    if that setting is a list, it takes all that remain. Raises UserError for an unknown name or a wrong type.
+    A word that ends in .py is a config file. Other bare words go to the settings named in `positional`, one
+    each; if that setting is a list, it takes all that remain. Raises UserError for an unknown name or a wrong
+    type.
     """
     defaults = {name: value for name, value in namespace.items()
                 if name.islower() and not name.startswith('_') and type(value) in KINDS}

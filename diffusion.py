@@ -1,8 +1,8 @@
-"""Masked diffusion on tokens: the papers LLaDA (arXiv 2502.09992v3) and iLLaDA (arXiv 2606.25331), in their order.
+"""Masked diffusion on tokens, in the order of the papers LLaDA (arXiv 2502.09992v3) and iLLaDA (2606.25331).
 
 Nothing here knows the network, a tokenizer or a file. A mask predictor is a function that is called like
-model.Transformer, and `plain` makes one of any function ids -> logits, such as a lookup table. That is how the tests
-check every formula to machine precision.
+model.Transformer, and `plain` makes one of any function ids -> logits, such as a lookup table. That is how
+the tests check every formula to machine precision.
 
     >>> def abc(ids):                           # puts nearly all probability on token i at position i
     ...     return 9 * torch.eye(ids.shape[1], 8).expand(len(ids), -1, -1)
@@ -55,8 +55,8 @@ def forward_process(x0, t, mask_id, maskable=None,
                     *, fixed_count=False, u=None, generator=None):
     """Hide tokens: x0 (B, T) int64, t (B,) -> xt (B, T) int64, masked (B, T) bool.              Eq. 7-8
 
-    maskable (B, T) bool: which tokens may be hidden (default: all). fixed_count: hide exactly ceil(t L) of them. If t
-    is uniform, their number is uniform on 1..L, which is the count form of the same objective (Eq. 6, Eq. 14).
+    maskable (B, T) bool: which tokens may be hidden (default: all). fixed_count: hide exactly ceil(t L) of
+    them. For a uniform t that is the count form of the same objective (Eq. 6, Eq. 14).
     u (B, T): the uniform noise to use. It is drawn if not given.
 
     >>> x0, u = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0.1, 0.9, 0.4, 0.6]])
@@ -121,8 +121,8 @@ def loss_weights(maskable, masked, t,
                  *, normalize='token', fixed_count=False, normalizer=None):
     """Return the weight of a masked token in each row: maskable, masked (B, T) bool, t (B,) -> (B,) float32.
 
-    normalize: 'token' divides by all b L maskable tokens of the batch (pre-training), never by the masked ones alone,
-    which would be no bound. 'sequence' divides each row by its own L', then by the b rows (SFT).
+    normalize: 'token' divides by all b L maskable tokens of the batch (pre-training), never by the masked
+    ones alone, which would be no bound. 'sequence' divides each row by its own L', then by the b rows (SFT).
     normalizer: the b L or b to divide by, if this is one micro-batch of a larger batch.
     """
     L = maskable.sum(1)                                                             # (B,)
@@ -246,8 +246,8 @@ def confidence_score(model, x0, maskable, mask_id,
                      *, eos_id=None, cfg_scale=0.):
     """Score a candidate answer as iLLaDA does for multiple choice: x0 (T,), maskable (T,) -> float.
 
-    Reveal the candidate's most probable hidden token again and again, and add up the log-probabilities. This is
-    neither a bound nor normalised over candidates. eos_id: put a visible EOS behind, which is not scored.
+    Reveal the candidate's most probable hidden token again and again, and add up the log-probabilities. This
+    is neither a bound nor normalised over candidates. eos_id: put a visible EOS behind, which is not scored.
     """
     if eos_id is not None:
         x0 = F.pad(x0, (0, 1), value=eos_id)
@@ -335,8 +335,8 @@ class SamplingParams:
 def canvas(prompts, gen_length, mask_id, pad_id, device='cpu'):
     """Make a batch of prompts (lists of ids), padded on the left so that what is generated lines up.
 
-    Returns x (B, T) int64, which ends in gen_length masks; attention_mask (B, T) bool, False on padding; and prompt
-    (B, T) bool, the given tokens. (A mask inside a prompt is a gap to fill, so it is not given.)
+    Returns x (B, T) int64, which ends in gen_length masks; attention_mask (B, T) bool, False on padding; and
+    prompt (B, T) bool, the given tokens. (A mask inside a prompt is a gap to fill, so it is not given.)
 
     >>> x, attention_mask, prompt = canvas([[5, 6], [7]], 2, mask_id=0, pad_id=1)
     >>> x.tolist()
@@ -362,8 +362,8 @@ def guided_logits(model, x, positions, prompt, cfg_scale, mask_id,
                   columns=None, **options):
     """Return logits (M, V) at positions (B, T) bool of x (B, T), with classifier-free guidance.
 
-    The unconditional pass sees the same canvas with the prompt (B or 1, T) bool hidden as well. Without guidance
-    (cfg_scale 0) it is left out. columns: the slice of x to compute if options hold `kv`, a cache for each pass.
+    The unconditional pass sees the same canvas with the prompt (B or 1, T) bool hidden as well. Without
+    guidance (cfg_scale 0) it is left out. columns: the slice to compute, if options hold a `kv` for each pass.
     """
     caches = options.pop('kv', None) or (None, None)
     if columns is not None:
@@ -384,8 +384,8 @@ def guided_logits(model, x, positions, prompt, cfg_scale, mask_id,
 def uniform(positions, n, generator):
     """Draw uniform noise (M, n) for the True positions of (B, T) bool, row by row. float64 (MPS: float32).
 
-    generator: one torch.Generator, or a list with one for each row. With a list, the noise of a row does not depend
-    on its neighbours, so a batch equals its rows sampled one by one.
+    generator: one torch.Generator, or a list with one for each row. With a list, the noise of a row does not
+    depend on its neighbours, so a batch equals its rows sampled one by one.
     """
     counts = positions.sum(1).tolist()
     if not isinstance(generator, list):
@@ -402,8 +402,8 @@ def uniform(positions, n, generator):
 
 def gumbel_argmax(logits, temperature, u):
     """Sample from softmax(logits / temperature), (M, V) -> (M,), with uniform noise u (M, V)."""
-    # In float64 and with logarithms, because in lower precision the tail of the noise is cut off, which silently
-    # lowers the temperature (arXiv 2409.02908).
+    # In float64 and with logarithms, because in lower precision the tail of the noise is cut off, which
+    # silently lowers the temperature (arXiv 2409.02908).
     gumbel = -(-u.log()).log()
     noisy = logits.to(u.dtype) / temperature + gumbel
     return noisy.argmax(-1)
@@ -435,7 +435,7 @@ def propose(logits, masked, params, never, deferred, generator):
     if params.remasking == 'random':
         return guess, uniform(masked, 1, generator)[:, 0]                           # Alg. 4
 
-    # the probability of the guess without noise or temperature, in the dtype of the logits as in the official code
+    # the probability of the guess, without noise or temperature
     probability = forbid(logits, deferred).softmax(-1)
     return guess, probability.gather(-1, guess[:, None])[:, 0]                      # Alg. 5
 
@@ -443,8 +443,8 @@ def propose(logits, masked, params, never, deferred, generator):
 def commit(x, masked, guess, confidence, n, threshold=None):
     """Write the most confident of the guesses (M,) into the masked positions of x (B, T) -> x, committed (B, T).
 
-    These are n[b] in row b and, with a threshold, all that reach it. (Alg. 5 as printed keeps the least confident ones.
-    The text of the paper and the official code keep the most confident.)
+    These are n[b] in row b and, with a threshold, all that reach it. (Alg. 5 as printed keeps the least
+    confident ones. The text of the paper and the official code keep the most confident.)
     """
     # over the full length, so that ties break as they do in the official top-k
     everywhere = confidence.new_full(x.shape, -math.inf)
@@ -486,12 +486,12 @@ def block_plan(x, mask_id, gen_start, params):
 
 
 def columns_to_recompute(cache, step, start, end):
-    """Return the slice of columns whose keys and values a step of the block (start, end) recomputes; None: no cache."""
+    """Return which columns' keys and values a step of the block (start, end) recomputes, a slice (None: no cache)."""
     if cache is None:
         return None
-    # Attention looks both ways, so every commit changes all keys and values, and a cache is always a little stale.
-    # It is renewed when a block begins. After that (Fast-dLLM, arXiv 2505.22618) 'dual' recomputes the block, and
-    # 'prefix' also what follows it.
+    # Attention looks both ways, so every commit changes all keys and values, and a cache is always a little
+    # stale. It is renewed when a block begins. After that (Fast-dLLM, arXiv 2505.22618) 'dual' recomputes the
+    # block, and 'prefix' also what follows it.
     if step == 0:
         return slice(None)
     return slice(start, end if cache == 'dual' else None)
@@ -504,10 +504,11 @@ def generate(model, x, mask_id, params,
              generator=None, adjust=None, on_step=None):
     """Fill every [MASK] of the canvas x (B, T) int64, wherever it stands -> Generated(x, n_forward).
 
-    gen_start: the column where blocks begin (default: the first mask). attention_mask (B, T) bool: False on padding.
-    prompt (B, T) bool: what guidance hides (default: all that is given). suppress: ids that are never written.
-    until_end: stop once the finished blocks of every row hold EOS or EoT, and fill the rest with EOS. generator: of
-    `uniform`. adjust(logits (M, V), x, masked) -> logits: a hook for other rules. on_step(x, committed): after a step.
+    gen_start: the column where blocks begin (default: the first mask).
+    attention_mask (B, T) bool: False on padding. prompt (B, T) bool: what guidance hides (default: all given).
+    suppress: ids that are never written. generator: of `uniform`.
+    until_end: stop once the finished blocks of every row hold EOS or EoT, and fill the rest with EOS.
+    adjust(logits (M, V), x, masked) -> logits: a hook for other rules. on_step(x, committed): after each step.
     """
     ends = [i for i in (eos_id, eot_id) if i is not None]
     never = [mask_id, *suppress]
@@ -567,9 +568,10 @@ def generate_variable_length(model, prompts, mask_id, eos_id, params,
                              *, max_length, pad_id=None, stop=None, **options):
     """Continue prompts (lists of ids) block by block -> (lists of ids, prompt included), n_forward.
 
-    Each block has params.block_length masks and gets params.steps steps. Nothing exists yet behind the block. A row
-    ends with the block in which EOS appears or after which stop(generated ids) is True. At most max_length tokens are
-    written, in whole blocks. block_length=1 is autoregressive sampling (Table 7). options: of generate.
+    Each block has params.block_length masks and gets params.steps steps. Nothing exists yet behind the block.
+    A row ends with the block in which EOS appears or after which stop(generated ids) is True. At most
+    max_length tokens are written, in whole blocks. block_length=1 is autoregressive sampling (Table 7).
+    options: of generate.
     """
     block_length = params.block_length
     if not block_length or block_length > max_length:
@@ -616,7 +618,7 @@ def device_of(model):
 def ar_batch(x0, maskable, *, bos_id=None, normalize='token', normalizer=None):
     """Ask for the next token everywhere: x0 (B, T) int64, maskable (B, T) bool -> MaskedBatch for diffusion_loss.
 
-    With bos_id in front every token is predicted, else all but the first. normalize, normalizer: of loss_weights.
+    With bos_id in front every token is predicted, else all but the first. The rest: see loss_weights.
     """
     before = x0[:, :-1]
     if bos_id is None:
@@ -651,7 +653,7 @@ def ar_generate(model, prompt, n_new,
                 *, attention_mask=None, suppress=(), **sampling):
     """Continue prompt (B, P) int64 by n_new tokens -> Generated(x (B, P + n_new), n_forward).
 
-    Keys and values are cached, so each token costs one position. attention_mask (B, P) bool: False on left padding.
+    Keys and values are cached, so each token costs one position. attention_mask (B, P) bool: False on padding.
     suppress: ids that are never written. sampling: temperature and generator, of `draw`.
     """
     x = prompt

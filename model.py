@@ -1,14 +1,14 @@
 """The mask predictor, a LLaMA-style Transformer that sees the whole canvas, and its weights on disk.
 
-LLaDA (arXiv 2502.09992v3, Sec. 2.2 and App. B.2): pre-norm blocks, RMSNorm, SwiGLU, rotary positions, no biases, and
-no causal mask. Logit i predicts token i (no shift). The network is not given the mask ratio t, because it can count
-the masks. With causal=True the same module is the autoregressive baseline.
+LLaDA (arXiv 2502.09992v3, Sec. 2.2 and App. B.2): pre-norm blocks, RMSNorm, SwiGLU, rotary positions, no
+biases, and no causal mask. Logit i predicts token i (no shift). The network is not given the mask ratio t,
+because it can count the masks. With causal=True the same module is the autoregressive baseline.
 
     logits = Transformer(ModelConfig(...))(ids)             # (B, T) int64 -> (B, T, V)
     model, meta = load_model('out/docs')                    # a run of train.py, or released weights
 
-Letters: B batch, T sequence length, S keys attended to (S = T without a cache), V vocabulary, C channels (d_model),
-H heads, D head size, M positions to predict.
+Letters: B batch, T sequence length, S keys attended to (S = T without a cache), V vocabulary, C channels
+(d_model), H heads, D head size, M positions to predict.
 """
 
 import hashlib
@@ -95,8 +95,9 @@ def apply_rope(x, cos, sin):
 def attention(q, k, v, *, attn_mask=None, causal=False, cu_seqlens=None):
     """Return softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, H, T, D).
 
-    attn_mask, bool, broadcastable to (B, 1, T, S): True where a query may attend to a key. causal: only to itself
-    and earlier keys. cu_seqlens: see Transformer.forward; here it selects CUDA's kernel for packed segments.
+    attn_mask, bool, broadcastable to (B, 1, T, S): True where a query may attend to a key. causal: only to
+    itself and earlier keys. cu_seqlens: see Transformer.forward; here it selects CUDA's kernel for packed
+    segments.
     """
     if cu_seqlens is not None:
         return packed_attention(q, k, v, cu_seqlens)
@@ -204,10 +205,11 @@ class Transformer(nn.Module):
         """Predict all tokens: ids (B, T) int64 -> logits (B, T, V).
 
         attention_mask (B, S): 1 or True for keys that may be attended to, so 0 hides left padding.
-        kv (n_layer, 2, B, n_kv_head, S, D): cached keys (rotated) and values, of which kv_positions (T,) int64, the
-            positions of the ids on the canvas, are overwritten.
-        cu_seqlens (n + 1,) int32: cumulative lengths of the n segments of the flattened batch, as in FlashAttention's
-            varlen API. Attention stays inside a segment, and a segment inside a row. Positions start anew in each.
+        kv (n_layer, 2, B, n_kv_head, S, D): cached keys (rotated) and values, of which kv_positions (T,)
+            int64, the positions of the ids on the canvas, are overwritten.
+        cu_seqlens (n + 1,) int32: cumulative lengths of the n segments of the flattened batch, as in
+            FlashAttention's varlen API. Attention stays inside a segment, and a segment inside a row.
+            Positions start anew in each.
         positions (M,) int64 in the flattened batch, or (B, T) bool: predict only these -> (M, V).
         targets (M,) int64: return their cross-entropy in nats instead, (M,) float32.
         """
@@ -251,7 +253,8 @@ class Transformer(nn.Module):
             # a causal cache has more keys than queries, so is_causal would not do
             if kv is None or not causal:
                 return dict(causal=causal)
-        # this also keeps masks out of training on CUDA, where cuDNN's backward can return NaN since torch 2.11
+        # this also keeps masks out of training on CUDA, where cuDNN's backward can return NaN since torch
+        # 2.11
         if cu_seqlens is not None and x.is_cuda and x.dtype == torch.bfloat16:
             return dict(cu_seqlens=cu_seqlens)
 
@@ -307,8 +310,8 @@ def head_cross_entropy(h, weight, targets):
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(wide), targets, reduction='none')
 
-    # With a vocabulary of 126,464 the logits would be the largest tensor by far. So at most 2^28 of them (1 GB) exist
-    # at a time, and backward makes them again.
+    # With a vocabulary of 126,464 the logits would be the largest tensor by far. So at most 2^28 of them (1
+    # GB) exist at a time, and backward makes them again.
     size = max(1, 2 ** 28 // len(weight))
     if len(h) <= size:
         return part(h, targets)
@@ -349,9 +352,10 @@ def empty_model(config):
 def init_weights(model, seed=0, emb_std=None, device=None):
     """Initialise the weights. Each matrix has its own seeded generator, so sharding does not change the result.
 
-    The scheme is the one named in the released LLaDA config ("mitchell"; that pre-training used it is unconfirmed): a
-    normal distribution truncated at 3 std, with std 1/sqrt(fan_in), and for the two matrices of a block that write to
-    the residual stream 1/sqrt(2 * layer) of that. The embedding has std 1/sqrt(C), or emb_std if given.
+    The scheme is the one named in the released LLaDA config ("mitchell"; that pre-training used it is
+    unconfirmed): a normal distribution truncated at 3 std, with std 1/sqrt(fan_in), and for the two matrices
+    of a block that write to the residual stream 1/sqrt(2 * layer) of that. The embedding has std 1/sqrt(C),
+    or emb_std if given.
     device: where the matrices are drawn (default: where they live).
     """
     for name, p in model.named_parameters():
@@ -411,14 +415,15 @@ def pick_device(device, dtype):
 # ----------------------------------------------------------------------------------------------------------
 # Weights on disk, in the released layouts: config.json and safetensors. train.py writes the same.
 
-# model_type in config.json -> layout, class. A causal model has a type of ours, so that nobody opens it as LLaDA.
+# model_type in config.json -> layout, class. A causal model has a type of ours, so that nobody opens it as
+# LLaDA.
 MODEL_TYPES = {
     'llada': ('llada', 'LLaDAModelLM'),
     'illada': ('illada', 'ILLaDAForCausalLM'),
     'nanollada_ar': ('llada', 'Transformer')}
 
-# Our parameters in the two layouts. In LLaDA's, ff_proj is the gate (SiLU is applied to it), and ff_out names two
-# different matrices.
+# Our parameters in the two layouts. In LLaDA's, ff_proj is the gate (SiLU is applied to it), and ff_out names
+# two different matrices.
 NAMES = '''
 ours                   llada                                    illada
 embed                  model.transformer.wte                    model.embed_tokens
@@ -550,9 +555,10 @@ def open_model(path, device='auto', dtype='auto', compile=False):
 def load_model(path, device='cpu', dtype=None):
     """Load a checkpoint of train.py or released LLaDA or iLLaDA weights -> model in eval mode, meta.
 
-    path: a folder with config.json, or a run of train.py (its newest checkpoint). dtype: None keeps the stored one.
-    meta: mask_id, eos_id, pad_id, bos_id, eot_id (None if the files do not say), folder; of a run of train.py also
-    its settings and iteration, else None. Raises UserError if it is not a model that this code computes.
+    path: a folder with config.json, or a run of train.py (its newest checkpoint). dtype: None keeps the
+    stored one.
+    meta: mask_id, eos_id, pad_id, bos_id, eot_id (None if the files do not say), folder; of a run of train.py
+    also its settings and iteration, else None. Raises UserError if it is not a model that this code computes.
     """
     folder = newest_checkpoint(path)
     state = read_state(folder)
@@ -612,7 +618,8 @@ def config_from(raw, folder):
     if layout == 'illada':
         values['rope_fp32'] = False
 
-    # a guessed rope_theta or norm_eps would make the model a little worse without a word, so nothing is guessed
+    # a guessed rope_theta or norm_eps would make the model a little worse without a word, so nothing is
+    # guessed
     missing = [theirs for ours, theirs in fields.items() if values.get(ours) is None]
     if missing:
         raise UserError(f'{folder}/config.json: {", ".join(missing)} missing')

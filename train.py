@@ -4,9 +4,9 @@
     python train.py config/docs.py --resume                 # continue from the newest checkpoint in out_dir
     torchrun --nproc-per-node=8 train.py config/llada_8b.py --dataset=data/my
 
-The defaults are the objective of LLaDA (arXiv 2502.09992v3), Eq. 3, or Eq. 5 with masking = 'response'. Data and noise
-of a row depend on (seed, iteration, row) alone. So a resumed run ends with the same bits as one without a break, and
-any number of processes trains on the same rows and masks.
+The defaults are the objective of LLaDA (arXiv 2502.09992v3), Eq. 3, or Eq. 5 with masking = 'response'. Data
+and noise of a row depend on (seed, iteration, row) alone. So a resumed run ends with the same bits as one
+without a break, and any number of processes trains on the same rows and masks.
 """
 
 import json
@@ -162,8 +162,8 @@ def draw_noise(it, rows, T, cfg):
     u = diffusion.row_noise(cfg.seed, it, drawn, T)
 
     if cfg.complementary:
-        # The second row of a pair gets 1 - t and 1 - u: equally likely, and it hides what the first one shows.
-        # (With fixed_count a token may be hidden in both, because the count is rounded up.)
+        # The second row of a pair gets 1 - t and 1 - u: equally likely, and it hides what the first one
+        # shows. (With fixed_count a token may be hidden in both, because the count is rounded up.)
         odd = torch.tensor(rows) % 2 == 1
         t[odd] = 1 + eps - t[odd]
         u[odd] = 1 - u[odd]
@@ -275,8 +275,8 @@ def join_processes(cfg):
         return
     if cfg.device == 'cuda':
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    # After a restart the group must not find the addresses of the last one, which torchrun's store still holds.
-    # (Each node counts its own restarts, so this works on one node. For more see config/llada_8b.py.)
+    # After a restart the group must not find the addresses of the last one, which torchrun's store still
+    # holds. (Each node counts its own restarts, so this works on one node. For more see config/llada_8b.py.)
     one_node = os.environ.get('LOCAL_WORLD_SIZE') == str(WORLD)
     attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if one_node else '0'
     store = dist.PrefixStore(attempt, next(dist.rendezvous('env://'))[0])
