@@ -1,11 +1,11 @@
-"""Synthetic data, seeded and of known probability, for the experiments and the exercises.
+"""Make synthetic data whose probability is known, for the experiments and the exercises.
 
     python tests/lab/worlds.py                              # writes data/world, data/instruct and data/facts
     python tests/lab/worlds.py --poems=poem_data.json       # data/poems, from couplets [{"first", "second"}, ...]
 
-    world      stories from a small grammar: what a model writes can be graded, its loss compared with the entropy
+    world      stories from a small grammar. We can grade what a model writes, and compare its loss with the entropy
     instruct   questions and tasks about such stories, with answers that can be checked
-    facts      who is whose mother, stated in both directions: the reversal experiment
+    facts      who is whose mother, stated in both directions, for the reversal experiment
 """
 
 import functools
@@ -17,21 +17,26 @@ import re
 import sys
 from pathlib import Path
 
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import data  # noqa: E402
-from configurator import command  # noqa: E402
+from configurator import run  # noqa: E402
 
-poems = ''                      # a file of couplets; default: the three synthetic sets
+poems = ''                      # a file of couplets; '' = the three synthetic data sets
 out = 'data'                    # where the folders go
 
-# A story has one sentence from each line of STORY; alternatives (|) are equally likely. {A} is a person: the first slot
-# of a letter draws a word of its kind (or of the kind named: {B:girl}) that the story has not used, each equally
-# likely; later slots repeat it; {A.he} is the matching pronoun. Alternatives are equally long, so that a word and its
-# repetition are always equally far apart, which a small model learns fast. Each kind of word is repeated in half of the
-# last sentences: what is rarely repeated is not learned in minutes (see RESULTS.md).
+# A story has one sentence from each line of STORY, and its alternatives (|) are equally likely. {A} is a slot: the
+# first slot of a letter draws a word of its kind (or of the kind after the colon, as in {B:girl}) that the story has
+# not used yet, each equally likely. Later slots repeat the word, and {A.he} is its pronoun.
+#
+# Alternatives have the same length. So a word and its repetition are always equally far apart, which a small model
+# learns fast. Each kind of word is repeated in half of the last sentences, because a model does not learn in minutes
+# what is rarely repeated (RESULTS.md has the figures).
 
-WORDS = {kind: words.split(', ') for kind, words in {
+WORDS = {
     'girl': 'Anna, Bella, Cleo, Dora, Emma, Fay, Greta, Hanna, Ida, Julia, Kate, Lucy',
     'boy': 'Adam, Ben, Carl, David, Erik, Felix, Gus, Hugo, Ivan, Jack, Leo, Max',
     'place': 'the castle, the city, the forest, the harbour, the island, the library, the market, the mill, '
@@ -42,10 +47,13 @@ WORDS = {kind: words.split(', ') for kind, words in {
     'thing': 'ball, bell, boat, book, box, coat, cup, drum, hat, kite, lamp, ring',
     'animal': 'bear, bird, cat, cow, dog, fox, frog, goat, horse, mouse, rabbit, sheep',
     'food': 'apples, bread, cake, cheese, grapes, honey, milk, nuts, pears, plums, rice, soup',
-    'day': 'Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday'}.items()}
+    'day': 'Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday'}
+WORDS = {kind: words.split(', ') for kind, words in WORDS.items()}
 WORDS['name'] = WORDS['girl'] + WORDS['boy']
 KINDS = dict(A='name', B='name', C='colour', D='day', F='food', G='food', K='animal', P='place', Q='spot', X='thing')
-FORMS = {'girl': dict(He='She', he='she', His='Her', his='her'), 'boy': dict(He='He', he='he', His='His', his='his')}
+PRONOUNS = {
+    'girl': dict(He='She', he='she', His='Her', his='her'),
+    'boy': dict(He='He', he='he', His='His', his='his')}
 STORY = [line.split(' | ') for line in (
     '{A} lives in {P}. | {A} works in {P}. | {A} comes from {P}.',
     '{A.He} has a {C} {X}. | {A.He} found a {C} {X}. | {A.He} bought a {C} {X}. | {A.He} likes the {C} {X}.',
@@ -55,27 +63,31 @@ STORY = [line.split(' | ') for line in (
     'Now {A} has the {C} {X} in {P}. | Now {B} has the {C} {X} in {P}. | Now {A} has the {C} {X} in {Q}. | '
     'Now {B} has the {C} {X} in {Q}. | Next {D} {A} ate {G} in {P} too. | Next {D} {B} ate {G} in {P} too. | '
     'Next {D} {A} ate {G} in {Q} too. | Next {D} {B} ate {G} in {Q} too.')]
-SLOT = re.compile(r'\{(\w)(?::(\w+))?(?:\.(\w+))?\}')
+SLOT = re.compile(r'\{(\w)(?::(\w+))?(?:\.(\w+))?\}')       # letter, kind, pronoun
+
+# ----------------------------------------------------------------------------------------------------------
+# Write stories
 
 
-def options(letter, kind, known):
-    """The words that a slot may draw: those of its kind that the story has not used yet."""
+def choices(letter, kind, known):
+    """Return the words that a slot may draw: those of its kind that the story has not used yet."""
     return [word for word in WORDS[kind or KINDS[letter]] if word not in known.values()]
 
 
 def fill(sentence, known):
-    """A sentence with its slots filled from `known`, letter -> word."""
+    """Fill the slots of a sentence from `known`, a dict letter -> word."""
     def word(slot):
-        letter, _, form = slot.groups()
-        if not form:
+        letter, _, pronoun = slot.groups()
+        if not pronoun:
             return known[letter]
-        return FORMS['girl' if known[letter] in WORDS['girl'] else 'boy'][form]
+        gender = 'girl' if known[letter] in WORDS['girl'] else 'boy'
+        return PRONOUNS[gender][pronoun]
 
     return SLOT.sub(word, sentence)
 
 
 def new_slots(sentence, known):
-    """(letter, kind) of the slots that draw a word in this sentence, in order."""
+    """Return (letter, kind) of the slots of a sentence that draw a word, in order."""
     found = {}
     for letter, kind, _ in SLOT.findall(sentence):
         if letter not in known:
@@ -84,41 +96,69 @@ def new_slots(sentence, known):
 
 
 def story(rng):
-    """A story drawn with a random.Random -> (text, its exact log-probability, its words: letter -> word)."""
-    known, log_p, told = {}, 0.0, []
+    """Draw a story with a random.Random -> text, its exact log-probability, its words (letter -> word)."""
+    known = {}
+    log_p = 0.0
+    text = []
     for sentences in STORY:
         sentence = rng.choice(sentences)
         log_p -= math.log(len(sentences))
         for letter, kind in new_slots(sentence, known):
-            words = options(letter, kind, known)
+            words = choices(letter, kind, known)
             known[letter] = rng.choice(words)
             log_p -= math.log(len(words))
-        told.append(fill(sentence, known))
-    return ' '.join(told), log_p, known
+        text.append(fill(sentence, known))
+    return ' '.join(text), log_p, known
+
+
+def stories(n=20000, seed=0):
+    """Return n stories, each an example of its own. This is the data set `world`."""
+    rng = random.Random(f'stories {seed}')
+    return [{'response': story(rng)[0]} for _ in range(n)]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Read stories, to grade what a model writes
 
 
 @functools.lru_cache(None)
 def pattern(sentence):
-    """A regular expression that matches a sentence with any words of the right kind in its slots."""
+    """Return a regular expression that matches a sentence with any words of the right kinds in its slots."""
     def any_word(slot):
-        letter, kind, form = slot.groups()
-        words = [forms[form] for forms in FORMS.values()] if form else WORDS[kind or KINDS[letter]]
+        letter, kind, pronoun = slot.groups()
+        words = WORDS[kind or KINDS[letter]]
+        if pronoun:
+            words = [pronouns[pronoun] for pronouns in PRONOUNS.values()]
         return f"({'|'.join(words)})"
 
     return re.compile(SLOT.sub(any_word, sentence.removesuffix('.')) + r'\.')
 
 
 def sentences_of(text):
-    """A text split after its full stops; [] if it does not end in one."""
-    return [said + '.' for said in text[:-1].split('. ')] if text.endswith('.') else []
+    """Split a text after its full stops. Return [] if it does not end in one."""
+    if not text.endswith('.'):
+        return []
+    return [sentence + '.' for sentence in text[:-1].split('. ')]
+
+
+def parses(text):
+    """Return whether the grammar accepts a text. Names, pronouns and colours need not agree."""
+    found = sentences_of(text)
+    if len(found) != len(STORY):
+        return False
+    for sentence, alternatives in zip(found, STORY):
+        if not any(pattern(alternative).fullmatch(sentence) for alternative in alternatives):
+            return False
+    return True
 
 
 def readings(text):
-    """The log-probabilities of all derivations of a text in the grammar: one, or none if it is not a story."""
-    said, ways = sentences_of(text), [(0.0, {})]            # log p, words so far
-    if len(said) != len(STORY):
+    """Return the log-probabilities of all derivations of a text: one, or none if it is not a consistent story."""
+    found = sentences_of(text)
+    if len(found) != len(STORY):
         return []
-    for sentence, alternatives in zip(said, STORY):
+    ways = [(0.0, {})]                                      # log-probability, words so far
+    for sentence, alternatives in zip(found, STORY):
         longer = []
         for log_p, known in ways:
             for alternative in alternatives:
@@ -127,91 +167,96 @@ def readings(text):
     return [log_p for log_p, _ in ways]
 
 
-def read(said, sentence, log_p, known):
-    """Reads a text as this sentence of the grammar, given the words so far -> [(log p, words)], or []."""
-    match = pattern(sentence).fullmatch(said)
+def read(text, sentence, log_p, known):
+    """Read a text as this sentence of the grammar -> [(log-probability, words)], or [] if it does not fit.
+
+    log_p, known: the log-probability and the words of the story so far.
+    """
+    match = pattern(sentence).fullmatch(text)
     if not match:
         return []
-    words, known = {}, dict(known)
-    for (letter, _, form), word in zip(SLOT.findall(sentence), match.groups()):
-        if not form:
+    words = {}
+    for (letter, _, pronoun), word in zip(SLOT.findall(sentence), match.groups()):
+        if not pronoun:
             words.setdefault(letter, word)
+
+    known = dict(known)
     for letter, kind in new_slots(sentence, known):
-        allowed = options(letter, kind, known)
+        allowed = choices(letter, kind, known)
         if words[letter] not in allowed:
             return []
         known[letter] = words[letter]
         log_p -= math.log(len(allowed))
-    return [(log_p, known)] if fill(sentence, known) == said else []
-
-
-def parses(text):
-    """Whether the grammar accepts a text; names, pronouns and colours need not agree."""
-    said = sentences_of(text)
-    return len(said) == len(STORY) and all(
-        any(pattern(sentence).fullmatch(s) for sentence in alternatives) for s, alternatives in zip(said, STORY))
-
-
-def stories(n=20000, seed=0):
-    """The data set `world`: n stories, each an example of its own."""
-    rng = random.Random(f'stories {seed}')
-    return [{'response': story(rng)[0]} for _ in range(n)]
+    # a repeated word that differs from the first one shows here
+    return [(log_p, known)] if fill(sentence, known) == text else []
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Instructions over the same world
+# Instructions about the same world
 
-QUESTIONS = [('Where does {A} live?', '{A} lives in {P}.'), ('What colour is the {X}?', 'The {X} is {C}.'),
-             ('What does {B} eat?', '{B} eats {G}.'), ('On which day was it?', 'It was on {D}.'),
-             ('Who is a friend of {A} or in the family?', 'It is {B}.')]
-MANY = {'animals': 'animal', 'colours': 'colour', 'girls': 'girl', 'boys': 'boy', 'days': 'day', 'things': 'thing'}
+QUESTIONS = [
+    ('Where does {A} live?', '{A} lives in {P}.'), ('What colour is the {X}?', 'The {X} is {C}.'),
+    ('What does {B} eat?', '{B} eats {G}.'), ('On which day was it?', 'It was on {D}.'),
+    ('Who is a friend of {A} or in the family?', 'It is {B}.')]
+PLURALS = {
+    'animals': 'animal', 'colours': 'colour', 'girls': 'girl', 'boys': 'boy', 'days': 'day', 'things': 'thing'}
 
 
-def about_story(rng, count):
-    """`count` turns, (question, answer), about a story that the first question tells."""
+def about_story(rng, n_turns):
+    """Return turns (question, answer) about a story, which comes before the first question."""
     text, _, known = story(rng)
-    asked = [(fill(q, known), fill(a, known)) for q, a in rng.sample(QUESTIONS, count)]
-    (first, answer), *others = asked
-    return [(f'{text} {first}', answer), *((f'And this: {q}', a) for q, a in others)]
+    turns = [(fill(question, known), fill(answer, known)) for question, answer in rng.sample(QUESTIONS, n_turns)]
+    (question, answer), *others = turns
+    return [(f'{text} {question}', answer), *((f'And this: {q}', a) for q, a in others)]
 
 
-def letters(rng, count):
-    """`count` turns about letters to sort (the harder task, three times as frequent) or to reverse."""
+def about_letters(rng, n_turns):
+    """Return turns about letters to sort (the harder task, three times as frequent) or to reverse."""
     drawn = rng.sample('abcdefghijklmnopqrstuvwxyz', rng.randint(3, 6))
-    first = rng.choice(('Sort', 'Sort', 'Sort', 'Reverse'))
-    answer = sorted(drawn) if first == 'Sort' else drawn[::-1]
-    turns = [(f"{first}: {' '.join(drawn)}", ' '.join(answer)), ('Now reverse that.', ' '.join(answer[::-1]))]
-    return turns[:count]
+    task = rng.choice(('Sort', 'Sort', 'Sort', 'Reverse'))
+    answer = sorted(drawn) if task == 'Sort' else drawn[::-1]
+    turns = [
+        (f"{task}: {' '.join(drawn)}", ' '.join(answer)),
+        ('Now reverse that.', ' '.join(answer[::-1]))]
+    return turns[:n_turns]
 
 
 def name_two(rng):
-    """A question with many right answers -> (turn, a regular expression for them)."""
-    many = rng.choice(list(MANY))
-    words = WORDS[MANY[many]]
-    one = '|'.join(words)
-    turn = (f'Name two different {many}.', ' and '.join(rng.sample(words, 2)))
-    return turn, rf'({one}) and (?!\1$)({one})'
+    """Return a turn with many right answers, and a regular expression that matches all of them."""
+    plural = rng.choice(list(PLURALS))
+    words = WORDS[PLURALS[plural]]
+    any_word = '|'.join(words)
+    turn = (f'Name two different {plural}.', ' and '.join(rng.sample(words, 2)))
+    return turn, rf'({any_word}) and (?!\1$)({any_word})'
 
 
 def dialogues(n=30000, seed=0):
-    """n records {'task', 'messages', ['accept']}: questions with answers that can be checked.
+    """Return n records {'task', 'messages'}: questions with answers that can be checked.
 
-    accept: a regular expression for the last answer where several are right; otherwise it must match word for word.
+    If several answers are right, 'accept' is a regular expression for the last one. Otherwise it must match
+    word for word.
     """
-    rng, made = random.Random(f'dialogues {seed}'), []
+    rng = random.Random(f'dialogues {seed}')
+    records = []
     for _ in range(n):
-        task, accept = rng.choice(('story', 'letters', 'letters', 'two', 'follow-up')), {}
-        turns = about_story(rng, 1) if task == 'story' else letters(rng, 1)
+        task = rng.choice(('story', 'letters', 'letters', 'two', 'follow-up'))
+        record = {'task': task}
+        turns = about_story(rng, 1) if task == 'story' else about_letters(rng, 1)
         if task == 'letters':
-            task = turns[0][0].split(':')[0].lower()
+            question, _ = turns[0]
+            record['task'] = question.split(':')[0].lower()             # sort or reverse
         elif task == 'two':
-            turn, accept['accept'] = name_two(rng)
+            turn, record['accept'] = name_two(rng)
             turns = [turn]
         elif task == 'follow-up':
-            turns = rng.choice((about_story, letters))(rng, 2)
-        said = [{'role': role, 'content': text} for turn in turns for role, text in zip(('user', 'assistant'), turn)]
-        made.append({'task': task, **accept, 'messages': said})
-    return made
+            turns = rng.choice((about_story, about_letters))(rng, 2)
+
+        record['messages'] = []
+        for question, answer in turns:
+            record['messages'] += [
+                {'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}]
+        records.append(record)
+    return records
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -219,71 +264,79 @@ def dialogues(n=30000, seed=0):
 
 
 def facts(pairs=64, seed=0):
-    """Who is whose mother: [{'first', 'join', 'second', 'response', 'seen', 'both'}].
+    """Return who is whose mother: records of `couplet`.
 
-    Half of the pairs are stated both ways ("A is the mother of B", "B is the child of A"), a quarter in each single
-    way; the statement that is not made is included with seen=False: it is not trained on, only asked.
+    Half of the pairs are stated both ways ("A is the mother of B", "B is the child of A"), and a quarter in each
+    single way. The statement that is not made is here as well, with seen=False: nobody trains on it, but we ask it.
     """
-    rng, made = random.Random(f'facts {seed}'), []
+    rng = random.Random(f'facts {seed}')
     syllables = ('bdfgklmnprstvz', 'aeiou') * 2
-    names = rng.sample([''.join(word).capitalize() for word in itertools.product(*syllables)], 2 * pairs)
+    every_name = [''.join(letters).capitalize() for letters in itertools.product(*syllables)]
+    names = rng.sample(every_name, 2 * pairs)
+    records = []
     for i, (mother, child) in enumerate(zip(names[::2], names[1::2])):
-        made.append(couplet(mother, ' is the mother of ', child, i % 4 != 3, i % 4 < 2))
-        made.append(couplet(child, ' is the child of ', mother, i % 4 != 2, i % 4 < 2))
-    return made
+        records.append(couplet(mother, ' is the mother of ', child, i % 4 != 3, i % 4 < 2))
+        records.append(couplet(child, ' is the child of ', mother, i % 4 != 2, i % 4 < 2))
+    return records
 
 
 def couplet(first, join, second, seen=True, both=False):
+    """Return two halves and what joins them as a record. both: whether the reverse is stated, too."""
     return dict(first=first, join=join, second=second, response=first + join + second, seen=seen, both=both)
 
 
 def poems_of(path):
-    """The couplets of a file [{"first", "second"}, ...]."""
-    return [couplet(row['first'], '\n', row['second']) for row in json.loads(Path(path).read_text(encoding='utf-8'))]
+    """Return the couplets of a file [{"first", "second"}, ...]."""
+    rows = json.loads(Path(path).read_text(encoding='utf-8'))
+    return [couplet(row['first'], '\n', row['second']) for row in rows]
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The data sets
 
 
-def words_of_the_world(path):
-    """Writes a vocabulary that holds all words of the world, the same for its data sets."""
-    texts = ['\n\n' + record['response'] for record in stories(2000)]
+def words_of_the_world(folder):
+    """Write a tokenizer that has a token for each word of the world, for all of its data sets."""
+    texts = [record['response'] for record in stories(2000)]
     texts += [data.text_of(record) for record in dialogues(2000)]
-    sample = [text for i, text in enumerate(texts) if i % 10 != 9]
-    data.save_bpe(path, data.train_bpe('\n'.join(sample), 2 ** 16))
+    save(data.learn_tokenizer(texts, 2 ** 16), folder)
 
 
-def one_token_a_character(path, texts):
-    merges = {}
-    for character in sorted(set(''.join(texts))):
-        raw = character.encode()
-        for i in range(1, len(raw)):
-            merges.setdefault(raw[:i + 1], (raw[:i], raw[i:i + 1]))
-    data.save_bpe(path, list(merges.values()))
+def characters_of(records, folder):
+    """Write a tokenizer that has a token for each character of some records."""
+    # bytes are merged inside of a character only
+    hf = data.byte_level({}, words=r'[\s\S]')
+    trainer = BpeTrainer(
+        vocab_size=2 ** 16, min_frequency=1, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    hf.train_from_iterator([record['response'] for record in records], trainer)
+    save(data.Tokenizer(hf), folder)
+
+
+def save(tok, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    tok.save(folder)
 
 
 def write(records, folder, tokenizer, by_heart=False):
-    """Prepares records into a folder. by_heart: the validation set is the training set."""
+    """Prepare records as a data set in a folder. by_heart: hold out the training set itself."""
     named = [(f'record {i}', record) for i, record in enumerate(records)]
     manifest = data.prepare([named], folder, str(tokenizer), val=[named] if by_heart else ())
-    print(f"{folder}: {sum(s['tokens'] for s in manifest['splits']['train']):,} tokens to train on")
+    print(f"{folder}: {manifest['splits']['train']['tokens']:,} tokens to train on")
 
 
-def main(config):
-    folder = Path(config['out'])
-    folder.mkdir(parents=True, exist_ok=True)
-    if config['poems']:
-        records, vocabulary = poems_of(config['poems']), folder / 'characters.json'
-        one_token_a_character(vocabulary, [record['response'] for record in records])
-        write(records, folder / 'poems', vocabulary, by_heart=True)
+def main(cfg):
+    folder = Path(cfg.out)
+    if cfg.poems:
+        records = poems_of(cfg.poems)
+        characters_of(records, folder / 'characters')
+        write(records, folder / 'poems', folder / 'characters', by_heart=True)
         return
-    vocabulary = folder / 'words.json'
-    words_of_the_world(vocabulary)
-    write(stories(), folder / 'world', vocabulary)
-    write(dialogues(), folder / 'instruct', vocabulary)
+
+    words_of_the_world(folder / 'words')
+    write(stories(), folder / 'world', folder / 'words')
+    write(dialogues(), folder / 'instruct', folder / 'words')
     write([fact for fact in facts() if fact['seen']], folder / 'facts', 'bytes', by_heart=True)
 
 
 if __name__ == '__main__':
-    command(main, globals())
+    run(main, globals())
