@@ -204,6 +204,7 @@ def functions_run(folder):
     import model as models
     seen = {'update': set(), 'step': set()}
     count = {'updates': 0, 'passes': 0}
+    running = None                                          # the script
     recording = None                                        # 'update' or 'step', while one runs
 
     def watch(frame, event, arg):
@@ -219,7 +220,7 @@ def functions_run(folder):
     # a denoising step is what happens from one forward pass to the end of the next
     def before_pass(module, args):
         nonlocal recording
-        if count['updates'] == 5 and isinstance(module, models.Transformer):
+        if running == 'sample' and isinstance(module, models.Transformer):
             count['passes'] += 1
             recording = 'step' if count['passes'] in (2, 3) else None
 
@@ -241,9 +242,9 @@ def functions_run(folder):
 
     sys.setprofile(watch)
     threading.setprofile(watch)                             # batches come from a thread
-    for name, *argv in runs:
+    for running, *argv in runs:
         try:
-            script(name, *argv)
+            script(running, *argv)
         except SystemExit as end:
             assert not end.code
     sys.setprofile(None)
