@@ -19,7 +19,6 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -194,7 +193,7 @@ def loss_of(net, batch, cfg):
 
 
 def train_step(net, optimizers, batches, factor, cfg):
-    """Make one update -> this rank's part of the loss in nats, gradient norm. No update if it is not finite."""
+    """Make one update -> this rank's part of the loss in nats, gradient norm. Stop if it is not finite."""
     total = 0.
     for i, batch in enumerate(batches):
         # DDP sums gradients over ranks in the last micro-batch only
@@ -299,10 +298,10 @@ def broadcast(value=None):
     return box[0]
 
 
-def build(cfg, vocab_size):
+def build(cfg):
     """Make the model, its weights still empty, and spread it over the ranks -> model, what to call in training."""
     shape = {field.name: getattr(cfg, field.name) for field in fields(models.ModelConfig)}
-    model = models.empty_model(models.ModelConfig(**{**shape, 'vocab_size': vocab_size}))
+    model = models.empty_model(models.ModelConfig(**shape))
 
     # 1) compile the blocks; a share of the activations can be kept only by the compiler
     if cfg.compile:
@@ -377,54 +376,63 @@ def validate(model, held_out, cfg, tok):
 
 @torch.compiler.set_stance('force_eager')                   # the sampler's shapes are not worth compiling
 def sample_text(model, it, cfg, tok):
-    """Write a sample, on one line. Random remasking at temperature 1 draws from the model; low confidence does not."""
-    prompt = [tok.bos_id] if cfg.masking == 'response' else [tok.eos_id] * cfg.causal
-    length = max(1, min(cfg.sample_tokens, cfg.seq_len) - len(prompt))
-    x, _, _ = diffusion.canvas([prompt], length, tok.mask_id, tok.pad_id, cfg.device)
-    options = dict(suppress=tok.unused(model.config.vocab_size),
-                   generator=diffusion.keyed_generator(cfg.seed, it, device=cfg.device))
+    """Write a sample, on one line, that is drawn from the model: temperature 1, random remasking."""
+    first = tok.bos_id if cfg.masking == 'response' else tok.eos_id
+    x, _, _ = diffusion.canvas([[first]], cfg.sample_tokens, tok.mask_id, tok.pad_id, cfg.device)
+    options = dict(
+        suppress=tok.unused(model.config.vocab_size),
+        generator=diffusion.keyed_generator(cfg.seed, it, device=cfg.device))
     with autocast(cfg):
         if cfg.causal:
-            x, _ = diffusion.ar_generate(model, x[:, :len(prompt)], length, **options)
+            x, _ = diffusion.ar_generate(model, x[:, :1], cfg.sample_tokens, **options)
         else:
             params = diffusion.SamplingParams(temperature=1.0, remasking='random')
             x, _ = diffusion.generate(model, x, tok.mask_id, params, **options)
-    return ' '.join(tok.decode(x[0, len(prompt):].tolist()).split())
+    text = tok.decode(x[0, 1:].tolist())
+    return ' '.join(text.split())
 
 
-def report(model, it, held_out, cfg, tok, log):
+def report(model, it, held_out, cfg, tok):
     """Log and print the validation bound and a sample."""
-    entry = {'iter': it, **validate(model, held_out, cfg, tok)}
-    if cfg.sample_tokens:
-        entry['sample'] = sample_text(model, it, cfg, tok)
-    log(entry)
+    entry = validate(model, held_out, cfg, tok)
+    entry['sample'] = sample_text(model, it, cfg, tok) if cfg.sample_tokens else ''
+    log(cfg, iter=it, **entry)
     if RANK == 0:
         sign = '=' if cfg.causal else '<='
-        print(f"iter {it} | validation {sign} {entry['val_nats']:.3f} nats/token {sign} {entry['val_bits_per_byte']:.3f} "
-              f"+- {entry['val_bits_per_byte_stderr']:.3f} bits/byte | {entry.get('sample', '')[:200]}", flush=True)
+        print(f"iter {it} | validation {sign} {entry['val_nats']:.3f} nats/token "
+              f"{sign} {entry['val_bits_per_byte']:.3f} +- {entry['val_bits_per_byte_stderr']:.3f} bits/byte")
+        print(f"     {entry['sample'][:200]}", flush=True)
 
 
-def progress(it, losses, n_tokens, seconds, model, cfg):
-    """Return the log entry of update `it` with what was counted since the last one, and print it on rank 0."""
-    loss, tokens = all_reduce(torch.tensor([sum(losses), n_tokens], dtype=torch.float64)).tolist()
+def progress(it, losses, norm, n_tokens, seconds, model, cfg):
+    """Log and print the mean loss and the speed since the last line."""
+    sums = torch.tensor([sum(losses), n_tokens], dtype=torch.float64)
+    loss, tokens = all_reduce(sums).tolist()
     rate = tokens / seconds
-    entry = {'iter': it, 'tokens': it * cfg.global_batch * cfg.seq_len, 'loss': loss / len(losses),
-             'tokens_per_second': round(rate)}
+    entry = {'loss': loss / len(losses), 'grad_norm': norm, 'tokens_per_second': round(rate)}
+    entry['lr'] = cfg.learning_rate * lr_factor(it - 1, cfg)
     line = f"iter {it}/{cfg.max_iters} | loss {entry['loss']:.3f} | {rate / 1e3:.1f}k tok/s"
 
     if cfg.device == 'cuda':
         entry['gb'] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         name = torch.cuda.get_device_name()
-        peak = next((PEAKS[kind] for kind in PEAKS if kind in name), None)
-        if peak:
+        peaks = [peak for kind, peak in PEAKS.items() if kind in name]
+        if peaks:
             # about half of the tokens are masked, and only those need the head
             flops = model.flops_per_token(1.0 if cfg.causal else 0.5) * rate
-            entry['mfu'] = round(flops / WORLD / peak, 4)
+            entry['mfu'] = round(flops / WORLD / peaks[0], 4)
             line += f" | MFU {entry['mfu']:.1%}"
+    log(cfg, iter=it, tokens=it * cfg.global_batch * cfg.seq_len, **entry)
     if RANK == 0:
         minutes = (cfg.max_iters - it) * seconds / len(losses) / 60
         print(f'{line} | {minutes:.1f} min left', flush=True)
-    return entry
+
+
+def log(cfg, **entry):
+    """Append a line to log.jsonl. (After a resume some iterations come twice; the last one counts.)"""
+    if RANK == 0:
+        with Path(cfg.out_dir, 'log.jsonl').open('a', encoding='utf-8') as file:
+            print(json.dumps(entry), file=file)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -548,42 +556,36 @@ def init_or_resume(model, optimizers, cfg, tok):
 # The run
 
 
-@contextmanager
 def catch_signals():
-    """Yield a list that receives Ctrl-C and SIGTERM, so that the loop can save before it ends."""
+    """Return a list that receives Ctrl-C and SIGTERM, so that the loop can save before it ends."""
     received = []
 
     def note(number, frame):
         received.append(number)
-        if WORLD == 1:                                      # (torchrun repeats what the terminal has sent)
-            signal.signal(number, signal.default_int_handler)       # the second Ctrl-C ends it at once
+        # the next one ends the process at once (but under torchrun it may be the same one, repeated)
+        if WORLD == 1:
+            signal.signal(number, signal.SIG_DFL)
 
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
+    return received
 
 
-def open_log(cfg, model, it):
-    """Open log.jsonl -> a function that appends an entry (on rank 0). After a resume, the last entry counts."""
-    out = Path(cfg.out_dir)
+def announce(it, model, cfg):
+    """Write all settings to config.py and to the log, and say what is about to run."""
     if RANK:
-        return lambda entry: None
-    settings = vars(cfg)
-    lines = [f'{name} = {value!r}' for name, value in settings.items() if name not in ('bf16', 'sharded', 'resume')]
-    (out / 'config.py').write_text('\n'.join(lines) + '\n', encoding='utf-8')
-    file = (out / 'log.jsonl').open('a', encoding='utf-8')
+        return
+    settings = dict(settings_of(cfg), out_dir=cfg.out_dir)
+    lines = [f'{name} = {value!r}\n' for name, value in settings.items()]
+    Path(cfg.out_dir, 'config.py').write_text(''.join(lines), encoding='utf-8')
 
-    def log(entry):
-        print(json.dumps(entry), file=file, flush=True)
-
-    kind = torch.cuda.get_device_name() if cfg.device == 'cuda' else platform.processor() or cfg.device
-    log(dict(resumed=it, config=settings, device=kind, processes=WORLD, torch=torch.__version__,
-             numpy=np.__version__, python=platform.python_version(), machine=platform.platform(),
-             model=vars(model.config), parameters=model.num_params()))
-    return log
+    n = model.num_params()
+    inner = model.num_params(non_embedding=True)
+    kind = torch.cuda.get_device_name() if cfg.device == 'cuda' else platform.processor()
+    log(cfg, resumed=it, config=settings, parameters=n, device=f'{cfg.device} {kind}',
+        processes=WORLD, torch=torch.__version__, python=platform.python_version())
+    print(f'{n:,} parameters ({inner:,} outside embedding and head), {cfg.device}, '
+          f'{"bfloat16" if cfg.bf16 else "float32"}, {WORLD} processes; writing to {cfg.out_dir}/', flush=True)
 
 
 def open_data(cfg):
@@ -607,64 +609,69 @@ def main(cfg):
     cfg.global_batch = cfg.global_batch or cfg.batch_size
     cfg.complementary = cfg.complementary and not cfg.causal
     check(cfg)
-    cfg.device, compute = models.pick_device(cfg.device, cfg.dtype)
-    cfg.bf16 = compute == torch.bfloat16
+    cfg.device, dtype = models.pick_device(cfg.device, cfg.dtype)
+    cfg.bf16 = dtype == torch.bfloat16
     cfg.sharded = WORLD > 1 and cfg.fsdp != 0
 
     join_processes(cfg)
     source, held_out, tok = open_data(cfg)
     cfg.vocab_size = cfg.vocab_size or tok.vocab_size
-    model, net = build(cfg, cfg.vocab_size)
+    model, net = build(cfg)
     optimizers = make_optimizers(model, cfg)
     it = init_or_resume(model, optimizers, cfg, tok)
     Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
-    log = open_log(cfg, model, it)
-    if RANK == 0:
-        print(f'{model.num_params():,} parameters ({model.num_params(non_embedding=True):,} outside embedding and '
-              f'head), {cfg.device}, {compute}, {WORLD} processes; writing to {cfg.out_dir}/', flush=True)
-
+    announce(it, model, cfg)
     if net is not model:
         settle_ddp(net, micro_batches(source, it, cfg, tok)[0], cfg)
+
+    signals = catch_signals()
+    prefetched = prefetch(lambda i: micro_batches(source, i, cfg, tok), it)
+    stopping = False
     started = time.perf_counter()
     losses = []
     n_tokens = 0
-    with catch_signals() as signals:
-        prefetched = prefetch(lambda i: micro_batches(source, i, cfg, tok), it)
-        stopping = False
-        while it < cfg.max_iters and not stopping:
-            batches = next(prefetched)
-            factor = lr_factor(it, cfg)
-            loss, norm = train_step(net, optimizers, batches, factor, cfg)
-            it += 1
-            losses.append(loss)
-            n_tokens += sum(batch.xt.numel() for batch in batches)
 
-            if it % cfg.log_interval == 0 or it == cfg.max_iters:
-                entry = progress(it, losses, n_tokens, time.perf_counter() - started, model, cfg)
-                log({**entry, 'grad_norm': norm, 'lr': factor * cfg.learning_rate})
-                started, losses, n_tokens = time.perf_counter(), [], 0
+    while it < cfg.max_iters and not stopping:
+        batches = next(prefetched)
+        loss, norm = train_step(net, optimizers, batches, lr_factor(it, cfg), cfg)
+        it += 1
+        losses.append(loss)
+        n_tokens += sum(batch.xt.numel() for batch in batches)
 
-            # all ranks stop after the same update, whichever of them got the signal
-            stopping = bool(all_reduce(torch.tensor(len(signals))))
-            at_checkpoint = it % cfg.eval_interval == 0 or it == cfg.max_iters
-            paused = time.perf_counter()
-            if at_checkpoint or stopping:
-                save_checkpoint(it, model, optimizers, cfg, tok)
-            if at_checkpoint:
-                # after the save, because FSDP leaves some parameters gathered when no backward pass follows
-                report(model, it, held_out, cfg, tok, log)
-            started += time.perf_counter() - paused         # not part of the training speed
+        last = it == cfg.max_iters
+        if it % cfg.log_interval == 0 or last:
+            seconds = time.perf_counter() - started
+            progress(it, losses, norm, n_tokens, seconds, model, cfg)
+            started = time.perf_counter()
+            losses = []
+            n_tokens = 0
 
+        # all ranks stop after the same update, whichever of them got the signal
+        stopping = bool(all_reduce(torch.tensor(len(signals))))
+        paused = time.perf_counter()
+        if stopping or it % cfg.eval_interval == 0 or last:
+            save_checkpoint(it, model, optimizers, cfg, tok)
+        if it % cfg.eval_interval == 0 or last:
+            # after the save, because FSDP leaves some parameters gathered when no backward pass follows
+            report(model, it, held_out, cfg, tok)
+        started += time.perf_counter() - paused             # not part of the training speed
+
+    finish(it, signals, cfg)
+
+
+def finish(it, signals, cfg):
+    """Say what was saved and what to type next, and end the process."""
+    done = it >= cfg.max_iters
     if RANK == 0:
-        hint = 'continue with the same command and --resume'
-        if it >= cfg.max_iters:
-            hint = f'next:  python sample.py {cfg.out_dir}'
-        print(f'saved iteration {it} of {cfg.max_iters} in {cfg.out_dir}/; {hint}', flush=True)
+        hint = f'python sample.py {cfg.out_dir}' if done else 'the same command with --resume'
+        print(f'saved iteration {it} of {cfg.max_iters} in {cfg.out_dir}/; next:  {hint}', flush=True)
+
+    number = signals[0] if signals else signal.SIGTERM      # of another rank
+    code = 0 if done else 128 + number
     if WORLD > 1:
         dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0 if it == cfg.max_iters else 143)         # gloo's threads sometimes abort Python's own way out
-    sys.exit(0 if it == cfg.max_iters else 128 + signals[0])
+        os._exit(code)                                      # gloo's threads sometimes abort Python's own way out
+    sys.exit(code)
 
 
 if __name__ == '__main__':

@@ -497,6 +497,7 @@ def test_a_mistake_of_the_user_is_one_line_and_a_bug_keeps_its_traceback(corpus_
     for folder, more, code, says in ((ROOT, '--dataset=no/such', 2, 'no/such'),
                                      (tmp_path, '--fixed_count=false', 1, 'diffusion.py", line')):
         cfg = settings(corpus_folder, tmp_path / 'run')
-        done = subprocess.run([sys.executable, 'train.py', *flags(cfg), more], cwd=folder, capture_output=True, text=True)
+        command = [sys.executable, 'train.py', *flags(cfg), more]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         assert done.returncode == code and says in done.stderr, done.stderr
         assert ('Traceback' in done.stderr) == (code == 1) == (done.stderr.count('\n') > 1)
