@@ -240,6 +240,8 @@ def test_the_number_of_masks_is_exactly_uniform():
         ours += torch.bincount(masks.sum(1), minlength=L + 1)
     assert ours[0] == 0
     assert (ours[1:] / 800 - 1).abs().max() < 0.05          # stratified, so far inside the 11 % of independent draws
+    single = [int(diffusion.draw_masks(torch.ones(2, dtype=torch.bool), 1, seeded(i)).sum()) for i in range(400)]
+    assert abs(single.count(1) - 200) < 40                  # if there are fewer masks than numbers, too
 
     official = torch.zeros(L + 1)
     for first in range(1, L + 1):
