@@ -113,13 +113,6 @@ def test_special_ids_of_the_official_folders(name):
     assert model.config.rope_fp32 == (raw['model_type'] == 'llada')
 
 
-def test_special_ids_of_generation_config(folder):
-    edit(folder, eos_token_id='gone')
-    (folder / 'generation_config.json').write_text('{"eos_token_id": 7, "mask_token_id": 8}')
-    _, meta = models.load_model(folder)
-    assert meta['eos_id'] == 7 and meta['mask_id'] == 39    # config.json has the last word
-
-
 def save_golden(name, folder):
     """Save a golden model -> its official config.json and ours, two dicts."""
     models.save_model(golden_model(name), folder, models.load_model(GOLDEN / 'models' / name)[1])
@@ -157,12 +150,12 @@ def test_released_names_of_a_tied_head(layout):
 FINAL_NORM = 'model.transformer.ln_f.weight'
 DOCTORED = {
     'no folder': (lambda f: f.rename(f.parent / 'elsewhere'), 'no checkpoint here; train.py writes one'),
-    'no weights': (lambda f: (f / 'model.safetensors').unlink(), '20 tensors are missing'),
-    'missing file': (lambda f: (shard(f), (f / 'model-00002-of-00002.safetensors').unlink()), '10 tensors are missing'),
-    'missing tensor': (lambda f: retensor(f, lambda t: t.pop(FINAL_NORM)), '1 tensors are missing .*ln_f.* 0 do not'),
-    'extra tensor': (lambda f: retensor(f, lambda t: t.update(odd=torch.ones(1))), '1 do not belong .*odd'),
-    'wrong shape': (lambda f: retensor(f, lambda t: t.update({FINAL_NORM: torch.ones(7)})), r'is \[7\].* says \[32\]'),
-    'more layers': (lambda f: edit(f, n_layers=3), '9 tensors are missing'),
+    'no weights': (lambda f: (f / 'model.safetensors').unlink(), '20 tensors .* missing'),
+    'missing file': (lambda f: (shard(f), (f / 'model-00002-of-00002.safetensors').unlink()), '10 tensors .* missing'),
+    'missing tensor': (lambda f: retensor(f, lambda t: t.pop(FINAL_NORM)), f'1 tensors .*{FINAL_NORM} is missing'),
+    'extra tensor': (lambda f: retensor(f, lambda t: t.update(odd=torch.ones(1))), 'another architecture, .* odd'),
+    'wrong shape': (lambda f: retensor(f, lambda t: t.update({FINAL_NORM: torch.ones(7)})), r'is \[7\], .* is \[32\]'),
+    'more layers': (lambda f: edit(f, n_layers=3), r'9 tensors .*blocks\.2'),
     'truncated file': (lambda f: (f / 'model.safetensors').write_bytes((f / 'model.safetensors').read_bytes()[:-9]),
                        'damaged or incomplete'),
     'a text': (lambda f: (f / 'model.safetensors').write_text('hello'), 'damaged or incomplete'),
