@@ -52,7 +52,6 @@ def configure(namespace, argv=None, positional=()):
 
         if word.startswith('--'):
             name, text = split_flag(word, words, defaults)
-            known_name(name, defaults, word)
         elif unfilled:
             name, text = unfilled[0], word
             if type(defaults[name]) is not list:
@@ -77,7 +76,7 @@ def read_config(path, settings, defaults):
     result = runpy.run_path(path, init_globals=deepcopy(settings))
     for name, value in result.items():
         # imports and functions of the file are no settings
-        if name.startswith('_') or type(value) not in KINDS:
+        if name.startswith('_') or name not in defaults and type(value) not in KINDS:
             continue
         known_name(name, defaults, path)
         settings[name] = convert(value, type(defaults[name]), f'{path}: {name}')
@@ -87,12 +86,15 @@ def split_flag(word, words, defaults):
     """Split --name=value, or --name value, or --name alone (a switch) -> name, text."""
     name, equals, text = word[2:].partition('=')
     name = name.replace('-', '_')                           # people type --prompt-file
+    known_name(name, defaults, word)
     is_switch = type(defaults.get(name)) is bool
     if equals:
         return name, text
     if words and not words[0].startswith('--') and (not is_switch or words[0].lower() in SWITCH):
         return name, words.pop(0)
-    return name, 'true' if is_switch else ''
+    if not is_switch:
+        raise UserError(f'{word} needs a value')
+    return name, 'true'
 
 
 def known_name(name, defaults, where):

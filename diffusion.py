@@ -184,7 +184,7 @@ def draw_masks(maskable, n_masks, generator=None):
 
 
 def all_masks(maskable):
-    """Return all 2^L - 1 masks of a sequence, (n, T) bool, and their weights in the mean of Eq. 6, (n,) float64."""
+    """Return all 2^L - 1 masks of a sequence, (n, T) bool, and their probabilities in Eq. 6, (n,) float64."""
     L = int(maskable.sum())
     number = torch.arange(1, 2 ** L, device=maskable.device)
     bit = torch.arange(L, device=maskable.device)
@@ -194,8 +194,8 @@ def all_masks(maskable):
 
     # l is uniform on 1..L, and all masks of the same size are equally likely
     sizes = subsets.sum(1).tolist()
-    weights = [1 / L / math.comb(L, size) for size in sizes]
-    return masks, torch.tensor(weights, dtype=torch.float64)
+    probabilities = [1 / L / math.comb(L, size) for size in sizes]
+    return masks, torch.tensor(probabilities, dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -209,12 +209,12 @@ def log_likelihood(model, x0, maskable, mask_id,
     if not maskable.any():
         raise ValueError('log_likelihood: no position is maskable')
     if 2 ** int(maskable.sum()) - 1 <= mc_num:
-        masks, weights = all_masks(maskable)
+        masks, probabilities = all_masks(maskable)
     else:
         # on the CPU, so that the masks do not depend on the device
         masks = draw_masks(maskable.cpu(), mc_num, generator)
         masks = masks.to(x0.device)
-        weights = torch.full((mc_num,), 1 / mc_num, dtype=torch.float64)
+        probabilities = torch.full((mc_num,), 1 / mc_num, dtype=torch.float64)
 
     terms = []
     for masked in masks.split(batch_size):
@@ -226,7 +226,8 @@ def log_likelihood(model, x0, maskable, mask_id,
         row = masked.nonzero()[:, 0]
         sums = logp.new_zeros(len(xt)).index_add_(0, row, logp)
         terms.append(sums * maskable.sum() / masked.sum(1))                         # Eq. 6
-    return float(weights @ torch.cat(terms).cpu().double())
+    terms = torch.cat(terms).cpu().double()
+    return float(probabilities @ terms)
 
 
 def nats_and_bits(logp, n_tokens, n_bytes):
@@ -327,9 +328,11 @@ class SamplingParams:
             raise ValueError(f"remasking must be 'low_confidence' or 'random', got {self.remasking!r}")
         if self.cache not in (None, 'prefix', 'dual'):
             raise ValueError(f"cache must be None, 'prefix' or 'dual', got {self.cache!r}")
-        for name in ('steps', 'block_length', 'temperature', 'cfg_scale', 'threshold'):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f'{name} must not be negative, got {getattr(self, name)}')
+        least = dict(steps=1, block_length=1, temperature=0, cfg_scale=0, threshold=0)
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ValueError(f'{name} must be at least {minimum}, got {value}')
 
 
 def canvas(prompts, gen_length, mask_id, pad_id, device='cpu'):
@@ -535,7 +538,7 @@ def generate(model, x, mask_id, params,
         masked[:, end:] = False                             # on the left of the block nothing is masked any more
         n_masked = masked.sum(1)
         if params.steps is None or params.threshold:
-            steps = int(n_masked.max())                     # at least one token per step
+            steps = int(n_masked.max()) or 1                # at least one token per step
         schedule = num_transfer_tokens(n_masked, steps).T.tolist()
         for step, n in enumerate(schedule):
             if not masked.any():

@@ -255,7 +255,7 @@ class Transformer(nn.Module):
                 return dict(causal=causal)
         # this also keeps masks out of training on CUDA, where cuDNN's backward can return NaN since torch
         # 2.11
-        if cu_seqlens is not None and x.is_cuda and x.dtype == torch.bfloat16:
+        if cu_seqlens is not None and x.is_cuda and x.dtype == torch.bfloat16 and not causal:
             return dict(cu_seqlens=cu_seqlens)
 
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=x.device)
@@ -267,7 +267,8 @@ class Transformer(nn.Module):
         if causal:
             S = x.shape[1] if kv is None else kv.shape[-2]
             keys = torch.arange(S, device=x.device)
-            mask = mask & (keys <= where[:, None])                                  # (B, 1, T, S)
+            queries = keys if kv is None else where
+            mask = mask & (keys <= queries[:, None])                                # (B, 1, T, S)
 
         # a query without any visible key attends to everything, because a softmax over nothing is NaN
         return dict(attn_mask=mask | ~mask.any(-1, keepdim=True))
@@ -289,15 +290,12 @@ class Transformer(nn.Module):
             n -= self.head.weight.numel()
         return n
 
-    def flops_per_token(self, masked_fraction=1.0, length=None):
-        """Return FLOPs per token of a forward and backward pass, where the head sees the masked fraction only.
-
-        Attention counts the full square, of segments of `length` tokens (default: seq_len).
-        """
+    def flops_per_token(self, masked_fraction=1.0):
+        """Return FLOPs per token of a forward and backward pass, with the head on the masked fraction only."""
         c = self.config
         norms = (2 * c.n_layer + 1) * c.d_model
         matrices = self.num_params(non_embedding=True) - norms
-        attention = 2 * c.n_layer * c.d_model * (length or c.seq_len)
+        attention = 2 * c.n_layer * c.d_model * c.seq_len       # the full square, also under a causal mask
         head = c.d_model * c.vocab_size * masked_fraction
         return 6 * (matrices + attention + head)
 
@@ -390,11 +388,8 @@ def copy_full(p, full):
 
 def pick_device(device, dtype):
     """Resolve the settings device and dtype, of which 'auto' is a value -> device, torch.dtype to compute in."""
-    available = ['cpu']
-    if torch.backends.mps.is_available():
-        available.insert(0, 'mps')
-    if torch.cuda.is_available():
-        available.insert(0, 'cuda')
+    best = torch.accelerator.current_accelerator(check_available=True)
+    available = ['cpu'] if best is None else [best.type, 'cpu']
     if device == 'auto':
         device = available[0]
     if device not in available:
@@ -467,9 +462,14 @@ SWITCHES = {
         hidden_act='silu',
         attention_bias=False, mlp_bias=False, layer_norm_eps=None,
         rope_scaling=None, partial_rotary_factor=1.0)}
-# What the official training code would otherwise default to, although neither paper uses dropout
-NO_DROPOUT = dict.fromkeys(
-    ('attention_dropout', 'embedding_dropout', 'residual_dropout', 'resid_pdrop'), 0.0)
+# What only the official code reads: it would default to dropout, which neither paper uses
+OFFICIAL = {
+    'llada': dict(
+        attention_dropout=0.0, embedding_dropout=0.0, residual_dropout=0.0,
+        auto_map={'AutoConfig': 'configuration_llada.LLaDAConfig',
+                  'AutoModel': 'modeling_llada.LLaDAModelLM',
+                  'AutoModelForCausalLM': 'modeling_llada.LLaDAModelLM'}),
+    'illada': dict(attention_dropout=0.0, resid_pdrop=0.0, initializer_range=0.02)}
 ROLES = ('mask', 'eos', 'pad', 'bos', 'eot')            # special tokens whose ids config.json may hold
 
 
@@ -499,8 +499,8 @@ def type_of(config):
     return 'llada' if config.rope_fp32 else 'illada'
 
 
-def own_names(model):
-    """Return the parameters by the names under which they are saved."""
+def released_parameters(model):
+    """Return the parameters of a model by the names under which they are saved."""
     layout, _ = MODEL_TYPES[type_of(model.config)]
     names = released_names(model.config, layout)
     return {names[ours]: p for ours, p in model.named_parameters()}
@@ -512,7 +512,7 @@ def save_model(model, folder, meta):
     meta: the special ids (mask_id and so on). The tokenizer has a `save` of its own.
     """
     tensors = {}
-    for name, p in own_names(model).items():
+    for name, p in released_parameters(model).items():
         # all ranks gather a sharded parameter, and rank 0 writes it
         full = p.full_tensor() if hasattr(p, 'full_tensor') else p
         tensors[name] = full.detach().cpu().contiguous()
@@ -524,7 +524,7 @@ def save_model(model, folder, meta):
     dtype = str(model.embed.weight.dtype).removeprefix('torch.')
     raw = {'model_type': model_type, 'architectures': [class_name], 'torch_dtype': dtype}
     raw.update(SWITCHES[layout])
-    raw.update(NO_DROPOUT)
+    raw.update(OFFICIAL[layout])
     raw['vocab_size'] = model.config.vocab_size
     for ours, theirs in column(FIELDS, layout).items():
         raw[theirs] = getattr(model.config, ours)
@@ -571,8 +571,7 @@ def load_model(path, device='cpu', dtype=None):
     model = model.to_empty(device=device)
     tensors = {names[ours]: p.data for ours, p in model.named_parameters()}
     read_tensors(folder, tensors)
-    ids = read_json(folder / 'generation_config.json') | raw        # some releases keep ids in the former
-    meta = {f'{role}_id': ids.get(f'{role}_token_id') for role in ROLES}
+    meta = {f'{role}_id': raw.get(f'{role}_token_id') for role in ROLES}
     meta['folder'] = str(folder)
     meta['settings'] = state.get('settings')
     meta['iteration'] = state.get('iteration')
@@ -612,7 +611,6 @@ def config_from(raw, folder):
     rope = raw.get('rope_parameters') or {}
     values.setdefault('rope_theta', rope.get('rope_theta'))
     values.setdefault('n_kv_head', values.get('n_head'))
-    values.setdefault('vocab_size', raw.get('vocab_size'))
     if raw.get('mlp_ratio') and 'd_model' in values:
         values.setdefault('d_ff', raw['mlp_ratio'] * values['d_model'])
     if layout == 'illada':
@@ -633,32 +631,32 @@ def config_from(raw, folder):
 
 
 def check_tensors(folder, config, names):
-    """Compare names and shapes of the stored tensors with the configuration -> dtype of the stored tensors."""
-    shapes = {}
+    """Compare names and shapes of the stored tensors with the configuration -> dtype of the embedding."""
+    stored = {}
     for file in sorted(folder.glob('model*.safetensors')):
         try:
             with safetensors.safe_open(file, 'pt') as opened:
                 for name in opened.keys():
-                    shapes[name] = opened.get_slice(name).get_shape()
-                dtype = opened.get_tensor(name).dtype
+                    stored[name] = opened.get_slice(name).get_shape()
+                    if name == names['embed.weight']:
+                        dtype = opened.get_slice(name)[:1].dtype
         except safetensors.SafetensorError as error:
             raise UserError(f'{file}: damaged or incomplete ({error})') from None
 
-    # not needed: a tied head that is stored twice, and rotary frequencies, which follow from rope_theta
-    ignored = {name for name in shapes if name.endswith('.inv_freq')}
-    if config.tied:
-        ignored |= {'lm_head.weight', 'model.transformer.ff_out.weight'}
-    missing = names.values() - shapes.keys()
-    extra = shapes.keys() - names.values() - ignored
-    if missing or extra:
-        raise UserError(f'{folder}: {len(missing)} tensors are missing {sorted(missing)[:1]}, '
-                        f'{len(extra)} do not belong to this architecture {sorted(extra)[:1]}')
-
     model = empty_model(config)
-    for ours, theirs in names.items():
-        want = list(model.get_parameter(ours).shape)
-        if shapes[theirs] != want:
-            raise UserError(f'{folder}: {theirs} is {shapes[theirs]}, config.json says {want}')
+    expected = {theirs: list(model.get_parameter(ours).shape) for ours, theirs in names.items()}
+    wrong = [name for name, shape in expected.items() if stored.get(name) != shape]
+    # rotary frequencies follow from rope_theta, and a tied head may be stored twice
+    extra = [name for name in stored if name not in expected and not name.endswith('.inv_freq')]
+    if config.tied:
+        extra = [name for name in extra if not name.endswith(('lm_head.weight', 'transformer.ff_out.weight'))]
+
+    if wrong:
+        name = wrong[0]
+        raise UserError(f'{folder}: {len(wrong)} tensors do not fit: {name} is {stored.get(name, "missing")}, '
+                        f'by config.json it is {expected[name]}')
+    if extra:
+        raise UserError(f'{folder}: {len(extra)} tensors belong to another architecture, such as {extra[0]}')
     return dtype
 
 

@@ -113,6 +113,8 @@ def check(cfg):
         raise UserError(f'complementary masks need an even global_batch, got {size} (or pass --complementary=false)')
     if size % (cfg.batch_size * WORLD):
         raise UserError(f'global_batch {size} must divide into {WORLD} processes of batch_size {cfg.batch_size}')
+    if (cfg.causal or cfg.masking == 'response') and (cfg.random_length or cfg.random_split or cfg.isolate):
+        raise UserError('random_length, random_split and isolate are for diffusion on windows of text')
     if WORLD % max(cfg.fsdp, 1):
         raise UserError(f'fsdp groups of {cfg.fsdp} do not divide {WORLD} processes')
     for name, allowed in (('masking', ('unified', 'response')), ('optimizer', ('adamw', 'muon')),
@@ -511,7 +513,7 @@ def load_checkpoint(model, optimizers, cfg, tok):
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     step(optimizers, 0.0)
-    models.read_tensors(folder, {name: p.data for name, p in models.own_names(model).items()})
+    models.read_tensors(folder, {name: p.data for name, p in models.released_parameters(model).items()})
     models.read_tensors(folder / 'optimizer', optimizer_state(model, optimizers))
     return state['iteration']
 
