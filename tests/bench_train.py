@@ -1,16 +1,16 @@
-"""Training speed and memory on this machine, run by hand: whole updates with their data, variants taking turns.
+"""Measure training speed and memory on this machine: whole updates with their data, variants taking turns.
 
-    python tests/bench_train.py                                     # the default toy model
+    python tests/bench_train.py config/docs.py                      # the settings of train.py, and those below
     python tests/bench_train.py --nanogpt=../nanoGPT --n_layer=4 --d_model=128 --d_ff=344 --seq_len=64 --batch_size=12
                                                                     # beside a checkout of karpathy/nanoGPT, at its size
     python tests/bench_train.py --task=memory                       # peak of one update, vocabulary 126,464
     python tests/bench_train.py --task=packing                      # packed against padded batches
     python tests/bench_train.py --task=saving                       # what checkpoints cost
-    python tests/bench_train.py --config=config/llada_1b.py --batch_size=4 --only='AdamW, compiled'      # on a GPU
+    python tests/bench_train.py config/llada_1b.py --batch_size=4 --only='AdamW, compiled'      # on a GPU
 
-A large model fits on a GPU once: there, one variant a run. Speed is the median of the rounds, and its ratio to the
-first row, the official guideline's loop (reference.py). MFU is relative to the fastest matrix product seen in the same
-process, and to the data sheet where the device is known.
+A large model fits on a GPU once, so there take one variant per run. An update is one micro-batch. Speed is the median
+of the rounds, and its ratio is to the first row, the loop of the official guideline (reference.py). MFU is relative
+to the fastest matrix product seen in the same process, and to the data sheet if the device is in train.PEAKS.
 """
 
 import resource
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,102 +30,101 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import reference  # noqa: E402
 
 import data  # noqa: E402
+import diffusion  # noqa: E402
 import model as models  # noqa: E402
 import train  # noqa: E402
-from configurator import configure, settings_of  # noqa: E402
+from configurator import UserError, run  # noqa: E402
 
 task = 'speed'          # 'speed', 'memory', 'packing' or 'saving'
-n_layer = 4             # blocks
-n_head = 4              # heads
-d_model = 192           # width
-d_ff = 512              # width inside
-seq_len = 128           # tokens in a window
-batch_size = 16         # windows in an update
-vocab_size = 4096       # rows of embedding and head
-seconds = 4.0           # each variant, each round
-rounds = 3              # rounds
+seconds = 4.0           # how long each variant runs in each round
+rounds = 3              # how many rounds
 nanogpt = ''            # a checkout of karpathy/nanoGPT
-compiled = True         # also time torch.compile
-only = ''               # only variants whose name holds this
-act_memory = -1.0       # share of a block's activations kept for backward; -1: as in train.py or the config
-config = ''             # a config file of train.py to start from
-child = ''              # memory: which variant this process runs
-
-FIELDS = ('n_layer', 'n_head', 'd_model', 'd_ff', 'seq_len', 'batch_size', 'vocab_size', 'act_memory')
+compiled = True         # if True, also measure with torch.compile
+only = ''               # only variants whose name contains this
+child = ''              # (memory: which variant this process measures)
 
 
-def settings_for(cfg, **changes):
-    settings = settings_of(vars(train))
-    if cfg.config:
-        settings = configure(settings, [cfg.config])
-    asked = {k: getattr(cfg, k) for k in FIELDS if not cfg.config or getattr(cfg, k) != globals_default[k]}
-    if cfg.act_memory < 0:
-        asked.pop('act_memory', None)
-    settings = SimpleNamespace(**{**settings, 'global_batch': 0, 'fsdp': 0, **asked, **changes})
-    settings.n_kv_head = settings.n_head if not cfg.config else settings.n_kv_head
-    return settings
+def settings(cfg, **changes):
+    """Return the settings as train.main completes them, with some changes. An update is one micro-batch."""
+    cfg = SimpleNamespace(**{**vars(cfg), 'fsdp': 0, **changes})
+    cfg.global_batch = cfg.batch_size
+    cfg.vocab_size = cfg.vocab_size or 4096
+    train.check(cfg)
+    cfg.device, compute = models.pick_device(cfg.device, cfg.dtype)
+    cfg.bf16 = compute == torch.bfloat16
+    cfg.sharded = False
+    return cfg
 
 
-def make_corpus(vocab_size, folder):
-    """Random bytes, standing in for the tokens of any vocabulary."""
+def random_data(folder):
+    """Prepare random bytes as a data set. They stand in for the tokens of any vocabulary."""
     rng = np.random.default_rng(0)
-    texts = [(str(i), {'text': ''.join(map(chr, rng.integers(32, 97, 4000)))}) for i in range(400)]
-    data.prepare([texts], folder, 'bytes')
+    texts = [bytes(rng.integers(32, 97, 4000).tolist()).decode() for _ in range(400)]
+    records = [(f'text {i}', {'text': text}) for i, text in enumerate(texts)]
+    data.prepare([records], folder, 'bytes')
     return data.open_dataset(str(folder))
 
 
-def ready(settings, corpus):
-    """Everything that training needs -> (processes, model, what to call, optimizers, data, tokenizer)."""
-    procs = train.join_processes(settings, 0, 1)
-    model, net = train.build(settings, procs, settings.vocab_size)
+def ready(cfg, dataset):
+    """Return all that training needs: model, what to call in training, optimizers, source of rows, tokenizer."""
+    model, net = train.build(cfg)
     models.init_weights(model)
-    tok = corpus.parts[0].tokenizer()
-    source = data.open_source(corpus, 'train', 'unified', tok, settings.seq_len, random_split=settings.random_split)
-    return procs, model, net, train.make_optimizers(model, settings, procs.device), source, tok
+    tok = dataset.parts[0].tokenizer()
+    source = data.open_source(
+        dataset, 'train', 'unified', tok, cfg.seq_len,
+        random_split=cfg.random_split, copies=2 if cfg.complementary else 1)
+    return model, net, train.make_optimizers(model, cfg), source, tok
 
 
-def our_step(cfg, corpus, **changes):
-    """A function that makes one update with our code."""
-    settings = settings_for(cfg, **changes)
-    procs, _, net, optimizers, source, tok = ready(settings, corpus)
-    batches = train.prefetched(lambda it: train.questions(source, it, settings, tok, procs), 0)
-    return lambda: train.train_step(net, optimizers, next(batches), 1.0, settings, procs)
+# ----------------------------------------------------------------------------------------------------------
+# The variants: functions that return a function that makes one update
 
 
-def plain_step(cfg, corpus, dtype):
-    """A function that makes one update with the guideline's loop."""
-    settings = settings_for(cfg, dtype=dtype, compile=False, act_memory=1.0)
-    procs, model, _, _, source, _ = ready(settings, corpus)
+def our_step(cfg, dataset, **changes):
+    cfg = settings(cfg, **changes)
+    _, net, optimizers, source, tok = ready(cfg, dataset)
+    batches = train.prefetch(lambda it: train.micro_batches(source, it, cfg, tok), 0)
+    return lambda: train.train_step(net, optimizers, next(batches), 1.0, cfg)
+
+
+def guideline_step(cfg, dataset, dtype):
+    cfg = settings(cfg, dtype=dtype, compile=False, act_memory=1.0)
+    model, _, _, source, _ = ready(cfg, dataset)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=True)
-    it, autocast = [0], torch.autocast(procs.device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
+    it = 0
 
     def step():
-        x0 = source.batch(it[0], range(settings.batch_size), settings.batch_size).x0.to(procs.device)
-        ours, models.attention = models.attention, reference.plain_attention
-        reference.plain_step(model, optimizer, x0, settings.vocab_size - 1, autocast)
+        nonlocal it
+        x0, _, _ = source.batch(it, range(cfg.batch_size), cfg.batch_size)
+        ours = models.attention
+        models.attention = reference.plain_attention
+        reference.plain_step(model, optimizer, x0.to(cfg.device), cfg.vocab_size - 1, train.autocast(cfg))
         models.attention = ours
-        it[0] += 1
+        it += 1
 
     return step
 
 
 def nanogpt_step(cfg, path):
-    """One update of nanoGPT's train.py on CPU, with its model and optimizer: float32, eager, dropout 0."""
+    """Make nanoGPT's model and optimizer: on a CPU, in float32, not compiled, without dropout."""
+    # its file is called model.py as well
     ours = sys.modules.pop('model')
     sys.path.insert(0, path)
     import model as theirs
     sys.path.pop(0)
     sys.modules['model'] = ours
-    net = theirs.GPT(theirs.GPTConfig(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.d_model,
-                                      block_size=cfg.seq_len, bias=False, vocab_size=cfg.vocab_size, dropout=0.0))
+    net = theirs.GPT(theirs.GPTConfig(
+        n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.d_model, block_size=cfg.seq_len, bias=False,
+        vocab_size=cfg.vocab_size, dropout=0.0))
     optimizer = net.configure_optimizers(0.1, 1e-3, (0.9, 0.99), 'cpu')
     tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=10 ** 6).astype(np.uint16)
 
+    def windows(starts):
+        return torch.stack([torch.from_numpy(tokens[i:i + cfg.seq_len].astype(np.int64)) for i in starts])
+
     def step():
-        ix = torch.randint(len(tokens) - cfg.seq_len, (cfg.batch_size,))
-        x = torch.stack([torch.from_numpy(tokens[i:i + cfg.seq_len].astype(np.int64)) for i in ix])
-        y = torch.stack([torch.from_numpy(tokens[i + 1:i + 1 + cfg.seq_len].astype(np.int64)) for i in ix])
-        _, loss = net(x, y)
+        starts = torch.randint(len(tokens) - cfg.seq_len, (cfg.batch_size,))
+        _, loss = net(windows(starts), windows(starts + 1))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
@@ -135,181 +134,208 @@ def nanogpt_step(cfg, path):
     return step
 
 
-def sync():
+# ----------------------------------------------------------------------------------------------------------
+# Speed
+
+
+def synchronize():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def matmul_ceiling(device, dtype):
-    """The fastest product of random matrices measured here, FLOP/s."""
+def fastest_product(device, dtype):
+    """Return the speed of the fastest product of two random matrices, in FLOP/s."""
     best = 0.0
     for n in (512, 1024, 2048) if device == 'cpu' else (4096, 8192):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        a = torch.randn(n, n, device=device).to(dtype)
+        b = torch.randn(n, n, device=device).to(dtype)
         for _ in range(6):
-            sync()
+            synchronize()
             start = time.perf_counter()
             a @ b
-            sync()
+            synchronize()
             best = max(best, 2 * n ** 3 / (time.perf_counter() - start))
     return best
 
 
-def alternate(variants, tokens, cfg):
-    """Runs the variants in turn, after a warm-up -> {name: tokens per second in each round}."""
-    variants = {name: make() for name, make in variants.items() if cfg.only in name}
-    if not variants:
-        raise SystemExit(f'only: no variant has {cfg.only!r} in its name')
-    speed = {name: [] for name in variants}
-    for step in variants.values():
+def alternate(variants, cfg):
+    """Run the variants in turn after a warm-up, and print their speed -> {name: median of tokens per second}."""
+    steps = {name: make() for name, make in variants.items() if cfg.only in name}
+    if not steps:
+        raise UserError(f'only: no variant has {cfg.only!r} in its name, there are: {"; ".join(variants)}')
+    for step in steps.values():
         for _ in range(5):
             step()
+
+    speeds = {name: [] for name in steps}
     for _ in range(cfg.rounds):
-        for name, step in variants.items():
+        for name, step in steps.items():
             n = 0
-            sync()
+            synchronize()
             start = time.perf_counter()
             while time.perf_counter() - start < cfg.seconds:
                 step()
                 n += 1
-            sync()
-            speed[name].append(n * tokens[name] / (time.perf_counter() - start))
-    first = statistics.median(next(iter(speed.values())))
-    for name, values in speed.items():
-        middle = statistics.median(values)
-        print(f'{name:<40} {middle:9.0f} tok/s  {middle / first:5.2f}x  '
+            synchronize()
+            speeds[name].append(n * cfg.batch_size * cfg.seq_len / (time.perf_counter() - start))
+
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    first = next(iter(medians.values()))
+    for name, values in speeds.items():
+        print(f'{name:<40} {medians[name]:9.0f} tok/s  {medians[name] / first:5.2f}x  '
               f'(spread {min(values):.0f} .. {max(values):.0f})')
     if torch.cuda.is_available():
         print(f'peak memory {peak_bytes() / 1e9:.1f} GB')
-    return speed
+    return medians
 
 
-def speed_task(cfg, corpus):
-    settings = settings_for(cfg)
-    me = train.join_processes(settings, 0, 1)
-    variants = {'guideline loop, float32': lambda: plain_step(cfg, corpus, 'float32')}
+def speed_task(cfg, dataset):
+    cfg = settings(cfg)
+    variants = {'guideline loop, float32': lambda: guideline_step(cfg, dataset, 'float32')}
     if cfg.nanogpt:
         variants['nanoGPT, float32, eager'] = lambda: nanogpt_step(cfg, cfg.nanogpt)
-    if me.bf16:
-        variants['guideline loop, bfloat16'] = lambda: plain_step(cfg, corpus, 'bfloat16')
-    variants['ours, float32, AdamW'] = lambda: our_step(cfg, corpus, dtype='float32', optimizer='adamw', compile=False)
-    if me.bf16:
-        variants['ours, bfloat16, AdamW'] = lambda: our_step(cfg, corpus, optimizer='adamw', compile=False)
-    variants['ours, as configured'] = lambda: our_step(cfg, corpus, compile=False)
+    if cfg.bf16:
+        variants['guideline loop, bfloat16'] = lambda: guideline_step(cfg, dataset, 'bfloat16')
+    eager = dict(optimizer='adamw', compile=False)
+    variants['ours, float32, AdamW'] = lambda: our_step(cfg, dataset, **eager, dtype='float32')
+    if cfg.bf16:
+        variants['ours, bfloat16, AdamW'] = lambda: our_step(cfg, dataset, **eager)
+    variants['ours, as configured'] = lambda: our_step(cfg, dataset, compile=False)
     if cfg.compiled:
-        variants['ours, AdamW, compiled'] = lambda: our_step(cfg, corpus, optimizer='adamw', compile=True)
-    speed = alternate(variants, dict.fromkeys(variants, settings.batch_size * settings.seq_len), cfg)
-    shape = {f: getattr(settings, f) for f in train.SHAPE}
-    flops = models.empty_model(models.ModelConfig(settings.vocab_size, **shape)).flops_per_token(0.5)
-    best, name = max((statistics.median(v), k) for k, v in speed.items() if k.startswith('ours') or cfg.only)
-    ceiling = matmul_ceiling(me.device, torch.bfloat16 if me.bf16 else torch.float32)
-    kind = torch.cuda.get_device_name() if me.device == 'cuda' else 'cpu'
-    sheet = next((peak for known, peak in train.PEAKS.items() if known in kind), None)
-    print(f'{name}: {flops / 1e6:.2f} MFLOP a token, {best * flops / 1e9:.1f} GFLOP/s, {best * flops / ceiling:.1%} of '
-          f'the fastest product seen ({ceiling / 1e9:.0f} GFLOP/s)'
-          + (f', {best * flops / sheet:.1%} of the data sheet' if sheet else ''))
+        variants['ours, AdamW, compiled'] = lambda: our_step(cfg, dataset, optimizer='adamw', compile=True)
+    medians = alternate(variants, cfg)
+
+    shape = {field.name: getattr(cfg, field.name) for field in fields(models.ModelConfig)}
+    flops = models.empty_model(models.ModelConfig(**shape)).flops_per_token(0.5)
+    name = max((name for name in medians if name.startswith('ours') or cfg.only), key=medians.get)
+    reached = medians[name] * flops
+    ceiling = fastest_product(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
+    print(f'{name}: {flops / 1e6:.2f} MFLOP per token, {reached / 1e9:.1f} GFLOP/s, {reached / ceiling:.1%} of the '
+          f'fastest product seen ({ceiling / 1e9:.0f} GFLOP/s)')
+    if cfg.device == 'cuda':
+        device_name = torch.cuda.get_device_name()
+        peaks = [train.PEAKS[known] for known in train.PEAKS if known in device_name]
+        if peaks:
+            print(f'{reached / peaks[0]:.1%} of the data sheet')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The other tasks
 
 
 def used_bytes():
-    """Memory in use now."""
+    """Return the memory in use now. (On a CPU this needs Linux.)"""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     return int(Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize()
 
 
 def peak_bytes():
-    """Peak memory of this process."""
+    """Return the peak memory of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def memory_task(cfg):
-    """Peak of one loss and its backward beyond model and gradient (Linux): V 126,464, d 256, 1,024 rows, one block."""
+    """Print the peak of one loss and its backward pass beyond model and gradient, of 512 masked tokens in 1,024."""
     if not cfg.child:
-        seen = {}
-        for name in ('plain', 'ours'):
-            out = subprocess.run([sys.executable, __file__, '--task=memory', f'--child={name}'], capture_output=True,
-                                 text=True, check=True).stdout
-            seen[name] = float(out.split()[-1])
-            print(f'{name:<6} {seen[name] / 2 ** 20:8.0f} MiB')
-        return print(f"ratio  {seen['ours'] / seen['plain']:8.2f}")
+        peaks = {}
+        for name in ('guideline', 'ours'):
+            command = [sys.executable, __file__, '--task=memory', f'--child={name}']
+            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            peaks[name] = float(printed.split()[-1])
+            print(f'{name:<10} {peaks[name] / 2 ** 20:8.0f} MiB')
+        print(f"ratio      {peaks['ours'] / peaks['guideline']:8.2f}")
+        return
+
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    config = models.ModelConfig(126464, 1024, 1, 4, 4, 256, 768)
-    model = models.Transformer(config).to(device)                   # torch's own init makes no large temporaries
+    shape = dict(vocab_size=126464, seq_len=1024, n_layer=1, n_head=4, n_kv_head=4, d_model=256, d_ff=768)
+    model = models.Transformer(models.ModelConfig(**shape)).to(device)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     x0 = torch.randint(126000, (1, 1024), device=device)
-    p_mask = torch.full((1, 1024), 0.5, device=device)
     masked = torch.arange(1024, device=device)[None] % 2 == 0
+    t = torch.full((1,), 0.5, device=device)
+    mask_id = 126336
+
     before = used_bytes()
-    if cfg.child == 'plain':
-        reference.plain_loss(model, x0, 126336, p_mask=p_mask, masked=masked).backward()
+    if cfg.child == 'guideline':
+        loss = reference.plain_loss(model, x0, mask_id, p_mask=t.expand(1, 1024), masked=masked)
     else:
-        xt = torch.where(masked, 126336, x0)
-        asked = train.diffusion.question(x0, xt, masked, torch.ones_like(masked), p_mask[:, 0])
-        train.diffusion.weighted_loss(model, asked).backward()
+        weights = diffusion.loss_weights(torch.ones_like(masked), masked, t)
+        batch = diffusion.masked_batch(x0, torch.where(masked, mask_id, x0), masked, weights)
+        loss = diffusion.diffusion_loss(model, batch)
+    loss.backward()
     print(peak_bytes() - before)
 
 
-def packing_task(cfg, corpus):
-    """30 % of the windows split in two: packed, or every segment padded to a row of its own. Counts real tokens."""
-    settings = settings_for(cfg, random_split=0.3, optimizer='adamw')
-    procs, _, net, optimizers, source, tok = ready(settings, corpus)
-    T, it = settings.seq_len, [0]
-
-    def step(padded):
-        question, = train.questions(source, it[0], settings, tok, procs)
-        borders = question.cu_seqlens
-        if padded and borders is not None:
-            segments = [(a, b) for a, b in zip(borders.tolist(), borders.tolist()[1:]) if a < b]
-            flat, wide = question.ids.flatten(), torch.full((len(segments), T), tok.pad_id)
-            place = torch.empty(question.ids.numel(), dtype=torch.long)
-            for i, (a, b) in enumerate(segments):
-                wide[i, :b - a] = flat[a:b]
-                place[a:b] = i * T + torch.arange(b - a)
-            question = question._replace(ids=wide, rows=place[question.rows])
-        if padded is not False:
-            question = question._replace(cu_seqlens=None)
-        train.train_step(net, optimizers, [question], 1.0, settings, procs)
-        it[0] += 1
-
-    variants = {name: lambda padded=padded: lambda: step(padded)
-                for name, padded in (('padded', True), ('packed', False), ('no splits at all', None))}
-    alternate(variants, dict.fromkeys(variants, settings.batch_size * T), cfg)
+def padded(batch, tok, T):
+    """Give each segment of a packed batch a row of its own."""
+    borders = batch.cu_seqlens.tolist()
+    segments = [(start, end) for start, end in zip(borders, borders[1:]) if start < end]
+    flat = batch.xt.flatten()
+    xt = torch.full((len(segments), T), tok.pad_id)
+    moved_to = torch.empty(len(flat), dtype=torch.long)
+    for i, (start, end) in enumerate(segments):
+        xt[i, :end - start] = flat[start:end]
+        moved_to[start:end] = i * T + torch.arange(end - start)
+    return batch._replace(xt=xt, positions=moved_to[batch.positions], cu_seqlens=None)
 
 
-def saving_task(cfg, corpus, folder):
-    """Seconds for 100 updates of a 65 M-parameter model, without checkpoints and with one every 50."""
-    for name, saves in (('no checkpoint', ()), ('every 50', (53, 103))):
-        settings = settings_for(cfg, n_layer=12, n_head=8, d_model=512, d_ff=1536, seq_len=128, batch_size=4,
-                                vocab_size=24000, optimizer='adamw')
-        procs, model, net, optimizers, source, tok = ready(settings, corpus)
-        batches = train.prefetched(lambda i, s=source, c=settings, t=tok, p=procs: train.questions(s, i, c, t, p), 0)
-        for it in range(105):
+def packing_task(cfg, dataset):
+    """Compare 30 % of the windows split in two, packed, with each segment padded to a row. Count real tokens only."""
+    cfg = settings(cfg, random_split=0.3, optimizer='adamw')
+    _, net, optimizers, source, tok = ready(cfg, dataset)
+    it = 0
+
+    def step(how):
+        nonlocal it
+        batch, = train.micro_batches(source, it, cfg, tok)
+        if how == 'padded' and batch.cu_seqlens is not None:
+            batch = padded(batch, tok, cfg.seq_len)
+        if how == 'no splits at all':
+            batch = batch._replace(cu_seqlens=None)
+        train.train_step(net, optimizers, [batch], 1.0, cfg)
+        it += 1
+
+    names = ('padded', 'packed', 'no splits at all')
+    alternate({name: lambda name=name: lambda: step(name) for name in names}, cfg)
+
+
+def saving_task(cfg, dataset, folder):
+    """Print the seconds for 100 updates of a model of 65 M parameters, without checkpoints and with one every 50."""
+    shape = dict(n_layer=12, n_head=8, n_kv_head=8, d_model=512, d_ff=1536, batch_size=4, vocab_size=24000)
+    cfg = settings(cfg, **shape, optimizer='adamw', out_dir=str(folder / 'run'))
+    (folder / 'run').mkdir()
+    for name, save_after in (('no checkpoint', ()), ('every 50', (55, 105))):
+        model, net, optimizers, source, tok = ready(cfg, dataset)
+        for it in range(1, 106):
+            train.train_step(net, optimizers, train.micro_batches(source, it, cfg, tok), 1.0, cfg)
+            if it in save_after:
+                train.save_checkpoint(it, model, optimizers, cfg, tok)
             if it == 5:
                 start = time.perf_counter()
-            train.train_step(net, optimizers, next(batches), 1.0, settings, procs)
-            if it in saves:
-                train.save_checkpoint(folder / name, it, model, optimizers, settings, source, procs)
-        sync()
+        synchronize()
         taken = time.perf_counter() - start
         print(f'{name:<24} {model.num_params() / 1e6:.1f} M parameters, {taken:6.1f} s for 100 updates')
 
 
-def main(config):
-    cfg = SimpleNamespace(**config)
-    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, '
-          f'{torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}: ' + ' '.join(sys.argv[1:]))
+def main(cfg):
     if cfg.task == 'memory':
-        return memory_task(cfg)
+        memory_task(cfg)
+        return
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
+    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {device}:', *sys.argv[1:])
     with tempfile.TemporaryDirectory() as folder:
-        corpus = make_corpus(cfg.vocab_size, Path(folder) / 'bench')
+        dataset = random_data(Path(folder) / 'bench')
         if cfg.task == 'saving':
-            return saving_task(cfg, corpus, Path(folder))
-        (packing_task if cfg.task == 'packing' else speed_task)(cfg, corpus)
+            saving_task(cfg, dataset, Path(folder))
+        elif cfg.task == 'packing':
+            packing_task(cfg, dataset)
+        else:
+            speed_task(cfg, dataset)
 
-
-globals_default = settings_of(globals())
 
 if __name__ == '__main__':
-    main(configure(globals()))
+    run(main, {**vars(train), **globals()})

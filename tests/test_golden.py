@@ -204,7 +204,7 @@ def test_loss_and_gradients(case):
     assert math.isclose(loss.item(), case['expected_loss'], rel_tol=1e-5)
 
     if case.get('grad_norms'):
-        parameters = models.own_names(model)                # by their official names
+        parameters = models.released_parameters(model)                # by their official names
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         for name, gradient in zip(parameters, gradients):
             assert math.isclose(gradient.norm().item(), case['grad_norms'][name], rel_tol=1e-3, abs_tol=1e-7), name

@@ -170,8 +170,7 @@ def test_causal_cache_token_by_token():
     close(torch.cat(steps, 1), model(ids))
 
 
-@pytest.mark.parametrize('causal', [False, pytest.param(True, marks=pytest.mark.xfail(
-    strict=True, reason='attention_pattern compares keys of the row with positions inside segments'))])
+@pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('lengths', [[5, 1, 10], [100, 1, 59]], ids=['short', 'long'])
 def test_packed_segments_equal_separate_ones(causal, lengths):
     model = tiny_model(causal=causal)
