@@ -39,12 +39,11 @@ def sample_t(batch_size, eps=1e-3,
         golden_ratio = (1 + 5 ** 0.5) / 2
         multiples = torch.arange(batch_size, dtype=torch.float64) * golden_ratio % 1
         slices = multiples.argsort().argsort()
-
         # a random shift, so that each row meets each slice equally often
         shift = torch.randint(batch_size, (1,), generator=generator)
         slices = (slices + shift) % batch_size
         u = (slices + u) / batch_size
-
+    # a normal distribution through a sigmoid has most of its mass in the middle
     if logit_normal:
         z = torch.special.ndtri(u)
         u = torch.sigmoid(logit_normal * z)
@@ -68,7 +67,7 @@ def forward_process(x0, t, mask_id, maskable=None,
         maskable = torch.ones_like(x0, dtype=torch.bool)
     if u is None:
         u = torch.rand(x0.shape, generator=generator, device=x0.device)
-
+    # either exactly ceil(t L) tokens, or each token with probability t
     if fixed_count:
         L = maskable.sum(1)
         count = (t.double() * L).ceil().clamp(min=1)
@@ -78,7 +77,6 @@ def forward_process(x0, t, mask_id, maskable=None,
         hide = rank < count[:, None]
     else:
         hide = u < t[:, None]                                                       # Eq. 8
-
     # xt == mask_id would not do: the data may contain that token, and it is not hidden
     masked = maskable & hide
     return torch.where(masked, mask_id, x0), masked
@@ -130,7 +128,7 @@ def loss_weights(maskable, masked, t,
         weights = L / masked.sum(1).clamp(min=1)                                    # Eq. 14: L / l
     else:
         weights = 1 / t                                                             # Eq. 3: 1 / t
-
+    # then divide, so that the loss is per token
     if normalize == 'token':
         return weights / (normalizer or L.sum())                                    # Eq. 3: 1 / (b L)
     if normalize == 'sequence':
@@ -191,7 +189,6 @@ def all_masks(maskable):
     subsets = (number[:, None] >> bit) % 2 == 1                                     # (n, L)
     masks = maskable.repeat(len(subsets), 1)
     masks[:, maskable] = subsets
-
     # l is uniform on 1..L, and all masks of the same size are equally likely
     sizes = subsets.sum(1).tolist()
     probabilities = [1 / L / math.comb(L, size) for size in sizes]
@@ -215,13 +212,12 @@ def log_likelihood(model, x0, maskable, mask_id,
         masks = draw_masks(maskable.cpu(), mc_num, generator)
         masks = masks.to(x0.device)
         probabilities = torch.full((mc_num,), 1 / mc_num, dtype=torch.float64)
-
+    # each mask hides l of the L tokens, and the model predicts these l
     terms = []
     for masked in masks.split(batch_size):
         xt = torch.where(masked, mask_id, x0)                                       # (B, T)
         logits = guided_logits(model, xt, masked, ~maskable, cfg_scale, mask_id)    # (M, V)
         logp = log_prob(logits, x0.expand_as(xt)[masked])
-
         # the log-probability of each row's tokens, times L / l
         row = masked.nonzero()[:, 0]
         sums = logp.new_zeros(len(xt)).index_add_(0, row, logp)
@@ -255,7 +251,7 @@ def confidence_score(model, x0, maskable, mask_id,
         maskable = F.pad(maskable, (0, 1))
     hidden = maskable.clone()
     total = 0.
-
+    # each round shows the model what has been revealed so far
     while hidden.any():
         xt = torch.where(hidden, mask_id, x0)
         logits = guided_logits(
@@ -288,14 +284,13 @@ def generate_simple(model, prompt, gen_length, mask_id, steps):
     prompt = torch.as_tensor(prompt, dtype=torch.long)
     masks = torch.full((gen_length,), mask_id, device=prompt.device)
     x = torch.cat((prompt, masks))[None]                                            # (1, T)
-
+    # the masks are divided evenly among the steps
     n_masked = (x == mask_id).sum(1)
     for n in num_transfer_tokens(n_masked, steps)[0].tolist():
         # 1. guess all tokens at once, but never [MASK] itself
         probability = model(x).softmax(-1)                                          # (1, T, V)
         probability[..., mask_id] = 0
         confidence, guess = probability.max(-1)                                     # (1, T), (1, T)
-
         # 2. keep the n guesses that the model is most confident of, and look again
         confidence = torch.where(x == mask_id, confidence, -math.inf)
         keep = confidence[0].topk(n).indices
@@ -354,7 +349,7 @@ def canvas(prompts, gen_length, mask_id, pad_id, device='cpu'):
         row = torch.tensor([*ids, *masks], dtype=torch.long)
         rows.append(row)
         ones.append(torch.ones_like(row, dtype=torch.bool))
-
+    # padding on the left, so that all rows end together
     left = dict(batch_first=True, padding_side='left')
     x = pad_sequence(rows, padding_value=pad_id, **left).to(device)
     attention_mask = pad_sequence(ones, **left).to(device)
@@ -375,7 +370,7 @@ def guided_logits(model, x, positions, prompt, cfg_scale, mask_id,
         x = x[:, columns]
         positions = positions[:, columns]
         prompt = prompt[:, columns]
-
+    # with the prompt, and (if guided) without it
     conditional = model(x, positions=positions, kv=caches[0], **options)
     if not cfg_scale:
         return conditional
@@ -396,7 +391,7 @@ def uniform(positions, n, generator):
         generator = [generator]
     device = positions.device
     dtype = torch.float32 if device.type == 'mps' else torch.float64
-
+    # each generator draws for its own row
     noise = []
     for m, g in zip(counts, generator):
         noise.append(torch.rand(m, n, generator=g, dtype=dtype, device=device))
@@ -437,7 +432,6 @@ def propose(logits, masked, params, never, deferred, generator):
     guess = draw(logits, masked, never, params.temperature, generator)
     if params.remasking == 'random':
         return guess, uniform(masked, 1, generator)[:, 0]                           # Alg. 4
-
     # the probability of the guess, without noise or temperature
     probability = forbid(logits, deferred).softmax(-1)
     return guess, probability.gather(-1, guess[:, None])[:, 0]                      # Alg. 5
@@ -457,8 +451,8 @@ def commit(x, masked, guess, confidence, n, threshold=None):
         wanted = min(wanted, x.shape[1])
         best = everywhere[b].topk(wanted).indices
         committed[b, best] = True
-
-    committed = committed & masked                          # a row may have fewer masks than are wanted
+    # a row may have fewer masks than are wanted
+    committed = committed & masked
     filled = x.masked_scatter(masked, guess)
     return torch.where(committed, filled, x), committed
 
@@ -477,7 +471,7 @@ def block_plan(x, mask_id, gen_start, params):
     length = params.block_length or T - start
     if (T - start) % length:
         raise ValueError(f'block_length must divide the {T - start} tokens to generate, got {length}')
-
+    # steps are divided evenly among the blocks
     borders = list(range(start, T + 1, length))
     borders[0] = min(start, first)
     n_blocks = len(borders) - 1
@@ -519,23 +513,22 @@ def generate(model, x, mask_id, params,
     given = x != mask_id if prompt is None else prompt
     if attention_mask is not None and attention_mask.all():
         attention_mask = None                               # nothing is padded
-
     # guidance takes two forward passes, each with its own cache
     kv = [None] * (2 if params.cfg_scale else 1)
     if params.cache:
         kv = [model.new_kv(*x.shape) for _ in kv]
     blocks = block_plan(x, mask_id, gen_start, params)
     n_steps = 0
-
+    # blocks from left to right, and in each block step by step
     for start, end, steps in blocks:
         if until_end:
             written = x[:, blocks[0][0]:start].tolist()
             if all(set(ends) & set(row) for row in written):
                 x = x.masked_fill(x == mask_id, eos_id)
                 break
-
+        # left of the block nothing is masked any more, and right of it nothing may be written yet
         masked = x == mask_id                                                       # (B, T)
-        masked[:, end:] = False                             # on the left of the block nothing is masked any more
+        masked[:, end:] = False
         n_masked = masked.sum(1)
         if params.steps is None or params.threshold:
             steps = int(n_masked.max()) or 1                # at least one token per step
@@ -551,7 +544,7 @@ def generate(model, x, mask_id, params,
                 logits = adjust(logits, x, masked)
             if params.logits_eos_inf:
                 logits = forbid(logits, [eos_id])
-
+            # guess everywhere, keep what is most certain, and look again
             guess, confidence = propose(
                 logits, masked, params, never, deferred, generator)                 # (M,), (M,)
             x, committed = commit(
@@ -585,7 +578,7 @@ def generate_variable_length(model, prompts, mask_id, eos_id, params,
     rows = list(prompts)
     running = set(range(len(rows)))
     n_forward = 0
-
+    # append a block of masks, and fill it in
     for _ in range(max_length // block_length):
         start = x.shape[1]
         x = F.pad(x, (0, block_length), value=mask_id)
@@ -594,7 +587,6 @@ def generate_variable_length(model, prompts, mask_id, eos_id, params,
             model, x, mask_id, params, gen_start=start, eos_id=eos_id,
             attention_mask=attention_mask, **options)
         n_forward += n
-
         # rows that have ended stay in the batch, but what is written there is not kept
         for b in sorted(running):
             rows[b] = x[b][attention_mask[b]].tolist()
@@ -629,8 +621,8 @@ def ar_batch(x0, maskable, *, bos_id=None, normalize='token', normalizer=None):
         maskable = maskable[:, 1:]
     else:
         before = F.pad(before, (1, 0), value=bos_id)
-
-    t = torch.ones(len(x0), device=x0.device)               # all tokens are asked for, so 1/t is 1
+    # all tokens are asked for, so 1/t is 1
+    t = torch.ones(len(x0), device=x0.device)
     weights = loss_weights(
         maskable, maskable, t, normalize=normalize, normalizer=normalizer)
     return masked_batch(x0, before, maskable, weights)
@@ -665,7 +657,7 @@ def ar_generate(model, prompt, n_new,
         kv = model.new_kv(len(x), x.shape[1] + n_new)
     if attention_mask is not None:
         attention_mask = F.pad(attention_mask, (0, n_new), value=True)
-
+    # one token at a time, each behind the last
     for k in range(n_new):
         # after the first pass, the cache holds all but the newest token
         start = x.shape[1] - 1 if k and kv is not None else 0

@@ -106,7 +106,6 @@ def attention(q, k, v, *, attn_mask=None, causal=False, cu_seqlens=None):
         enable_gqa=q.shape[1] != k.shape[1])
     if q.device.type != 'cpu':
         return sdpa(q, k, v)
-
     # on a CPU torch's kernel is faster in float32 than in bfloat16 (backward: up to 4 times), and more exact
     dtype = q.dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -117,7 +116,7 @@ def attention(q, k, v, *, attn_mask=None, causal=False, cu_seqlens=None):
 def packed_attention(q, k, v, cu_seqlens):
     """Attend inside each segment of a packed batch, with CUDA's kernel for segments of varying length."""
     from torch.nn.attention.varlen import varlen_attn
-
+    # grouped queries: every key and value serves several query heads
     B, H, T, D = q.shape
     if k.shape[1] != H:                                     # the kernel of torch 2.11 has no grouped queries
         k = k.repeat_interleave(H // k.shape[1], dim=1)
@@ -217,7 +216,6 @@ class Transformer(nn.Module):
         x = x.to(dtype_of_pass(x))              # a narrow residual stream halves the memory traffic
         if positions is not None and positions.dtype == torch.bool:
             positions = positions.flatten().nonzero()[:, 0]
-
         # where on the canvas, or in its segment, each token stands
         where = kv_positions
         if cu_seqlens is not None:
@@ -228,7 +226,7 @@ class Transformer(nn.Module):
         if not self.config.rope_fp32:
             cos = cos.to(x.dtype)
             sin = sin.to(x.dtype)
-
+        # who attends to whom is the same in every block
         pattern = self.attention_pattern(x, kv, where, attention_mask, cu_seqlens)
         for i, block in enumerate(self.blocks):
             cache = None if kv is None else kv[i]
@@ -239,7 +237,7 @@ class Transformer(nn.Module):
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x = block(*inputs)
-
+        # logits, or the loss of each target where no logits need to be kept
         x = self.norm(x)
         head = self.embed if self.head is None else self.head
         if targets is None:
@@ -257,7 +255,7 @@ class Transformer(nn.Module):
         # 2.11
         if cu_seqlens is not None and x.is_cuda and x.dtype == torch.bfloat16 and not causal:
             return dict(cu_seqlens=cu_seqlens)
-
+        # anything else needs a mask: True where a query may attend to a key
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=x.device)
         if attention_mask is not None:
             mask = attention_mask.bool()[:, None, None, :]                          # (B, 1, 1, S)
@@ -269,7 +267,6 @@ class Transformer(nn.Module):
             keys = torch.arange(S, device=x.device)
             queries = keys if kv is None else where
             mask = mask & (keys <= queries[:, None])                                # (B, 1, T, S)
-
         # a query without any visible key attends to everything, because a softmax over nothing is NaN
         return dict(attn_mask=mask | ~mask.any(-1, keepdim=True))
 
@@ -307,7 +304,6 @@ def head_cross_entropy(h, weight, targets):
         logits = F.linear(h, weight)
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(wide), targets, reduction='none')
-
     # With a vocabulary of 126,464 the logits would be the largest tensor by far. So at most 2^28 of them (1
     # GB) exist at a time, and backward makes them again.
     size = max(1, 2 ** 28 // len(weight))
@@ -365,7 +361,6 @@ def init_weights(model, seed=0, emb_std=None, device=None):
             if name.endswith(('attn.out.weight', 'ff.down.weight')):
                 layer = int(name.split('.')[1]) + 1
                 std /= (2 * layer) ** 0.5
-
             # hashed, because torch seeds its CPU generator with 32 bits only
             key = zlib.crc32(f'{seed} {name}'.encode())
             generator = torch.Generator(full.device).manual_seed(key)
@@ -394,7 +389,7 @@ def pick_device(device, dtype):
         device = available[0]
     if device not in available:
         raise UserError(f'device {device!r} is not available, choose one of: auto, {", ".join(available)}')
-
+    # bfloat16 pays only where the hardware multiplies it
     if dtype not in ('auto', 'bfloat16', 'float32'):
         raise UserError(f'dtype must be auto, bfloat16 or float32, got {dtype!r}')
     # bfloat16 pays only where the hardware multiplies it
@@ -518,7 +513,7 @@ def save_model(model, folder, meta):
         tensors[name] = full.detach().cpu().contiguous()
     if dist.is_initialized() and dist.get_rank():
         return
-
+    # config.json, in the words of the layout
     model_type = type_of(model.config)
     layout, class_name = MODEL_TYPES[model_type]
     dtype = str(model.embed.weight.dtype).removeprefix('torch.')
@@ -530,7 +525,7 @@ def save_model(model, folder, meta):
         raw[theirs] = getattr(model.config, ours)
     for role in ROLES:
         raw[f'{role}_token_id'] = meta.get(f'{role}_id')
-
+    # config.json comes last, because it makes the folder a model
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / 'model.safetensors'
@@ -566,7 +561,7 @@ def load_model(path, device='cpu', dtype=None):
     config, layout = config_from(raw, folder)
     names = released_names(config, layout)
     stored = check_tensors(folder, config, names)
-
+    # the parameters get their memory on the device, and then their values
     model = empty_model(config).to(dtype or stored)
     model = model.to_empty(device=device)
     tensors = {names[ours]: p.data for ours, p in model.named_parameters()}
@@ -606,7 +601,6 @@ def config_from(raw, folder):
     fields = column(FIELDS, layout)
     values = {ours: raw.get(theirs) for ours, theirs in fields.items()}
     values = {ours: value for ours, value in values.items() if value is not None}
-
     # what some releases leave out, or keep elsewhere
     rope = raw.get('rope_parameters') or {}
     values.setdefault('rope_theta', rope.get('rope_theta'))
@@ -615,7 +609,6 @@ def config_from(raw, folder):
         values.setdefault('d_ff', raw['mlp_ratio'] * values['d_model'])
     if layout == 'illada':
         values['rope_fp32'] = False
-
     # a guessed rope_theta or norm_eps would make the model a little worse without a word, so nothing is
     # guessed
     missing = [theirs for ours, theirs in fields.items() if values.get(ours) is None]
@@ -642,7 +635,7 @@ def check_tensors(folder, config, names):
                         dtype = opened.get_slice(name)[:1].dtype
         except safetensors.SafetensorError as error:
             raise UserError(f'{file}: damaged or incomplete ({error})') from None
-
+    # what the configuration expects, by the names on disk
     model = empty_model(config)
     expected = {theirs: list(model.get_parameter(ours).shape) for ours, theirs in names.items()}
     wrong = [name for name, shape in expected.items() if stored.get(name) != shape]
@@ -650,7 +643,7 @@ def check_tensors(folder, config, names):
     extra = [name for name in stored if name not in expected and not name.endswith('.inv_freq')]
     if config.tied:
         extra = [name for name in extra if not name.endswith(('lm_head.weight', 'transformer.ff_out.weight'))]
-
+    # one example says more than a list of hundreds
     if wrong:
         name = wrong[0]
         raise UserError(f'{folder}: {len(wrong)} tensors do not fit: {name} is {stored.get(name, "missing")}, '

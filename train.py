@@ -134,7 +134,7 @@ def micro_batches(source, it, cfg, tok):
         form = dict(normalize='sequence', normalizer=size)                          # Eq. 5: 1/(b L')
     else:
         form = dict(normalize='token', normalizer=size * cfg.seq_len)               # Eq. 3: 1/(b L)
-
+    # the rows of this rank, one micro-batch after the other
     batches = []
     for start in range(RANK * cfg.batch_size, size, WORLD * cfg.batch_size):
         rows = range(start, start + cfg.batch_size)
@@ -142,7 +142,7 @@ def micro_batches(source, it, cfg, tok):
         if cfg.causal:
             batches.append(diffusion.ar_batch(x0, maskable, bos_id=tok.eos_id, **form))
             continue
-
+        # hide tokens, and weight the loss of each
         t, u = draw_noise(it, rows, x0.shape[1], cfg)
         xt, masked = diffusion.forward_process(
             x0, t, tok.mask_id, maskable, fixed_count=cfg.fixed_count, u=u)
@@ -204,7 +204,7 @@ def train_step(net, optimizers, batches, factor, cfg):
         loss = loss_of(net, batch, cfg)
         (loss * WORLD).backward()               # DDP and FSDP average over ranks, but our weights are for a sum
         total += loss.detach()
-
+    # the norm is that of all gradients, on whatever rank they are
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
     norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
     norm = norm.item()                          # the only point of an update where the host waits for the device
@@ -234,7 +234,6 @@ def lr_factor(it, cfg):
     # 1) warm up
     if it < cfg.warmup_iters:
         return (it + 1) / cfg.warmup_iters
-
     # 2) hold, until only decay_iters remain, 3) decay to min_lr_ratio
     after_warmup = max(cfg.max_iters - cfg.warmup_iters, 1)
     decay_iters = min(cfg.decay_iters or after_warmup, after_warmup)
@@ -256,7 +255,6 @@ def make_optimizers(model, cfg):
         weight_decay = 0.0
         taken = set(matrices)
         rest = [p for p in rest if p not in taken]
-
     # norms are not decayed
     groups = [{'params': [p for p in rest if p.dim() == 2], 'weight_decay': weight_decay},
               {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
@@ -304,7 +302,6 @@ def build(cfg):
     """Make the model, its weights still empty, and spread it over the ranks -> model, what to call in training."""
     shape = {field.name: getattr(cfg, field.name) for field in fields(models.ModelConfig)}
     model = models.empty_model(models.ModelConfig(**shape))
-
     # 1) compile the blocks; a share of the activations can be kept only by the compiler
     if cfg.compile:
         from torch._functorch import config as functorch
@@ -312,7 +309,6 @@ def build(cfg):
         for block in model.blocks:
             block.compile()
     model.recompute = cfg.act_memory == 0 or (cfg.act_memory < 1 and not cfg.compile)
-
     # 2) shard the parameters (FSDP2), over all ranks or in groups (HSDP)
     if cfg.sharded:
         from torch.distributed.device_mesh import init_device_mesh
@@ -321,14 +317,12 @@ def build(cfg):
         if 0 < cfg.fsdp < WORLD:
             sizes = (WORLD // cfg.fsdp, cfg.fsdp)
             mesh = init_device_mesh(cfg.device, sizes, mesh_dim_names=('replicate', 'shard'))
-
         # inputs are not cast, because rotary angles stay in float32
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if cfg.bf16 else None,
             reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in (*model.blocks, model):
             fully_shard(part, mesh=mesh, mp_policy=policy)
-
     # 3) or replicate them (DDP)
     model.to_empty(device=cfg.device)
     if WORLD == 1 or cfg.sharded:
@@ -355,7 +349,6 @@ def validate(model, held_out, cfg, tok):
     groups, n_bytes = held_out
     rows = [row for x0, maskable in groups for row in zip(x0, maskable)]
     logp = torch.zeros(len(rows), dtype=torch.float64)
-
     # FSDP needs all ranks in each forward pass, so a rank that has run out of rows repeats the last one
     for start in range(0, len(rows), WORLD):
         i = min(start + RANK, len(rows) - 1)
@@ -369,7 +362,7 @@ def validate(model, held_out, cfg, tok):
                     batch_size=cfg.eval_draws, generator=diffusion.keyed_generator(0, i))
         if start + RANK < len(rows):
             logp[i] = value
-
+    # each rank has filled in its own rows, so the sum has them all
     all_reduce(logp)
     n_tokens = torch.tensor([int(maskable.sum()) for _, maskable in rows])
     names = ('val_nats', 'val_nats_stderr', 'val_bits_per_byte', 'val_bits_per_byte_stderr')
@@ -414,7 +407,7 @@ def progress(it, losses, norm, n_tokens, seconds, model, cfg):
     entry = {'loss': loss / len(losses), 'grad_norm': norm, 'tokens_per_second': round(rate)}
     entry['lr'] = cfg.learning_rate * lr_factor(it - 1, cfg)
     line = f"iter {it}/{cfg.max_iters} | loss {entry['loss']:.3f} | {rate / 1e3:.1f}k tok/s"
-
+    # memory, and which share of the peak FLOP/s went into the model (MFU)
     if cfg.device == 'cuda':
         entry['gb'] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         name = torch.cuda.get_device_name()
@@ -459,7 +452,7 @@ def save_checkpoint(it, model, optimizers, cfg, tok):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
     broadcast()                                             # wait for the folder
-
+    # all ranks write their part
     ids = {f'{role}_id': getattr(tok, f'{role}_id') for role in models.ROLES}
     writer = dcp.HuggingFaceStorageWriter(str(unfinished / 'optimizer'), save_distributed=True)
     try:
@@ -508,7 +501,6 @@ def load_checkpoint(model, optimizers, cfg, tok):
     changed = [f'{name} {before[name]} -> {now[name]}' for name in now if now[name] != before.get(name)]
     if changed and RANK == 0:
         say(f'resuming {folder} with other settings: {", ".join(changed)}')
-
     # an optimizer creates its state in a step, so make one of size 0
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -580,7 +572,7 @@ def announce(it, model, cfg):
     settings = dict(settings_of(cfg), out_dir=cfg.out_dir)
     lines = [f'{name} = {value!r}\n' for name, value in settings.items()]
     Path(cfg.out_dir, 'config.py').write_text(''.join(lines), encoding='utf-8')
-
+    # the first line of the log says what it takes to repeat the run
     n = model.num_params()
     inner = model.num_params(non_embedding=True)
     kind = torch.cuda.get_device_name() if cfg.device == 'cuda' else platform.processor()
@@ -614,7 +606,7 @@ def main(cfg):
     cfg.device, dtype = models.pick_device(cfg.device, cfg.dtype)
     cfg.bf16 = dtype == torch.bfloat16
     cfg.sharded = WORLD > 1 and cfg.fsdp != 0
-
+    # data, model, optimizers, and where they stand
     join_processes(cfg)
     source, held_out, tok = open_data(cfg)
     cfg.vocab_size = cfg.vocab_size or tok.vocab_size
@@ -625,21 +617,21 @@ def main(cfg):
     announce(it, model, cfg)
     if net is not model:
         settle_ddp(net, micro_batches(source, it, cfg, tok)[0], cfg)
-
+    # what is counted between two lines of the log
     signals = catch_signals()
     prefetched = prefetch(lambda i: micro_batches(source, i, cfg, tok), it)
     stopping = False
     started = time.perf_counter()
     losses = []
     n_tokens = 0
-
+    # the training loop
     while it < cfg.max_iters and not stopping:
         batches = next(prefetched)
         loss, norm = train_step(net, optimizers, batches, lr_factor(it, cfg), cfg)
         it += 1
         losses.append(loss)
         n_tokens += sum(batch.xt.numel() for batch in batches)
-
+        # a line of the log
         last = it == cfg.max_iters
         if it % cfg.log_interval == 0 or last:
             seconds = time.perf_counter() - started
@@ -647,7 +639,6 @@ def main(cfg):
             started = time.perf_counter()
             losses = []
             n_tokens = 0
-
         # all ranks stop after the same update, whichever of them got the signal
         stopping = bool(all_reduce(torch.tensor(len(signals))))
         paused = time.perf_counter()
@@ -667,7 +658,7 @@ def finish(it, signals, cfg):
     if RANK == 0:
         hint = f'python sample.py {cfg.out_dir}' if done else 'the same command with --resume'
         print(f'saved iteration {it} of {cfg.max_iters} in {cfg.out_dir}/; next:  {hint}', flush=True)
-
+    # the exit code says which signal ended it
     number = signals[0] if signals else signal.SIGTERM      # of another rank
     code = 0 if done else 128 + number
     if WORLD > 1:
