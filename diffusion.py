@@ -212,12 +212,14 @@ def log_likelihood(model, x0, maskable, mask_id,
         masks = draw_masks(maskable.cpu(), mc_num, generator)
         masks = masks.to(x0.device)
         probabilities = torch.full((mc_num,), 1 / mc_num, dtype=torch.float64)
+
     # each mask hides l of the L tokens, and the model predicts these l
     terms = []
     for masked in masks.split(batch_size):
         xt = torch.where(masked, mask_id, x0)                                       # (B, T)
         logits = guided_logits(model, xt, masked, ~maskable, cfg_scale, mask_id)    # (M, V)
         logp = log_prob(logits, x0.expand_as(xt)[masked])
+
         # the log-probability of each row's tokens, times L / l
         row = masked.nonzero()[:, 0]
         sums = logp.new_zeros(len(xt)).index_add_(0, row, logp)
@@ -513,19 +515,21 @@ def generate(model, x, mask_id, params,
     given = x != mask_id if prompt is None else prompt
     if attention_mask is not None and attention_mask.all():
         attention_mask = None                               # nothing is padded
+
     # guidance takes two forward passes, each with its own cache
     kv = [None] * (2 if params.cfg_scale else 1)
     if params.cache:
         kv = [model.new_kv(*x.shape) for _ in kv]
     blocks = block_plan(x, mask_id, gen_start, params)
     n_steps = 0
+
     # blocks from left to right, and in each block step by step
     for start, end, steps in blocks:
-        if until_end:
-            written = x[:, blocks[0][0]:start].tolist()
-            if all(set(ends) & set(row) for row in written):
-                x = x.masked_fill(x == mask_id, eos_id)
-                break
+        ended = torch.isin(x[:, blocks[0][0]:start], x.new_tensor(ends)).any(1)     # (B,)
+        if until_end and ended.all():
+            x = x.masked_fill(x == mask_id, eos_id)
+            break
+
         # left of the block nothing is masked any more, and right of it nothing may be written yet
         masked = x == mask_id                                                       # (B, T)
         masked[:, end:] = False
@@ -578,6 +582,7 @@ def generate_variable_length(model, prompts, mask_id, eos_id, params,
     rows = list(prompts)
     running = set(range(len(rows)))
     n_forward = 0
+
     # append a block of masks, and fill it in
     for _ in range(max_length // block_length):
         start = x.shape[1]
@@ -587,6 +592,7 @@ def generate_variable_length(model, prompts, mask_id, eos_id, params,
             model, x, mask_id, params, gen_start=start, eos_id=eos_id,
             attention_mask=attention_mask, **options)
         n_forward += n
+
         # rows that have ended stay in the batch, but what is written there is not kept
         for b in sorted(running):
             rows[b] = x[b][attention_mask[b]].tolist()

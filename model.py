@@ -216,6 +216,7 @@ class Transformer(nn.Module):
         x = x.to(dtype_of_pass(x))              # a narrow residual stream halves the memory traffic
         if positions is not None and positions.dtype == torch.bool:
             positions = positions.flatten().nonzero()[:, 0]
+
         # where on the canvas, or in its segment, each token stands
         where = kv_positions
         if cu_seqlens is not None:
@@ -226,6 +227,7 @@ class Transformer(nn.Module):
         if not self.config.rope_fp32:
             cos = cos.to(x.dtype)
             sin = sin.to(x.dtype)
+
         # who attends to whom is the same in every block
         pattern = self.attention_pattern(x, kv, where, attention_mask, cu_seqlens)
         for i, block in enumerate(self.blocks):
@@ -237,6 +239,7 @@ class Transformer(nn.Module):
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x = block(*inputs)
+
         # logits, or the loss of each target where no logits need to be kept
         x = self.norm(x)
         head = self.embed if self.head is None else self.head
@@ -251,10 +254,12 @@ class Transformer(nn.Module):
             # a causal cache has more keys than queries, so is_causal would not do
             if kv is None or not causal:
                 return dict(causal=causal)
+
         # this also keeps masks out of training on CUDA, where cuDNN's backward can return NaN since torch
         # 2.11
         if cu_seqlens is not None and x.is_cuda and x.dtype == torch.bfloat16 and not causal:
             return dict(cu_seqlens=cu_seqlens)
+
         # anything else needs a mask: True where a query may attend to a key
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=x.device)
         if attention_mask is not None:
@@ -267,6 +272,7 @@ class Transformer(nn.Module):
             keys = torch.arange(S, device=x.device)
             queries = keys if kv is None else where
             mask = mask & (keys <= queries[:, None])                                # (B, 1, T, S)
+
         # a query without any visible key attends to everything, because a softmax over nothing is NaN
         return dict(attn_mask=mask | ~mask.any(-1, keepdim=True))
 
@@ -513,6 +519,7 @@ def save_model(model, folder, meta):
         tensors[name] = full.detach().cpu().contiguous()
     if dist.is_initialized() and dist.get_rank():
         return
+
     # config.json, in the words of the layout
     model_type = type_of(model.config)
     layout, class_name = MODEL_TYPES[model_type]
@@ -525,6 +532,7 @@ def save_model(model, folder, meta):
         raw[theirs] = getattr(model.config, ours)
     for role in ROLES:
         raw[f'{role}_token_id'] = meta.get(f'{role}_id')
+
     # config.json comes last, because it makes the folder a model
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -601,6 +609,7 @@ def config_from(raw, folder):
     fields = column(FIELDS, layout)
     values = {ours: raw.get(theirs) for ours, theirs in fields.items()}
     values = {ours: value for ours, value in values.items() if value is not None}
+
     # what some releases leave out, or keep elsewhere
     rope = raw.get('rope_parameters') or {}
     values.setdefault('rope_theta', rope.get('rope_theta'))
@@ -609,6 +618,7 @@ def config_from(raw, folder):
         values.setdefault('d_ff', raw['mlp_ratio'] * values['d_model'])
     if layout == 'illada':
         values['rope_fp32'] = False
+
     # a guessed rope_theta or norm_eps would make the model a little worse without a word, so nothing is
     # guessed
     missing = [theirs for ours, theirs in fields.items() if values.get(ours) is None]
@@ -635,14 +645,17 @@ def check_tensors(folder, config, names):
                         dtype = opened.get_slice(name)[:1].dtype
         except safetensors.SafetensorError as error:
             raise UserError(f'{file}: damaged or incomplete ({error})') from None
+
     # what the configuration expects, by the names on disk
     model = empty_model(config)
     expected = {theirs: list(model.get_parameter(ours).shape) for ours, theirs in names.items()}
     wrong = [name for name, shape in expected.items() if stored.get(name) != shape]
+
     # rotary frequencies follow from rope_theta, and a tied head may be stored twice
     extra = [name for name in stored if name not in expected and not name.endswith('.inv_freq')]
     if config.tied:
         extra = [name for name in extra if not name.endswith(('lm_head.weight', 'transformer.ff_out.weight'))]
+
     # one example says more than a list of hundreds
     if wrong:
         name = wrong[0]

@@ -134,6 +134,7 @@ def micro_batches(source, it, cfg, tok):
         form = dict(normalize='sequence', normalizer=size)                          # Eq. 5: 1/(b L')
     else:
         form = dict(normalize='token', normalizer=size * cfg.seq_len)               # Eq. 3: 1/(b L)
+
     # the rows of this rank, one micro-batch after the other
     batches = []
     for start in range(RANK * cfg.batch_size, size, WORLD * cfg.batch_size):
@@ -142,6 +143,7 @@ def micro_batches(source, it, cfg, tok):
         if cfg.causal:
             batches.append(diffusion.ar_batch(x0, maskable, bos_id=tok.eos_id, **form))
             continue
+
         # hide tokens, and weight the loss of each
         t, u = draw_noise(it, rows, x0.shape[1], cfg)
         xt, masked = diffusion.forward_process(
@@ -302,6 +304,7 @@ def build(cfg):
     """Make the model, its weights still empty, and spread it over the ranks -> model, what to call in training."""
     shape = {field.name: getattr(cfg, field.name) for field in fields(models.ModelConfig)}
     model = models.empty_model(models.ModelConfig(**shape))
+
     # 1) compile the blocks; a share of the activations can be kept only by the compiler
     if cfg.compile:
         from torch._functorch import config as functorch
@@ -309,6 +312,7 @@ def build(cfg):
         for block in model.blocks:
             block.compile()
     model.recompute = cfg.act_memory == 0 or (cfg.act_memory < 1 and not cfg.compile)
+
     # 2) shard the parameters (FSDP2), over all ranks or in groups (HSDP)
     if cfg.sharded:
         from torch.distributed.device_mesh import init_device_mesh
@@ -317,12 +321,14 @@ def build(cfg):
         if 0 < cfg.fsdp < WORLD:
             sizes = (WORLD // cfg.fsdp, cfg.fsdp)
             mesh = init_device_mesh(cfg.device, sizes, mesh_dim_names=('replicate', 'shard'))
+
         # inputs are not cast, because rotary angles stay in float32
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if cfg.bf16 else None,
             reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in (*model.blocks, model):
             fully_shard(part, mesh=mesh, mp_policy=policy)
+
     # 3) or replicate them (DDP)
     model.to_empty(device=cfg.device)
     if WORLD == 1 or cfg.sharded:
@@ -349,6 +355,7 @@ def validate(model, held_out, cfg, tok):
     groups, n_bytes = held_out
     rows = [row for x0, maskable in groups for row in zip(x0, maskable)]
     logp = torch.zeros(len(rows), dtype=torch.float64)
+
     # FSDP needs all ranks in each forward pass, so a rank that has run out of rows repeats the last one
     for start in range(0, len(rows), WORLD):
         i = min(start + RANK, len(rows) - 1)
@@ -362,6 +369,7 @@ def validate(model, held_out, cfg, tok):
                     batch_size=cfg.eval_draws, generator=diffusion.keyed_generator(0, i))
         if start + RANK < len(rows):
             logp[i] = value
+
     # each rank has filled in its own rows, so the sum has them all
     all_reduce(logp)
     n_tokens = torch.tensor([int(maskable.sum()) for _, maskable in rows])
@@ -407,6 +415,7 @@ def progress(it, losses, norm, n_tokens, seconds, model, cfg):
     entry = {'loss': loss / len(losses), 'grad_norm': norm, 'tokens_per_second': round(rate)}
     entry['lr'] = cfg.learning_rate * lr_factor(it - 1, cfg)
     line = f"iter {it}/{cfg.max_iters} | loss {entry['loss']:.3f} | {rate / 1e3:.1f}k tok/s"
+
     # memory, and which share of the peak FLOP/s went into the model (MFU)
     if cfg.device == 'cuda':
         entry['gb'] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
@@ -452,6 +461,7 @@ def save_checkpoint(it, model, optimizers, cfg, tok):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
     broadcast()                                             # wait for the folder
+
     # all ranks write their part
     ids = {f'{role}_id': getattr(tok, f'{role}_id') for role in models.ROLES}
     writer = dcp.HuggingFaceStorageWriter(str(unfinished / 'optimizer'), save_distributed=True)
@@ -606,6 +616,7 @@ def main(cfg):
     cfg.device, dtype = models.pick_device(cfg.device, cfg.dtype)
     cfg.bf16 = dtype == torch.bfloat16
     cfg.sharded = WORLD > 1 and cfg.fsdp != 0
+
     # data, model, optimizers, and where they stand
     join_processes(cfg)
     source, held_out, tok = open_data(cfg)
@@ -617,6 +628,7 @@ def main(cfg):
     announce(it, model, cfg)
     if net is not model:
         settle_ddp(net, micro_batches(source, it, cfg, tok)[0], cfg)
+
     # what is counted between two lines of the log
     signals = catch_signals()
     prefetched = prefetch(lambda i: micro_batches(source, i, cfg, tok), it)
@@ -624,6 +636,7 @@ def main(cfg):
     started = time.perf_counter()
     losses = []
     n_tokens = 0
+
     # the training loop
     while it < cfg.max_iters and not stopping:
         batches = next(prefetched)
@@ -631,6 +644,7 @@ def main(cfg):
         it += 1
         losses.append(loss)
         n_tokens += sum(batch.xt.numel() for batch in batches)
+
         # a line of the log
         last = it == cfg.max_iters
         if it % cfg.log_interval == 0 or last:
@@ -639,6 +653,7 @@ def main(cfg):
             started = time.perf_counter()
             losses = []
             n_tokens = 0
+
         # all ranks stop after the same update, whichever of them got the signal
         stopping = bool(all_reduce(torch.tensor(len(signals))))
         paused = time.perf_counter()
