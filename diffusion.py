@@ -505,12 +505,11 @@ def generate(model, x, mask_id, params,
 
     gen_start: the column where blocks begin (default: the first mask).
     attention_mask (B, T) bool: False on padding. prompt (B, T) bool: what guidance hides (default: all given).
-    suppress: ids that are never written. generator: of `uniform`.
-    until_end: stop once the finished blocks of every row hold EOS or EoT, and fill the rest with EOS.
+    suppress: ids that are never written. generator: of `uniform`. until_end: stop once the finished blocks of
+    every row hold EOS or EoT, and fill the rest with EOS.
     adjust(logits (M, V), x, masked) -> logits: a hook for other rules. on_step(x, committed): after each step.
     """
     ends = [i for i in (eos_id, eot_id) if i is not None]
-    never = [mask_id, *suppress]
     deferred = ends if params.confidence_eos_eot_inf else []
     given = x != mask_id if prompt is None else prompt
     if attention_mask is not None and attention_mask.all():
@@ -550,9 +549,8 @@ def generate(model, x, mask_id, params,
                 logits = forbid(logits, [eos_id])
             # guess everywhere, keep what is most certain, and look again
             guess, confidence = propose(
-                logits, masked, params, never, deferred, generator)                 # (M,), (M,)
-            x, committed = commit(
-                x, masked, guess, confidence, n, params.threshold)                  # (B, T), (B, T)
+                logits, masked, params, [mask_id, *suppress], deferred, generator)  # (M,), (M,)
+            x, committed = commit(x, masked, guess, confidence, n, params.threshold)
             masked = masked & ~committed
             n_steps += 1
             if on_step is not None:
