@@ -679,7 +679,8 @@ def finish(it, signals, cfg):
     if WORLD > 1:
         dist.destroy_process_group()
         os._exit(code)                                      # gloo's threads sometimes abort Python's own way out
-    sys.exit(code)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == '__main__':

@@ -11,10 +11,11 @@ import time
 import pytest
 import torch
 from helpers import ROOT, small_corpus
-from test_train import PAPER, flags, go, settings, tensors
+from test_train import PAPER, flags, settings, tensors
 
 import data
 import model as M
+import train
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or sys.platform == 'win32',
                                 reason='needs torch.distributed with gloo')
@@ -59,7 +60,7 @@ def same_losses(run, other, rel=1e-5):
 @pytest.fixture(scope='module')
 def one(corpus_folder, tmp_path_factory):
     run = tmp_path_factory.mktemp('one') / 'run'
-    go(settings(corpus_folder, run, **SMALL))
+    train.main(settings(corpus_folder, run, **SMALL))
     return run
 
 
@@ -81,7 +82,7 @@ def test_fine_tuning_on_two_processes_equals_one(tmp_path):
                            for r in ('user', 'assistant')]} for i in range(60)]
     data.prepare([list(enumerate(talks))], tmp_path / 'talks', 'bytes', val_every=5)
     asked = {**SMALL, 'masking': 'response', 'seq_len': 256, 'pad_group': 8}
-    go(settings(tmp_path / 'talks', tmp_path / 'one', **asked))
+    train.main(settings(tmp_path / 'talks', tmp_path / 'one', **asked))
     torchrun(2, settings(tmp_path / 'talks', tmp_path / 'two', **asked, fsdp=-1))
     same_losses(tmp_path / 'two', tmp_path / 'one')
 
@@ -100,7 +101,7 @@ def test_unequal_lengths_on_the_processes(corpus_folder, tmp_path):
     With a tied head and grouped queries, as iLLaDA has them.
     """
     cut = dict(SMALL, random_length=0.4, random_split=0.4, tied=True, n_kv_head=1)
-    go(settings(corpus_folder, tmp_path / 'one', **cut))
+    train.main(settings(corpus_folder, tmp_path / 'one', **cut))
     torchrun(2, settings(corpus_folder, tmp_path / 'two', **cut, fsdp=-1))
     same_losses(tmp_path / 'two', tmp_path / 'one')
 
@@ -109,7 +110,7 @@ def test_unequal_lengths_on_the_processes(corpus_folder, tmp_path):
 def test_compiled_blocks_under_fsdp(corpus_folder, tmp_path):
     """Each block compiled, then sharded, on windows cut at random; needs a C++ compiler on CPU."""
     cut = dict(SMALL, random_length=0.2, random_split=0.4)
-    go(settings(corpus_folder, tmp_path / 'one', **cut))
+    train.main(settings(corpus_folder, tmp_path / 'one', **cut))
     torchrun(2, settings(corpus_folder, tmp_path / 'two', **cut, fsdp=-1, compile=True))
     same_losses(tmp_path / 'two', tmp_path / 'one')
 
@@ -129,7 +130,7 @@ def half(run, target):
 
 
 def test_one_process_takes_over_from_fsdp_and_back(corpus_folder, one, sharded, tmp_path):
-    go(settings(corpus_folder, half(sharded, tmp_path / 'a'), **SMALL, resume=True))        # 2 -> 1
+    train.main(settings(corpus_folder, half(sharded, tmp_path / 'a'), **SMALL, resume=True))        # 2 -> 1
     same_losses(tmp_path / 'a', one)
     torchrun(2, settings(corpus_folder, half(one, tmp_path / 'b'), **SMALL, fsdp=-1, resume=True))   # 1 -> 2
     same_losses(tmp_path / 'b', one)
@@ -188,7 +189,7 @@ def killed_and_restarted(corpus_folder, run, kills, iters=60):
 
 @pytest.mark.skipif(shutil.which('ps') is None, reason='needs ps')
 def test_a_killed_process_is_replaced(corpus_folder, tmp_path):
-    go(settings(corpus_folder, tmp_path / 'straight', **dict(SMALL, max_iters=60, eval_interval=5)))
+    train.main(settings(corpus_folder, tmp_path / 'straight', **dict(SMALL, max_iters=60, eval_interval=5)))
     killed_and_restarted(corpus_folder, tmp_path / 'run', 1)
     a, b = (M.load_model(tmp_path / name)[0] for name in ('straight', 'run'))
     for p, q in zip(a.parameters(), b.parameters()):

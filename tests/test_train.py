@@ -50,13 +50,6 @@ def ready(corpus_folder, **changes):
     return cfg, source, tok
 
 
-def go(cfg):
-    """Run main to its end."""
-    with pytest.raises(SystemExit) as end:
-        train.main(cfg)
-    assert not end.value.code
-
-
 def flags(cfg):
     named = [*TINY, 'dataset', 'out_dir', 'resume']
     return [f'--{name}={getattr(cfg, name)}' for name in named]
@@ -103,7 +96,7 @@ def small_model(tok, **changes):
 def straight(corpus_folder, tmp_path_factory):
     """40 iterations without a break."""
     run = tmp_path_factory.mktemp('straight') / 'run'
-    go(settings(corpus_folder, run))
+    train.main(settings(corpus_folder, run))
     return run
 
 
@@ -257,7 +250,7 @@ def test_kill_and_resume(corpus_folder, straight, tmp_path):
     process.wait()
     with (run / 'log.jsonl').open('a') as file:
         file.write('{"iter": 21, "lo\n')                            # as if cut in the middle of a line
-    go(settings(corpus_folder, run, resume=True))
+    train.main(settings(corpus_folder, run, resume=True))
     same_tensors(run / 'iter_0000040', straight / 'iter_0000040')
     assert log_of(run).items() <= log_of(straight).items()          # a report may have been lost, nothing else
 
@@ -273,7 +266,7 @@ def test_a_signal_saves_and_says_so(corpus_folder, straight, tmp_path, number):
         pytest.skip('the run was over before the signal came')
     assert process.returncode == 128 + number and 'saved iteration' in out
     assert '--resume' in out and 'Traceback' not in err
-    go(settings(corpus_folder, run, resume=True))
+    train.main(settings(corpus_folder, run, resume=True))
     same_end(run, straight)
 
 
@@ -287,7 +280,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_written_again(corpus_folder, st
         damaged.write_bytes(raw)
         with pytest.raises(UserError, match='damaged'):
             M.load_model(run)
-        go(settings(corpus_folder, run, resume=True))
+        train.main(settings(corpus_folder, run, resume=True))
         assert 'passing over' in capsys.readouterr().err
         same_end(run, straight)
 
@@ -297,25 +290,25 @@ def test_what_is_set_on_resume_counts(corpus_folder, straight, tmp_path, capsys)
     for changes in ({}, dict(weight_decay=0.7)):
         run = tmp_path / str(len(results))
         shutil.copytree(straight, run)
-        go(settings(corpus_folder, run, resume=True, max_iters=42, **changes))
+        train.main(settings(corpus_folder, run, resume=True, max_iters=42, **changes))
         results.append(tensors(run / 'iter_0000042'))
     assert 'weight_decay 0.1 -> 0.7' in capsys.readouterr().err
     assert any(not torch.equal(a, b) for a, b in zip(results[0].values(), results[1].values()))
 
 
 def test_evaluation_does_not_touch_training(corpus_folder, straight, tmp_path):
-    go(settings(corpus_folder, tmp_path / 'run', eval_interval=40, eval_draws=1, sample_tokens=0))
+    train.main(settings(corpus_folder, tmp_path / 'run', eval_interval=40, eval_draws=1, sample_tokens=0))
     same_tensors(tmp_path / 'run' / 'iter_0000040', straight / 'iter_0000040')
 
 
 def test_recomputing_changes_nothing(corpus_folder, straight, tmp_path):
-    go(settings(corpus_folder, tmp_path / 'run', act_memory=0.))
+    train.main(settings(corpus_folder, tmp_path / 'run', act_memory=0.))
     same_tensors(tmp_path / 'run' / 'iter_0000040', straight / 'iter_0000040')
 
 
 def test_lines_of_the_log_are_means(corpus_folder, straight, tmp_path):
     """Over all updates since the last one, also when a checkpoint lies between them."""
-    go(settings(corpus_folder, tmp_path / 'run', log_interval=8))
+    train.main(settings(corpus_folder, tmp_path / 'run', log_interval=8))
     each = [entry['loss'] for entry in log_of(straight).values() if 'loss' in entry]
     means = [entry['loss'] for entry in log_of(tmp_path / 'run').values() if 'loss' in entry]
     assert means == pytest.approx([sum(each[i:i + 8]) / 8 for i in range(0, 40, 8)], rel=1e-5)
@@ -356,10 +349,10 @@ def test_a_full_disk_keeps_what_there_was(corpus_folder, tmp_path, monkeypatch):
 
 def test_autoregressive_and_init_from(corpus_folder, tmp_path):
     run = tmp_path / 'ar'
-    go(settings(corpus_folder, run, causal=True, max_iters=10, **{**PAPER, 'complementary': True}))
+    train.main(settings(corpus_folder, run, causal=True, max_iters=10, **{**PAPER, 'complementary': True}))
     model, meta = M.load_model(run)
     assert model.config.causal and meta['settings']['optimizer'] == 'adamw'
-    go(settings(corpus_folder, tmp_path / 'more', causal=True, init_from=str(run), max_iters=1, warmup_iters=0,
+    train.main(settings(corpus_folder, tmp_path / 'more', causal=True, init_from=str(run), max_iters=1, warmup_iters=0,
                 learning_rate=1e-12, muon_lr=1e-12, complementary=False))
     again, _ = M.load_model(tmp_path / 'more')
     for a, b in zip(model.parameters(), again.parameters()):
@@ -369,14 +362,14 @@ def test_autoregressive_and_init_from(corpus_folder, tmp_path):
 @pytest.mark.parametrize('causal', [False, True])
 def test_bfloat16_from_training_to_sampling(corpus_folder, tmp_path, causal):
     run = tmp_path / 'run'
-    go(settings(corpus_folder, run, causal=causal, complementary=not causal, dtype='bfloat16', max_iters=10))
+    train.main(settings(corpus_folder, run, causal=causal, complementary=not causal, dtype='bfloat16', max_iters=10))
     script('sample', run, '--dtype=bfloat16', '--gen_length=8', '--prompt=the', '--prompt=a model')
     script('evaluate', 'bound', run, '--dtype=bfloat16', '--draws=2')
 
 
 def test_a_vocabulary_wider_than_the_tokenizer(corpus_folder, tmp_path):
     """LLaDA's head has rows that stand for no token. They are never sampled."""
-    go(settings(corpus_folder, tmp_path / 'run', vocab_size=400, max_iters=2, eval_interval=2))
+    train.main(settings(corpus_folder, tmp_path / 'run', vocab_size=400, max_iters=2, eval_interval=2))
     model, meta = M.load_model(tmp_path / 'run')
     tok = data.tokenizer_of(meta)
     assert model.config.vocab_size == 400 and tok.vocab_size < 300 and len(tok.unused(400)) == 400 - tok.vocab_size
@@ -386,7 +379,7 @@ def test_a_vocabulary_wider_than_the_tokenizer(corpus_folder, tmp_path):
 def test_compiled_blocks_give_the_same_losses(corpus_folder, tmp_path):
     """Half a minute of compiling. On a CPU it needs a C++ compiler."""
     for name, compiled in (('eager', False), ('compiled', True)):
-        go(settings(corpus_folder, tmp_path / name, compile=compiled, max_iters=10))
+        train.main(settings(corpus_folder, tmp_path / name, compile=compiled, max_iters=10))
     eager, compiled = (log_of(tmp_path / name) for name in ('eager', 'compiled'))
     for key, entry in eager.items():
         if 'loss' in entry:
