@@ -1,7 +1,6 @@
-"""The experiments of tests/lab: all run, and find what is known."""
+"""The experiments of tests/lab run, and find what is known."""
 
 import json
-from contextlib import nullcontext
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -9,216 +8,288 @@ import experiments
 import pytest
 import torch
 import worlds
-from helpers import ROOT, script, small_corpus, tiny_model, write_worlds
+from helpers import ROOT, script, seeded, small_corpus, tiny_model, write_worlds
 
 import data
 import diffusion
 import evaluate
-import model as M
+import model as models
+import sample
 import train
-from configurator import configure, settings_of
+from configurator import configure
+from diffusion import SamplingParams
 
 TINY = ('--n_layer=1 --n_head=2 --n_kv_head=2 --d_model=32 --d_ff=48 --batch_size=2 --max_iters=2 --eval_windows=2 '
         '--eval_draws=1 --sample_tokens=0 --warmup_iters=1 --device=cpu').split()
+RUNS = {
+    'text': '--dataset=./text --seq_len=96',
+    'text_ar': '--dataset=./text --seq_len=96 --causal',
+    'world': '--dataset=world --seq_len=40 --masking=response',
+    'sft': '--dataset=instruct --seq_len=96 --masking=response --init_from=out/world',
+    'unified': '--dataset=instruct --seq_len=96 --isolate',
+    'facts': '--dataset=facts --seq_len=28 --masking=response',
+    'facts_ar': '--dataset=facts --seq_len=28 --masking=response --causal'}
 
 
 def settings(**changes):
-    return SimpleNamespace(**{**settings_of(experiments.NAMESPACE), 'batch_size': 8, **changes})
+    namespace = {**vars(evaluate), **vars(experiments)}
+    return SimpleNamespace(**{**configure(namespace, []), 'batch_size': 8, **changes})
 
 
 @pytest.fixture(scope='module')
 def desk(tmp_path_factory):
-    """Runs to be measured: text, the world, instructions both ways, facts."""
+    """A folder with tiny runs on text, on the world, on instructions in both ways, and on facts."""
     folder = tmp_path_factory.mktemp('lab')
     small_corpus(folder / 'text', 60)
     write_worlds(folder / 'data')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name, flags in (('text', ['--dataset=./text', '--seq_len=96']),
-                            ('text_ar', ['--dataset=./text', '--seq_len=96', '--causal=true']),
-                            ('world', ['--dataset=world', '--seq_len=40', '--masking=response']),
-                            ('sft', ['--dataset=instruct', '--seq_len=96', '--masking=response',
-                                     '--init_from=out/world']),
-                            ('uni', ['--dataset=instruct', '--seq_len=96', '--isolate=true']),
-                            ('facts', ['--dataset=facts', '--seq_len=28', '--masking=response']),
-                            ('facts_ar', ['--dataset=facts', '--seq_len=28', '--masking=response', '--causal=true'])):
-            script('train', *TINY, *flags, f'--out_dir=out/{name}')
+        for name, flags in RUNS.items():
+            script('train', *TINY, *flags.split(), f'--out_dir=out/{name}')
     return folder
 
 
-def test_every_experiment_runs(desk, monkeypatch, capsys):
+# --------------------------------------------------------------------------------------------- all of them run
+
+
+@pytest.mark.parametrize('words, column', [
+    ('log out/text', 'held out'),
+    ('gaps out/world', 'best fit'),
+    ('by_t out/text out/sft --windows=8', 'per hidden token'),
+    ('world out/world', 'x the source'),
+    ('ahead out/world --windows=2', 'passes'),
+    ('flood out/sft out/unified', '128'),
+    ('commit out/world --windows=2', 'unchanged'),
+    ('commit out/sft --gen_length=4', 'same tokens %'),
+    ('reversal out/facts out/facts_ar', 'unstated %'),
+    ('reversal out/facts --poems=poems.json', 'unstated %'),
+    ('scaling out/text out/text_ar', 'autoregressive')])
+def test_every_experiment_runs(desk, monkeypatch, capsys, words, column):
     monkeypatch.chdir(desk)
     (desk / 'poems.json').write_text(json.dumps([{'first': f'ab{i}', 'second': f'{i}cd'} for i in range(9)]))
-    few = ['--mc_num=2', '--samples=4', '--draws=1', '--limit=6']
-    for argv, columns in ((['log', 'out/text'], 'held out'), (['gaps', 'out/world'], 'best fit'),
-                          (['by_t', 'out/text', 'out/sft', '--windows=8'], 'a hidden token'),
-                          (['world', 'out/world'], 'x the source'),
-                          (['ahead', 'out/world', '--windows=2'], 'passes'), (['flood', 'out/sft', 'out/uni'], '128'),
-                          (['commit', 'out/world', '--windows=2'], 'still'),
-                          (['commit', 'out/sft', '--gen_length=4'], 'same tokens %'),
-                          (['reversal', 'out/facts', 'out/facts_ar'], 'unstated %'),
-                          (['reversal', 'out/facts', '--poems=poems.json'], 'unstated %'),
-                          (['scaling', 'out/text', 'out/text_ar'], 'autoregressive')):
-        script('tests/lab/experiments', *argv, *few)
-        assert columns in capsys.readouterr().out, argv
+    few = ['--windows=20', '--samples=4', '--draws=1', '--limit=6', '--candidates=4']
+    script('tests/lab/experiments', *few, *words.split())
+    assert column in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('argv, says', [
-    (['nonsense', 'out/text'], 'want one of log'), (['world'], 'then checkpoints'),
-    (['flood', 'out/facts_ar'], 'no canvas'), (['scaling', 'out/no*'], 'no checkpoint here'),
-    (['curves', 'out/text_ar'], 'the model is autoregressive'), (['world', 'out/world', '--draws=0'], 'draws must be')])
-def test_bad_requests_get_one_line(desk, monkeypatch, capsys, argv, says):
+@pytest.mark.parametrize('words, message', [
+    ('nonsense out/text', 'expected one of log'),
+    ('world', 'and then checkpoints'),
+    ('flood out/facts_ar', 'no canvas'),
+    ('scaling out/no*', 'no checkpoint here'),
+    ('curves out/text_ar', 'the model is autoregressive'),
+    ('gaps out/facts', 'no held-out story')])
+def test_a_wrong_request_gets_one_line(desk, monkeypatch, capsys, words, message):
     monkeypatch.chdir(desk)
     with pytest.raises(SystemExit) as stopped:
-        script('tests/lab/experiments', *argv)
+        script('tests/lab/experiments', *words.split())
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and says in err and 'Traceback' not in err
+    assert stopped.value.code == 2 and message in err and 'Traceback' not in err
 
 
-def test_curves_and_scaling_write_tables_and_figures(desk, monkeypatch, capsys):
+def test_curves_and_scaling_write_tables_and_figures(desk, monkeypatch):
     monkeypatch.chdir(desk)
     monkeypatch.setattr(experiments, 'likelihood_spread', lambda *_: [['x', 'draws, Eq. 6: sd', 4, 0.1, 0.01, 9]])
-    experiments.curves(settings(task='curves', checkpoints=['out/world'], samples=2, out='curves.csv'))
+    experiments.curves(settings(checkpoints=['out/world'], samples=2, out='curves.csv'))
     lines = (desk / 'curves.csv').read_text().splitlines()
     assert lines[0] == 'checkpoint,sweep,setting,%,+-,tokens/s'
     assert {line.split(',')[1].strip('"') for line in lines[1:]} >= {'steps', 'block_length', 'temperature'}
+
     script('tests/lab/experiments', 'scaling', 'out/text*', '--out=scaling.csv')
     assert len((desk / 'scaling.csv').read_text().splitlines()) == 3
-    assert all((desk / f'{name}.png').exists() == bool(find_spec('matplotlib')) for name in ('curves', 'scaling'))
+    for name in ('curves', 'scaling'):
+        assert (desk / f'{name}.png').exists() == bool(find_spec('matplotlib'))
+
+
+def test_the_spread_of_the_two_forms_of_the_bound(desk, monkeypatch):
+    monkeypatch.chdir(desk)
+    run = evaluate.load('out/world', settings())
+    table = experiments.likelihood_spread(run, settings(), repeats=3)
+    assert len(table) == 8 and all(row[3] > 0 for row in table)
+
+
+# ------------------------------------------------------------------------------- fewer passes, the same tokens
+
+
+def half_written(seed):
+    """Return a canvas of 24 tokens of which 19 are masks, and what the sampler makes of it."""
+    model = tiny_model(seed)
+    x = torch.randint(0, 39, (1, 24), generator=seeded(seed))
+    x[:, 5:] = 39
+    return model, x, diffusion.generate(model, x, 39, SamplingParams()).x
 
 
 @pytest.mark.parametrize('seed', range(4))
 def test_guessing_ahead_changes_no_token(seed):
-    """The same canvas as one step at a time, in as many passes or fewer; with nothing guessed in as many."""
-    model = tiny_model(seed)
-    x = torch.randint(0, 39, (1, 24), generator=torch.Generator().manual_seed(seed))
-    x[:, 5:] = 39
-    want = diffusion.generate(model, x, 39, steps=19)
+    model, x, expected = half_written(seed)
     passes = []
     for n in (0, 1, 3, 30):
-        got, more = experiments.speculate(model, x, 39, n)
-        assert torch.equal(got, want.x)
-        passes.append(more)
+        got, n_forward = experiments.speculate(model, x, 39, n)
+        assert torch.equal(got, expected)
+        passes.append(n_forward)
     assert passes[0] == 19 and passes == sorted(passes, reverse=True)
 
 
+def test_a_model_that_is_always_certain_needs_two_passes():
+    logits = 9 * torch.eye(12, 30) * torch.linspace(1, 2, 12)[:, None]
+    certain = diffusion.plain(lambda ids: logits.expand(len(ids), -1, -1))
+    got, n_forward = experiments.speculate(certain, torch.full((1, 12), 29), 29, 30)
+    assert got.tolist() == [list(range(12))] and n_forward == 2
+
+
 @pytest.mark.parametrize('seed', range(4))
-def test_a_rule_that_allows_nothing_writes_one_token_a_pass(seed):
-    model = tiny_model(seed)
-    x = torch.randint(0, 39, (1, 24), generator=torch.Generator().manual_seed(seed))
-    x[:, 5:] = 39
-    want = diffusion.generate(model, x, 39, steps=19)
-    for rule, most in ((experiments.threshold, 2.0), (experiments.factor, 0.0), (experiments.still, 0.0)):
-        got, passes = experiments.written_by(rule, most, model, x, 39)
-        assert torch.equal(got, want.x) and passes == 19, rule.__name__
-    by_threshold = diffusion.generate(model, x, 39, steps=19, threshold=0.1)
-    got, passes = experiments.written_by(experiments.threshold, 0.1, model, x, 39)
-    assert torch.equal(got, by_threshold.x) and passes == by_threshold.n_forward
+def test_a_rule_that_allows_nothing_commits_one_token_per_pass(seed):
+    model, x, expected = half_written(seed)
+    for rule, most in ((experiments.by_threshold, 2.0), (experiments.by_factor, 0.0), (experiments.by_change, 0.0)):
+        got, n_forward = experiments.generate_by_rule(rule, most, model, x, 39)
+        assert torch.equal(got, expected) and n_forward == 19, rule.__name__
 
 
-def test_what_each_rule_allows():
-    """By hand: two coins that are 0.9 and 0.8 on one side, and one that is fair."""
-    p = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
-    h = torch.special.entr(p.double()).sum(-1)                              # 0.33, 0.50, 0.69 nats
-    for rule, most, want in (
-            (experiments.threshold, 0.91, 0), (experiments.threshold, 0.8, 2), (experiments.threshold, 0.5, 3),
-            (experiments.factor, 0.19, 0), (experiments.factor, 0.21, 1), (experiments.factor, 0.59, 1),
-            (experiments.factor, 0.61, 2), (experiments.factor, 2.1, 3),    # 2 * 0.1, 3 * 0.2, 4 * 0.5
-            (experiments.entropy, 0.0, 1), (experiments.entropy, h[0] + 1e-6, 2),
-            (experiments.entropy, h[0] + h[1] - 1e-6, 2), (experiments.entropy, h[0] + h[1] + 1e-6, 3)):
-        trust, n = rule(p, None, most)
-        assert int(n) == want and trust.argsort(descending=True).tolist() == [0, 1, 2], (rule.__name__, most)
-
-    before = torch.tensor([[0.5, 0.5], [0.2, 0.8], [0.5, 0.5]])
-    trust, n = experiments.still(p, before, 0.1, least=0.7)                 # the first one was moved by 0.37 nats
-    assert int(n) == 1 and int(trust.argmax()) == 1
-    trust, n = experiments.still(p, before, 0.4, least=0.7)
-    assert int(n) == 2 and int(trust.argmax()) == 0
+@pytest.mark.parametrize('seed', range(4))
+def test_the_threshold_rule_is_the_threshold_of_the_sampler(seed):
+    model, x, _ = half_written(seed)
+    expected = diffusion.generate(model, x, 39, SamplingParams(threshold=0.1))
+    got, n_forward = experiments.generate_by_rule(experiments.by_threshold, 0.1, model, x, 39)
+    assert torch.equal(got, expected.x) and n_forward == expected.n_forward
 
 
-def test_who_is_sure_of_everything_needs_two_passes():
-    def sure(ids):
-        return (9 * torch.eye(12, 30) * torch.linspace(1, 2, 12)[:, None]).expand(len(ids), -1, -1)
-
-    got, passes = experiments.speculate(sure, torch.full((1, 12), 29), 29, 30)
-    assert got.tolist() == [list(range(12))] and passes == 2
+# two coins that fall on one side with probability 0.9 and 0.8, and a fair one
+COINS = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
+H = torch.special.entr(COINS).sum(-1).tolist()                              # 0.33, 0.50, 0.69 nats
 
 
-def test_both_halves_are_filled_by_one_who_knows_them():
-    """A model that has the couplets by heart: right in both directions; one that has not: in none."""
+@pytest.mark.parametrize('rule, most, n', [
+    ('by_threshold', 0.91, 0), ('by_threshold', 0.8, 2), ('by_threshold', 0.5, 3),
+    ('by_factor', 0.19, 0), ('by_factor', 0.21, 1), ('by_factor', 0.59, 1),             # 2 * 0.1, 3 * 0.2, 4 * 0.5
+    ('by_factor', 0.61, 2), ('by_factor', 2.1, 3),
+    ('by_entropy', 0.0, 1), ('by_entropy', H[0] + 1e-6, 2),
+    ('by_entropy', H[0] + H[1] - 1e-6, 2), ('by_entropy', H[0] + H[1] + 1e-6, 3)])
+def test_what_each_rule_allows(rule, most, n):
+    confidence, allowed = getattr(experiments, rule)(COINS, None, most)
+    assert int(allowed) == n and confidence.argsort(descending=True).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize('most, n, best', [(0.1, 1, 1), (0.4, 2, 0)])
+def test_a_guess_that_the_last_pass_has_changed_waits(most, n, best):
+    before = torch.tensor([[0.5, 0.5], [0.2, 0.8], [0.5, 0.5]])             # the first one has changed by 0.37 nats
+    confidence, allowed = experiments.by_change(COINS, before, most, least=0.7)
+    assert int(allowed) == n and int(confidence.argmax()) == best
+
+
+# ----------------------------------------------------------------------------------------- what they conclude
+
+
+class ByHeart(torch.nn.Module):
+    """A mask predictor that knows a few rows by heart."""
+
+    def __init__(self, rows, mask_id):
+        super().__init__()
+        self.config = SimpleNamespace(causal=False, vocab_size=300, seq_len=32)
+        self.somewhere = torch.nn.Parameter(torch.zeros(1))
+        self.rows = rows
+        self.mask_id = mask_id
+
+    def forward(self, ids, positions=None, **unused):
+        agrees = ((ids[:, None] == self.rows) | (ids[:, None] == self.mask_id)).all(-1).float()
+        logits = torch.einsum('br,rtv->btv', agrees, torch.nn.functional.one_hot(self.rows, 300).float())
+        return logits[positions]
+
+
+@pytest.mark.parametrize('knows', [True, False])
+@pytest.mark.parametrize('half', ['first', 'second'])
+def test_both_halves_are_filled_by_a_model_that_knows_them(half, knows):
     tok = data.get_tokenizer('bytes')
-    items = [{'first': a, 'join': ' to ', 'second': b} for a, b in (('ab', 'cd'), ('ef', 'gh'), ('xy', 'zz'))]
-    rows = torch.tensor([[*tok.encode(''.join((i['first'], i['join'], i['second']))), tok.eos_id] for i in items])
-
-    class Heart(torch.nn.Module):
-        def __init__(self, config):
-            super().__init__()
-            self.config, self.nothing = config, torch.nn.Parameter(torch.zeros(1))
-
-        def forward(self, ids):
-            agree = ((ids[:, None] == rows) | (ids[:, None] == tok.mask_id)).all(-1).float()
-            return (torch.nn.functional.one_hot(rows, 300).float() * agree[:, :, None, None]).sum(1)
-
-    for knows in (True, False):
-        if not knows:
-            rows[:, :2] = rows[:, [1, 0]]
-            rows[:, -3:-1] = rows[:, [-2, -3]]
-            items[2]['second'] = 'zy'
-        model = Heart(SimpleNamespace(causal=False, vocab_size=300, seq_len=32))
-        run = evaluate.Run('heart', model, {}, tok, 'cpu', nullcontext(), False)
-        for which in ('first', 'second'):
-            assert experiments.fill(run, items, which, settings()) == [knows] * 3
+    items = [dict(first='ab', join=' to ', second='cd'), dict(first='ef', join=' to ', second='gh')]
+    rows = torch.tensor([[*tok.encode('ab to cd'), tok.eos_id], [*tok.encode('ef to gh'), tok.eos_id]])
+    if not knows:
+        rows[:, [0, 1, 6, 7]] = rows[:, [1, 0, 7, 6]]
+    run = sample.Run('by heart', ByHeart(rows, tok.mask_id), {}, tok, [], 'response')
+    assert experiments.fill_halves(run, items, half, settings()) == [knows] * 2
 
 
-def test_the_fit_of_a_power_law_is_found(desk, monkeypatch, capsys):
-    """Runs whose bounds lie on 3 C^-0.1 and 6 C^-0.1: diffusion needs 2^10 times the compute."""
+def test_the_power_law_is_found(desk, monkeypatch, capsys):
+    """If the bounds lie on 3 C^-0.1 and 6 C^-0.1, then diffusion needs 2^10 times the compute."""
     monkeypatch.chdir(desk)
-    for name in ('p0', 'p1', 'p2', 'q0', 'q1', 'q2'):
-        (desk / 'fit' / name).mkdir(parents=True)
     model = tiny_model()
+    causal_model = tiny_model(causal=True)
 
     def load(name, cfg):
-        path = desk / name
-        causal, n = path.name[0] == 'q', 10 ** int(path.name[1])
-        flops = n * 96 * model.flops_per_token(1.0 if causal else 0.5)
-        entry = dict(iter=n, val_nats=1.0, val_bits_per_byte=(3 if causal else 6) * flops ** -0.1,
-                     val_bits_per_byte_stderr=0.)
-        (path / 'log.jsonl').write_text(json.dumps(entry) + '\n')
-        return SimpleNamespace(model=model, causal=causal,
-                               meta={'config': {'global_batch': 0, 'batch_size': 1, 'seq_len': 96}})
+        causal = name[-2] == 'a'
+        iteration = 10 ** int(name[-1])
+        flops = iteration * 96 * model.flops_per_token(1.0 if causal else 0.5)
+        bits = (3 if causal else 6) * flops ** -0.1
+        entry = dict(iter=iteration, val_nats=1.0, val_bits_per_byte=bits, val_bits_per_byte_stderr=0.)
+        (desk / name / 'log.jsonl').write_text(json.dumps(entry) + '\n')
+        meta = {'settings': {'global_batch': 1, 'seq_len': 96}}
+        return sample.Run(name, causal_model if causal else model, meta, None, [], 'unified')
 
+    for name in ('a0', 'a1', 'a2', 'd0', 'd1', 'd2'):
+        (desk / 'fit' / name).mkdir(parents=True)
     monkeypatch.setattr(evaluate, 'load', load)
     experiments.scaling(settings(checkpoints=['fit/*']))
     out = capsys.readouterr().out
     assert out.count('FLOPs^-0.1000') == 2 and '1.02e+03 times' in out
 
 
+def test_the_last_entry_of_an_iteration_counts(tmp_path):
+    entries = [dict(resumed=0), dict(iter=10, loss=3.), dict(iter=20, loss=2.), dict(iter=20, val_nats=2.1),
+               dict(resumed=10), dict(iter=20, loss=1.)]
+    (tmp_path / 'log.jsonl').write_text(''.join(json.dumps(entry) + '\n' for entry in entries))
+    assert experiments.read_log(tmp_path) == [entries[1], entries[5], entries[3]]
+
+
+# ---------------------------------------------------------------------------------------------- their configs
+
+
 @pytest.mark.parametrize('size, flops', [('s', 1e12), ('m', 4e12), ('l', 1.6e13)])
-def test_the_sizes_get_equal_flops(size, flops):
-    """With the vocabulary that the documentation has: the head of a small model is most of it."""
+def test_both_families_get_equal_flops(size, flops):
+    """With the vocabulary of the documentation, because the head is most of a small model."""
+    _, tokenizer, _ = data.DATASETS['docs']
     for name in (f'scaling_{size}', f'scaling_{size}_ar'):
-        cfg = SimpleNamespace(**configure(settings_of(vars(train)), [str(ROOT / 'config' / f'{name}.py')]))
-        shape = {field: getattr(cfg, field) for field in train.SHAPE}
-        vocab_size = int(data.DATASETS[cfg.dataset][1].removeprefix('bpe-'))
-        each = M.empty_model(M.ModelConfig(vocab_size, **shape)).flops_per_token(1.0 if cfg.causal else 0.5)
-        assert each * train.update_size(cfg) * cfg.seq_len * cfg.max_iters == pytest.approx(flops, rel=2e-3)
+        cfg = SimpleNamespace(**configure(dict(vars(train)), [str(ROOT / 'config' / 'lab' / f'{name}.py')]))
+        cfg.vocab_size = int(tokenizer.removeprefix('bpe-'))
+        shape = {field: getattr(cfg, field) for field in models.ModelConfig.__dataclass_fields__}
+        per_token = models.empty_model(models.ModelConfig(**shape)).flops_per_token(1.0 if cfg.causal else 0.5)
+        tokens = cfg.max_iters * cfg.batch_size * cfg.seq_len
+        assert cfg.global_batch == 0 and per_token * tokens == pytest.approx(flops, rel=2e-3)
 
 
-def test_the_config_of_every_experiment_names_what_draws_its_result():
-    for name in ('world', 'sft_toy_unified', 'reversal_facts', 'reversal_poems', 'scaling_s'):
-        assert 'python tests/lab/experiments.py ' in (ROOT / 'config' / f'{name}.py').read_text()
+@pytest.mark.parametrize('name', [
+    'world', 'sft_toy_unified', 'lab/reversal_facts', 'lab/reversal_poems', 'lab/scaling_s'])
+def test_a_config_names_the_experiment_that_it_is_for(name):
+    assert 'python tests/lab/experiments.py ' in (ROOT / 'config' / f'{name}.py').read_text(encoding='utf-8')
 
 
-def test_one_command_writes_what_the_configs_name(tmp_path, monkeypatch, capsys):
+def test_the_estimate_runs(capsys):
+    script('tests/lab/estimate', str(ROOT / 'config' / 'llada_8b.py'), '--gpus=320')
+    out = capsys.readouterr().out
+    assert '8,015,581,184' in out and '5,242,880 tokens: 320 GPUs' in out
+
+
+# ------------------------------------------------------------------------------------------------ their data
+
+
+def test_one_command_writes_the_data_sets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'poems.json').write_text(json.dumps([{'first': f'ab{i}', 'second': f'{i}\u6f22'} for i in range(9)]))
-    monkeypatch.setattr(worlds, 'stories', lambda n=0, real=worlds.stories: real(200))
-    monkeypatch.setattr(worlds, 'dialogues', lambda n=0, real=worlds.dialogues: real(200))
-    worlds.main({'poems': '', 'out': 'data'})
-    worlds.main({'poems': 'poems.json', 'out': 'data'})
-    for name, n in (('world', 200), ('instruct', 200), ('facts', 2 * 96), ('poems', 18)):
-        corpus = data.Corpus(f'data/{name}')
-        counted = sum(len(set(corpus.rows(split)[:, 3].tolist())) for split in ('train', 'val'))
-        assert counted == n
-    tok = data.Corpus('data/poems').tokenizer()
-    assert len(tok.encode('ab1\n\u6f22')) == 5                       # one token a character
+    couplets = [{'first': f'ab{i}', 'second': f'{i}\u6f22'} for i in range(9)]
+    (tmp_path / 'poems.json').write_text(json.dumps(couplets))
+    stories, dialogues = worlds.stories, worlds.dialogues
+    monkeypatch.setattr(worlds, 'stories', lambda n=0: stories(200))
+    monkeypatch.setattr(worlds, 'dialogues', lambda n=0: dialogues(200))
+    worlds.main(SimpleNamespace(poems='', out='data'))
+    worlds.main(SimpleNamespace(poems='poems.json', out='data'))
+
+    splits = {name: data.Corpus(f'data/{name}').facts for name in ('world', 'instruct', 'facts', 'poems')}
+    examples = {name: facts['train']['examples'] + facts['val']['examples'] for name, facts in splits.items()}
+    assert examples['world'] == 200 and examples['instruct'] > 200          # some dialogues have two answers
+    assert examples['facts'] == 2 * 96 and examples['poems'] == 2 * 9       # held out is what was trained on
+    tok = data.get_tokenizer('data/poems')
+    assert len(tok.encode('ab1\n\u6f22')) == 5                              # one token per character
+
+
+def test_a_word_of_the_world_is_one_token(tmp_path):
+    worlds.words_of_the_world(tmp_path / 'words')
+    tok = data.get_tokenizer(tmp_path / 'words')
+    for kind in ('girl', 'boy', 'colour', 'thing', 'animal', 'food', 'day'):
+        for word in worlds.WORDS[kind]:
+            assert len(tok.encode(f' {word}')) == 1, word

@@ -1,4 +1,4 @@
-"""The made-up world: its probabilities are exact, its grader right, its tasks solvable."""
+"""The made-up world has exact probabilities, a grader that is right, and tasks that can be solved."""
 
 import math
 import random
@@ -11,34 +11,41 @@ import worlds
 import data
 
 
-class Script:
-    """Stands in for random.Random: takes the choices it is told to, then the first; notes how many there were."""
+class Choices:
+    """Stand in for random.Random: make the choices that are planned, then the first one; note what was possible."""
 
-    def __init__(self, told):
-        self.told, self.taken, self.widths = list(told), [], []
+    def __init__(self, planned):
+        self.planned = planned
+        self.made = []
+        self.possible = []
 
     def choice(self, options):
-        i = self.told[len(self.taken)] if len(self.taken) < len(self.told) else 0
-        self.taken.append(i)
-        self.widths.append(len(options))
+        k = len(self.made)
+        i = self.planned[k] if k < len(self.planned) else 0
+        self.made.append(i)
+        self.possible.append(len(options))
         return options[i]
 
 
 def every_story():
-    """All stories of the grammar with their probabilities: a walk over every sequence of choices."""
-    told, found = [], []
+    """Return all stories of the grammar with their log-probabilities, by a walk over all sequences of choices."""
+    planned = []
+    found = []
     while True:
-        script = Script(told)
-        text, logp, _ = worlds.story(script)
+        choices = Choices(planned)
+        text, logp, _ = worlds.story(choices)
         found.append((text, logp))
-        last = max((i for i, (k, n) in enumerate(zip(script.taken, script.widths)) if k + 1 < n), default=None)
-        if last is None:
+        # go on with the last choice that has an alternative left
+        open_choices = [k for k, i in enumerate(choices.made) if i + 1 < choices.possible[k]]
+        if not open_choices:
             return found
-        told = [*script.taken[:last], script.taken[last] + 1]
+        last = open_choices[-1]
+        planned = [*choices.made[:last], choices.made[last] + 1]
 
 
 @pytest.fixture
 def small_world(monkeypatch):
+    """A world with two words of each kind and three alternatives for each sentence."""
     small = {kind: words[:2] for kind, words in worlds.WORDS.items() if kind != 'name'}
     small['name'] = small['girl'] + small['boy']
     monkeypatch.setattr(worlds, 'WORDS', small)
@@ -50,7 +57,8 @@ def small_world(monkeypatch):
 
 def test_the_probabilities_of_all_stories_add_up_to_one(small_world):
     found = every_story()
-    assert len(found) > 5000 and len({text for text, _ in found}) == len(found)     # unambiguous: no text comes twice
+    assert len(found) > 5000
+    assert len({text for text, _ in found}) == len(found)                           # so the grammar is unambiguous
     assert math.isclose(math.fsum(math.exp(logp) for _, logp in found), 1, rel_tol=1e-9)
     for text, logp in found[::37]:
         assert worlds.readings(text) == pytest.approx([logp])
@@ -68,21 +76,22 @@ STORY = ('Gus lives in the mill. He has a red drum. His brother Max eats nuts. '
          'On Monday Max lost the drum in the garden. Now Gus has the red drum in the mill.')
 
 
-@pytest.mark.parametrize('old, new, parses', [
+# what is changed in the story, and whether the result still agrees, only parses, or neither
+@pytest.mark.parametrize('old, new, expected', [
     ('Now Gus', 'Now Max', 'agrees'), ('lost the drum', 'lost the kite', 'parses'), ('He has', 'She has', 'parses'),
     ('Max lost', 'Leo lost', 'parses'), ('the red drum in', 'the blue drum in', 'parses'),
     ('Max eats', 'Gus eats', 'parses'), ('drum in the mill', 'drum in the park', 'parses'),
     ('in the garden', 'in the mill', 'no'), ('brother Max', 'brother Ida', 'no'), ('the drum in', 'drum in', 'no'),
     ('. He', '.  He', 'no'), ('. He', '.He', 'no'), ('in the mill.', 'in the mill. And on.', 'no'),
     ('Gus lives', ' Gus lives', 'no')])
-def test_what_the_grader_tells_apart(old, new, parses):
+def test_what_the_grader_tells_apart(old, new, expected):
     assert old in STORY and len(worlds.readings(STORY)) == 1
     text = STORY.replace(old, new, 1)
-    assert bool(worlds.parses(text)) == (parses != 'no')
-    assert bool(worlds.readings(text)) == (parses == 'agrees')
+    assert worlds.parses(text) == (expected != 'no')
+    assert bool(worlds.readings(text)) == (expected == 'agrees')
 
 
-def test_the_tasks_are_answered_rightly():
+def test_the_tasks_have_right_answers():
     seen = Counter()
     for record in worlds.dialogues(3000):
         assert data.as_record(record) == record
@@ -106,8 +115,8 @@ def test_the_tasks_are_answered_rightly():
 def test_facts_are_stated_as_promised():
     facts = worlds.facts(64)
     stated = {(f['first'], f['join'], f['second']) for f in facts if f['seen']}
-    turned = {' is the mother of ': ' is the child of ', ' is the child of ': ' is the mother of '}
+    reverse = {' is the mother of ': ' is the child of ', ' is the child of ': ' is the mother of '}
     assert len(facts) == 128 and len(stated) == 96 and len({f['first'] for f in facts}) == 128
     for f in facts:
-        other = (f['second'], turned[f['join']], f['first']) in stated
+        other = (f['second'], reverse[f['join']], f['first']) in stated
         assert f['both'] == (other and f['seen']) and (f['seen'] or other)
