@@ -1,15 +1,16 @@
-"""Sampling speed, run by hand: the plain loop, the exact sampler and faster, inexact variants, taking turns.
+"""Measure sampling speed: a plain loop, the exact sampler, and faster, inexact variants, taking turns.
 
     python tests/bench_sample.py                                    # random weights, d 256, 4 blocks, V 32,768
     python tests/bench_sample.py --prompt_length=900
-    python tests/bench_sample.py --checkpoint=out/sft_toy --questions=100       # trained: are the answers still right?
+    python tests/bench_sample.py --checkpoint=out/sft_toy --gen_length=16 --block_length=8      # are answers right?
     python tests/bench_sample.py --checkpoint=out/sft_toy --questions=200 --gen_length=64 --block_length=8 \\
-        --batch_size=16 --only='exact, to the last mask;exact'                  # does it pay to stop at the end?
+        --batch_size=16 --only='exact, to the last mask;exact'      # does it pay to stop at the end token?
     python tests/bench_sample.py --d_model=4096 --n_layer=32 --n_head=32 --d_ff=12288 --vocab_size=126464   # on a GPU
 
-On random weights: milliseconds per forward pass, tokens per second, tokens per pass, the share of tokens that agree
-with the first sampler's, and the speed relative to the plain loop (reference.py: every logit, every step), medians of
-the rounds. On a checkpoint: the same for answers to held-out questions, and how many are right. One thread by default.
+With random weights: milliseconds per forward pass, tokens per second, tokens per pass, the speed relative to the first
+sampler, and the share of tokens that agree with it. (The first one is the plain loop of reference.py, with every logit
+at every step.) With a checkpoint: the same for answers to held-out questions, and how many of them are right. Times
+are medians of the rounds.
 """
 
 import statistics
@@ -26,135 +27,171 @@ import reference  # noqa: E402
 import diffusion  # noqa: E402
 import evaluate  # noqa: E402
 import model as models  # noqa: E402
-from configurator import configure, settings_of  # noqa: E402
+import sample  # noqa: E402
+from configurator import UserError, configure, run  # noqa: E402
 
-checkpoint = ''         # a run trained on examples; default: random weights
+checkpoint = ''         # a run trained on examples; '' = random weights
 questions = 100         # how many of its held-out questions
 prompt_length = 100     # tokens before the answer (random weights)
-gen_length = 128        # tokens to write; for a checkpoint take the length of an answer, say 16
+gen_length = 128        # tokens to write; for a checkpoint take the length of an answer, such as 16
 block_length = 32       # for a checkpoint take 8
 n_layer = 4             # blocks
-n_head = 8              # heads
-d_model = 256           # width
-d_ff = 688              # width inside
+n_head = 8              # attention heads
+d_model = 256           # width of the residual stream
+d_ff = 688              # width inside the SwiGLU
 vocab_size = 32768      # rows of embedding and head
-batch_size = 1          # prompts at a time (the plain loop takes one)
-only = ''               # the samplers to try, by name, split by ';' (default: all)
+batch_size = 1          # prompts in one forward pass (the plain loop takes one)
+only = ''               # the samplers to measure, by name, with ; between them ('' = all)
 compiled = ''           # torch.compile each block: 'default' or another of its modes
 threads = 1             # of torch
-rounds = 3              # rounds
+rounds = 3              # how often each sampler runs
 
-VARIANTS = {            # arguments of generate besides steps and blocks; each: tokens per step
-    'exact': {}, 'exact, 2 tokens a step': dict(each=2), 'exact, 4 tokens a step': dict(each=4),
-    'threshold 0.95': dict(threshold=0.95), 'threshold 0.9': dict(threshold=0.9),
-    'threshold 0.7': dict(threshold=0.7), 'threshold 0.5': dict(threshold=0.5),
-    'prefix': dict(cache='prefix'), 'dual': dict(cache='dual'), 'roll': dict(cache='roll'),
-    'dual, 4 tokens a step': dict(cache='dual', each=4), 'roll, 4 tokens a step': dict(cache='roll', each=4),
-    'dual, threshold 0.9': dict(cache='dual', threshold=0.9),
-    'roll, threshold 0.9': dict(cache='roll', threshold=0.9)}
-LAST = 'exact, to the last mask'                                # of a checkpoint
+PLAIN = 'plain loop'                                # of random weights
+TO_THE_LAST = 'exact, to the last mask'             # of a checkpoint
+# settings of the sampler; each is the number of tokens per step
+VARIANTS = {
+    'exact': dict(),
+    'exact, 2 tokens per step': dict(each=2),
+    'exact, 4 tokens per step': dict(each=4),
+    'threshold 0.95': dict(threshold=0.95),
+    'threshold 0.9': dict(threshold=0.9),
+    'threshold 0.7': dict(threshold=0.7),
+    'threshold 0.5': dict(threshold=0.5),
+    'prefix': dict(cache='prefix'),
+    'dual': dict(cache='dual'),
+    'dual, 4 tokens per step': dict(cache='dual', each=4),
+    'dual, threshold 0.9': dict(cache='dual', threshold=0.9)}
 
 
-def rated(rows):
-    """Rows [name, passes, seconds, tokens, agreement] of all rounds -> table rows; the speed of the first is 1.0 x."""
-    names, out = list(dict.fromkeys(row[0] for row in rows)), []
+def params_of(name, cfg):
+    settings = dict(VARIANTS.get(name, {}))
+    steps = cfg.gen_length // settings.pop('each', 1)
+    return diffusion.SamplingParams(steps=steps, block_length=cfg.block_length, **settings)
+
+
+def summary(rows):
+    """Return table rows from (name, passes, seconds, tokens, *more) of all rounds. The first name has speed 1."""
+    names = list(dict.fromkeys(row[0] for row in rows))
+    medians = {name: statistics.median(row[2] for row in rows if row[0] == name) for name in names}
+    first = medians[names[0]]
+    table = []
     for name in names:
-        mine = [row for row in rows if row[0] == name]
-        seconds = statistics.median(row[2] for row in mine)
-        first = statistics.median(row[2] for row in rows if row[0] == names[0])
-        _, passes, _, tokens, *more = mine[0]
-        out.append([name, passes, f'{1e3 * seconds / passes:.1f}', f'{tokens / seconds:.1f}', f'{tokens / passes:.2f}',
-                    f'{first / seconds:.2f}', *more])
-    return out
+        _, passes, _, tokens, *more = next(row for row in rows if row[0] == name)
+        seconds = medians[name]
+        table.append([
+            name, passes, f'{1e3 * seconds / passes:.1f}', f'{tokens / seconds:.1f}', f'{tokens / passes:.2f}',
+            f'{first / seconds:.2f}', *more])
+    return table
 
 
-def on_random_weights(cfg):
-    shape = dict(seq_len=cfg.prompt_length + cfg.gen_length, n_layer=cfg.n_layer, n_head=cfg.n_head,
-                 n_kv_head=cfg.n_head, d_model=cfg.d_model, d_ff=cfg.d_ff, vocab_size=cfg.vocab_size)
-    device, bf16 = models.pick_device('auto', 'auto')
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def random_model(cfg):
+    device, dtype = models.pick_device('auto', 'auto')
+    shape = dict(
+        seq_len=cfg.prompt_length + cfg.gen_length, n_layer=cfg.n_layer, n_head=cfg.n_head, n_kv_head=cfg.n_head,
+        d_model=cfg.d_model, d_ff=cfg.d_ff, vocab_size=cfg.vocab_size)
     model = models.empty_model(models.ModelConfig(**shape)).to_empty(device=device).eval()
     models.init_weights(model, emb_std=1.0)
     if device == 'cuda':
-        model.bfloat16()
+        model.to(dtype)
     if cfg.compiled:
+        torch._dynamo.config.recompile_limit = 64           # batches and canvases have many shapes
         for block in model.blocks:
             block.compile(mode=cfg.compiled)
-    mask = cfg.vocab_size - 1
-    size = cfg.batch_size, cfg.prompt_length
-    prompts = torch.randint(mask, size, generator=torch.Generator().manual_seed(0)).tolist()
-    x, _, _ = diffusion.canvas(prompts, cfg.gen_length, mask, 0, device)
-    names = cfg.only.split(';') if cfg.only else ['plain loop', *VARIANTS]
-    if cfg.compiled or device == 'cuda':                        # compilers and planners are not a part of the speed
+    return model
+
+
+def on_random_weights(cfg, names):
+    """Measure the samplers on random weights -> table rows."""
+    model = random_model(cfg)
+    mask_id = cfg.vocab_size - 1
+    size = (cfg.batch_size, cfg.prompt_length)
+    prompts = torch.randint(mask_id, size, generator=torch.Generator().manual_seed(0))
+    x, _, _ = diffusion.canvas(prompts.tolist(), cfg.gen_length, mask_id, 0, diffusion.device_of(model))
+
+    def fill(name):
+        params = params_of(name, cfg)
+        if name == PLAIN:
+            with torch.no_grad():
+                filled = reference.plain_generate(
+                    model, x, mask_id, steps=params.steps, block_length=cfg.block_length,
+                    gen_start=cfg.prompt_length)
+            return filled, params.steps
+        return diffusion.generate(model, x, mask_id, params, gen_start=cfg.prompt_length)
+
+    # the time of a compiler is not a part of the speed
+    if cfg.compiled or torch.cuda.is_available():
         for name in names:
-            one_run(model, x, mask, name, cfg)
+            fill(name)
+
     rows = []
-
+    expected = None
     for _ in range(cfg.rounds):
         for name in names:
-            began = time.perf_counter()
-            out, passes = one_run(model, x, mask, name, cfg)
-            if device == 'cuda':
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - began
-            exact = out if name == names[0] else exact                                  # noqa: F821
-            same = (out == exact)[:, cfg.prompt_length:].double().mean().item()
+            started = time.perf_counter()
+            filled, passes = fill(name)
+            synchronize()
+            seconds = time.perf_counter() - started
+            expected = filled if expected is None else expected
+            same = (filled == expected)[:, cfg.prompt_length:].double().mean().item()
             rows.append([name, passes, seconds, cfg.batch_size * cfg.gen_length, f'{100 * same:.0f}'])
-    return rated(rows)
+    return summary(rows)
 
 
-@torch.no_grad()
-def one_run(model, x, mask, name, cfg):
-    """-> (the filled canvas, passes)."""
-    asked = {} if name == 'plain loop' else dict(VARIANTS[name])
-    steps = cfg.gen_length // asked.pop('each', 1)
-    how = dict(steps=steps, block_length=cfg.block_length, gen_start=cfg.prompt_length)
-    if name == 'plain loop':
-        return reference.plain_generate(model, x.clone(), mask, **how), steps
-    return diffusion.generate(model, x, mask, **how, **asked)
+def on_a_checkpoint(cfg, names):
+    """Measure the samplers on held-out questions -> table rows."""
+    settings = configure(dict(vars(evaluate)), [])
+    settings.update(limit=cfg.questions)
+    model = evaluate.load(cfg.checkpoint, SimpleNamespace(**settings))
+    items, prompts = evaluate.questions_of(model, SimpleNamespace(**settings))
+    seeds = [(k,) for k in range(len(prompts))]             # (at temperature 0 there is no noise)
+    original = diffusion.generate
 
+    def to_the_last_mask(*args, **options):
+        return original(*args, **{**options, 'until_end': False})
 
-def on_a_checkpoint(cfg):
-    asked = SimpleNamespace(**{**settings_of(vars(evaluate)), 'limit': cfg.questions})
-    run = evaluate.load(cfg.checkpoint, asked)
-    items, prompts = evaluate.questions_of(run, asked)
-    names = cfg.only.split(';') if cfg.only else list(VARIANTS)
-    generate, rows = diffusion.generate, []
-
-    def to_the_last(*args, **options):
-        return generate(*args, **{**options, 'until_end': False})
-
+    rows = []
+    expected = None
     for _ in range(cfg.rounds):
         for name in names:
-            how = {} if name == LAST else dict(VARIANTS[name])
-            diffusion.generate = to_the_last if name == LAST else generate
-            steps = cfg.gen_length // how.pop('each', 1)
-            began = time.perf_counter()
-            with run.autocast, torch.no_grad():
-                done, passes = diffusion.complete(
-                    run.model, prompts, cfg.gen_length, run.tok, steps=steps, batch_size=cfg.batch_size,
-                    block_length=cfg.block_length, remasking='low_confidence', **how)
-            seconds = time.perf_counter() - began
-            texts = [run.tok.answer(row[len(ids):]) for row, ids in zip(done, prompts)]
-            exact = texts if name == names[0] else exact                                # noqa: F821
-            tokens = sum(len(run.tok.encode(text)) + 1 for text in texts)               # and its end token
-            right = [evaluate.right(text, item) for text, item in zip(texts, items)]
-            same = sum(a == b for a, b in zip(texts, exact)) / len(texts)
-            rows.append([name, passes, seconds, tokens, f'{100 * same:.0f}', *evaluate.percent(right)])
-    return rated(rows)
+            diffusion.generate = to_the_last_mask if name == TO_THE_LAST else original
+            started = time.perf_counter()
+            written, passes = sample.generate_text(
+                model.model, prompts, cfg.gen_length, model.tok, params_of(name, cfg),
+                seeds=seeds, batch_size=cfg.batch_size)
+            seconds = time.perf_counter() - started
+            diffusion.generate = original
+
+            texts = [sample.answer_text(row[len(ids):], model.tok) for row, ids in zip(written, prompts)]
+            tokens = sum(len(model.tok.encode(text)) + 1 for text in texts)             # with the end token
+            hits = [evaluate.right(text, item) for text, item in zip(texts, items)]
+            expected = expected or texts
+            same = sum(a == b for a, b in zip(texts, expected)) / len(texts)
+            rows.append([name, passes, seconds, tokens, f'{100 * same:.0f}', *evaluate.percent(hits)])
+    return summary(rows)
 
 
-def main():
-    cfg = SimpleNamespace(**configure(globals()))
+def main(cfg):
     torch.set_num_threads(cfg.threads)
-    known = [*VARIANTS, LAST if cfg.checkpoint else 'plain loop']
-    if cfg.only and not set(cfg.only.split(';')) <= set(known):
-        raise SystemExit(f'only: known are {"; ".join(known)}; got {cfg.only!r}')
-    columns = ['sampler', 'passes', 'ms a pass', 'tokens/s', 'tokens a pass', 'x the first', 'as the first %']
+    names = [PLAIN, *VARIANTS]
     if cfg.checkpoint:
-        evaluate.table(on_a_checkpoint(cfg), [*columns, 'right %', '+-'])
+        names = [*VARIANTS, TO_THE_LAST]
+    wanted = cfg.only.split(';') if cfg.only else names
+    if not set(wanted) <= set(names):
+        raise UserError(f'only: expected some of {"; ".join(names)}; got {cfg.only!r}')
+    if cfg.batch_size > 1 and not cfg.checkpoint:
+        wanted = [name for name in wanted if name != PLAIN]
+
+    columns = ['sampler', 'passes', 'ms per pass', 'tokens/s', 'tokens per pass', 'x the first', 'as the first %']
+    if cfg.checkpoint:
+        evaluate.table(on_a_checkpoint(cfg, wanted), [*columns, 'right %', '+-'])
     else:
-        evaluate.table(on_random_weights(cfg), columns)
+        evaluate.table(on_random_weights(cfg, wanted), columns)
 
 
 if __name__ == '__main__':
-    main()
+    run(main, globals())
