@@ -5,9 +5,9 @@
     python evaluate.py choice out/docs --input=questions.jsonl --method=confidence
     python evaluate.py lm_eval LLaDA-8B-Base config/eval/llada_base.py      # pip install lm_eval
 
-bound: nats per token and bits per byte. For a diffusion model this is an upper bound on its cross-entropy (Eq. 6 of
-LLaDA, arXiv 2502.09992v3), written <=. For an autoregressive model it is exact, written =. Do not read the two as
-the same kind of number. The experiments of the papers are in tests/lab/experiments.py.
+bound: nats per token and bits per byte. For a diffusion model this is an upper bound on its cross-entropy (Eq. 6
+of LLaDA, arXiv 2502.09992v3), written <=. For an autoregressive model it is exact, written =. Do not read the
+two as the same kind of number. The experiments of the papers are in tests/lab/experiments.py.
 """
 
 import csv
@@ -33,7 +33,8 @@ task = 'bound'                  # bound, exact, choice or lm_eval
 checkpoints = []                # runs of train.py, their checkpoints, or folders of released weights
 dataset = ''                    # a data set; '' = the one that the first checkpoint was trained on
 split = 'val'                   # 'val' or 'train' (bound)
-input = []                      # files of questions or choices (repeat, or patterns); exact: default held-out ones
+input = []                      # files of questions or choices (repeat, or patterns). Without any, exact asks
+                                # the questions that the data set of the model holds out
 windows = 0                     # windows or examples (bound), evenly spaced; 0 = all (of a mixture, 1000)
 limit = 0                       # questions, evenly spaced; 0 = all
 # --- likelihood
@@ -42,7 +43,8 @@ draws = 16                      # masks for each window (bound)
 mc_num = 128                    # masks for each choice (choice, lm_eval): Eq. 6
 method = 'likelihood'           # of choice and lm_eval: 'likelihood' (Eq. 6) or 'confidence' (iLLaDA)
 same_masks = True               # if True, the choices of a question share their masks, for far less noise
-add_bos = False                 # if True, plain prompts begin with BOS (iLLaDA); models of examples always do that
+add_bos = False                 # if True, plain prompts begin with BOS (iLLaDA). For a model that was trained
+                                # with masking = 'response' they always do
 pad_eos = False                 # if True, a visible EOS follows what is scored, but is not scored (iLLaDA)
 # --- sampler, as in sample.py
 gen_length = 0                  # tokens for an answer; 0 = what the context leaves, at most 64
@@ -61,7 +63,7 @@ extract = ''                    # exact: a regular expression; its last match in
 stop = []                       # exact, lm_eval: an answer ends before these texts
 # --- lm_eval
 tasks = []                      # its tasks or .yaml files, each with an optional :N for N-shot prompts
-unsafe_code = False             # if True, tasks may run code that the model wrote (HumanEval): in a sandbox only
+unsafe_code = False             # if True, tasks may run what the model wrote (HumanEval): in a sandbox only
 # --- machine and output
 batch_size = 64                 # rows in one forward pass
 seed = 1                        # of masks and samples
@@ -73,11 +75,16 @@ out = ''                        # also write the table to this .csv
 show = 0                        # how many of the answers to print (exact)
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Checkpoints, rows of files, tables
+
+
 def load(name, cfg):
     """Open a checkpoint -> sample.Run."""
     run = sample.load(name, cfg)
+    # a chat template has a beginning of its own
     if cfg.instruct:
-        run = run._replace(start=[])                        # the chat template has a beginning of its own
+        run = run._replace(start=[])
     elif cfg.add_bos:
         run = run._replace(start=[run.tok.bos_id])
     return run
@@ -90,6 +97,7 @@ def dataset_of(runs, cfg):
     if not name:
         raise UserError('released weights do not say what they were trained on; give --dataset')
 
+    # ids of another tokenizer would give a number, and it would mean nothing
     dataset = data.open_dataset(name)
     fingerprint = dataset.parts[0].tokenizer().fingerprint()
     for run in runs:
@@ -100,6 +108,7 @@ def dataset_of(runs, cfg):
 
 def read_items(files, accept, cfg):
     """Read the rows of files as accept(row) makes them, `limit` of them, evenly spaced -> list of dicts."""
+    # the name of the file stays with each row, because results are told apart by it
     items = []
     for path in data.files_of(','.join(files)):
         for _, item in data.read_records(path, accept):
@@ -111,6 +120,7 @@ def percent(hits):
     """Return the mean of booleans and its standard error, in per cent, as texts."""
     n = len(hits)
     mean = sum(hits) / n
+    # the standard deviation of 0 and 1 with this mean, over sqrt(n)
     error = math.nan
     if n > 1:
         error = math.sqrt(mean * (1 - mean) / (n - 1))
@@ -144,26 +154,25 @@ def table(rows, columns, out=''):
 # Likelihood of held-out text
 
 
-def score_row(run, x0, maskable, cfg, mc_num, key):
-    """Score the maskable tokens of one row given the others: x0 (T,) int64, maskable (T,) bool -> float.
+def score_row(run, x0, maskable, cfg, n_masks, key):
+    """Return log p of the maskable tokens of a row given the others, x0 (T,) int64, maskable (T,) bool -> float.
 
-    This is log p for a causal model, else its lower bound (Eq. 6) or iLLaDA's confidence. key: of the masks.
+    It is exact for a causal model, and otherwise the lower bound of Eq. 6. key: integers that decide on the
+    masks.
     """
     device = diffusion.device_of(run.model)
     x0 = x0.to(device)
     maskable = maskable.to(device)
     if run.model.config.causal:
+        # EOS in front, as in training, so that the first token has something before it
         return diffusion.ar_log_likelihood(run.model, x0, maskable, bos_id=run.tok.eos_id)
-    if cfg.method == 'confidence':
-        return diffusion.confidence_score(
-            run.model, x0, maskable, run.tok.mask_id, cfg_scale=cfg.cfg_scale)
     return diffusion.log_likelihood(
-        run.model, x0, maskable, run.tok.mask_id, cfg_scale=cfg.cfg_scale, mc_num=mc_num,
+        run.model, x0, maskable, run.tok.mask_id, cfg_scale=cfg.cfg_scale, mc_num=n_masks,
         batch_size=cfg.batch_size, generator=diffusion.keyed_generator(cfg.seed, *key))
 
 
 def bound(cfg):
-    """Print nats per token and bits per byte of held-out windows, or of the responses of held-out examples."""
+    """Print nats per token and bits per byte, of held-out windows or of the responses of held-out examples."""
     runs = [load(name, cfg) for name in cfg.checkpoints]
     masking = 'unified'
     if all(run.masking == 'response' for run in runs):
@@ -189,7 +198,7 @@ def bound(cfg):
         if first is None:
             first = logp
 
-        # On the same windows and masks, the difference is far more precise than either number.
+        # the difference on the same windows and masks is far more precise than either number
         numbers = diffusion.nats_and_bits(logp, n_tokens, n_bytes)
         numbers += diffusion.nats_and_bits(logp - first, n_tokens, n_bytes)[2:]
         numbers = [f'{number:.4f}' for number in numbers]
@@ -207,12 +216,13 @@ def bound(cfg):
 
 
 def as_choice(row):
-    """Return {"question" or "context", "choices", "answer"} as context, choices, number of the right choice."""
+    """Return {"question" or "context", "choices", "answer"} as context, choices and number of the right one."""
     context = row.get('context')
     if context is None:
         context = f"Question: {row['question']}\nAnswer:"
     choices = row['choices']
     answer = row['answer']
+    # it may be the choice itself
     if answer in choices:
         answer = choices.index(answer)
     if answer not in range(len(choices)):
@@ -229,7 +239,8 @@ def encode_pair(context, continuation, run):
 
 
 def score(run, before, after, cfg):
-    """Score the ids `after` as a continuation of the ids `before`, with score_row -> float."""
+    """Score the ids `after` as a continuation of the ids `before` -> float: log p, its bound, or confidence."""
+    device = diffusion.device_of(run.model)
     end = [run.tok.eos_id] * cfg.pad_eos
     room = run.model.config.seq_len - len(run.start) - len(after) - len(end)
     if room < 0:
@@ -237,9 +248,13 @@ def score(run, before, after, cfg):
     # what does not fit is the beginning, which matters least
     context = run.start + before[max(0, len(before) - room):]
 
-    x0 = torch.tensor(context + after + end)
-    maskable = torch.zeros(len(x0), dtype=torch.bool)
+    x0 = torch.tensor(context + after + end, device=device)
+    maskable = torch.zeros_like(x0, dtype=torch.bool)
     maskable[len(context):len(context) + len(after)] = True
+    if cfg.method == 'confidence' and not run.model.config.causal:
+        return diffusion.confidence_score(
+            run.model, x0, maskable, run.tok.mask_id, cfg_scale=cfg.cfg_scale)
+
     # if choices share their masks, they differ by what they say and not by luck
     key = before if cfg.same_masks else before + after
     return score_row(run, x0, maskable, cfg, cfg.mc_num, key)
@@ -256,6 +271,7 @@ def choice(cfg):
         plain = []
         per_byte = []
         for item in tqdm(items, name, disable=None):
+            # a choice may be longer than another, so acc_norm divides by its length in bytes
             space = ' ' if item['context'] else ''
             scores = []
             relative = []
@@ -311,7 +327,7 @@ def right(text, item, extract=''):
 
 
 def questions_of(run, cfg):
-    """Return questions and their prompts as ids: those of cfg.input, or what the data set of a run holds out."""
+    """Return questions, and their prompts as ids: from cfg.input, or what the data set of a run holds out."""
     files = cfg.input
     if not files:
         folder = dataset_of([run], cfg).parts[0].folder
@@ -320,6 +336,7 @@ def questions_of(run, cfg):
             raise UserError(f'{folder} holds out no examples; give --input=FILE')
     items = read_items(files, as_question, cfg)
 
+    # a conversation, if the model knows them, else the form that is usual for base models
     prompts = []
     chat = cfg.instruct or not cfg.input or run.masking == 'response'
     for item in items:
@@ -361,43 +378,37 @@ def exact(cfg):
 
 
 class Harness:
-    """Answer the requests of lm_eval. Its class LM is mixed in below, because not everybody has it installed."""
+    """Answer the requests of lm_eval. (Its class LM is mixed in below, so that only those need it who use it.)"""
+
+    tokenizer_name = 'nanollada'        # a key of its cache, which is not used here
+    loglikelihood_rolling = None        # it would print a bound as if it were a perplexity; the task `bound` does not
 
     def __init__(self, run, cfg):
         super().__init__()
         self.run = run
         self.cfg = cfg
-        self.tokenizer_name = run.name.replace('/', '__')
 
     def loglikelihood(self, requests, disable_tqdm=False):
-        """[(context, continuation)] -> [(score, is_greedy)].
-
-        is_greedy (would the model write this?) takes a forward pass per token, and hardly any metric uses it. None
-        makes those few fail.
-        """
+        """[(context, continuation)] -> [(score, is_greedy)]. is_greedy: would the model itself write this?"""
+        run = self.run
         results = []
-        for request in tqdm(requests, self.run.name, disable=None):
+        for request in tqdm(requests, run.name, disable=None):
             context, continuation = request.args
             if self.cfg.instruct:
                 before = self.encode(context)
-                after = self.run.tok.encode(continuation)
+                after = run.tok.encode(continuation)
             else:
-                before, after = encode_pair(context, continuation, self.run)
-            results.append((score(self.run, before, after, self.cfg), None))
-        return results
+                before, after = encode_pair(context, continuation, run)
 
-    def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        """[(text,)] -> [score], the sum over windows of the model's context that do not overlap."""
-        room = self.run.model.config.seq_len - len(self.run.start) - self.cfg.pad_eos
-        results = []
-        for request in requests:
-            ids = self.run.tok.encode(request.args[0])
-            starts = range(0, len(ids), room)
-            results.append(sum(score(self.run, [], ids[i:i + room], self.cfg) for i in starts))
+            prompt = run.start + before
+            (row,), _ = sample.generate_text(
+                run.model, [prompt], len(after), run.tok, diffusion.SamplingParams(), seeds=[(0,)])
+            results.append((score(run, before, after, self.cfg), row == prompt + after))
         return results
 
     def generate_until(self, requests, disable_tqdm=False):
         """[(context, generation arguments)] -> [text up to a stop string]."""
+        # requests of a task come together, and all of them have the same arguments
         results = []
         for arguments, group in groupby(requests, lambda request: request.args[1]):
             cfg = self.sampler(**arguments)
@@ -407,7 +418,7 @@ class Harness:
         return results
 
     def sampler(self, until=(), do_sample=False, temperature=0.0, max_gen_toks=256, **unknown):
-        """Return the settings with the generation arguments of a task. gen_length, if set, has precedence."""
+        """Return the settings with the generation arguments of a task. (gen_length, if set, has precedence.)"""
         if unknown:
             raise UserError(f'a task asks the sampler for {sorted(unknown)}, which it does not have')
         cfg = SimpleNamespace(**vars(self.cfg))
@@ -424,27 +435,28 @@ class Harness:
         return self.run.start + self.run.tok.encode(context)
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
-        """Return messages as a text. `encode` makes ids of them, because tokens of a template are not text."""
+        """Return messages as they are, for `encode`, because the special tokens of a template are not text."""
         return json.dumps(chat_history)
 
 
 def lm_eval(cfg):
     """Print lm_eval's own tables for its tasks. The settings of the papers are in config/eval/."""
     try:
-        import lm_eval
+        from lm_eval import simple_evaluate
         from lm_eval.api.model import LM
+        from lm_eval.tasks import TaskManager
         from lm_eval.utils import make_table
     except ImportError:
         raise UserError('this task needs one more package: pip install lm_eval') from None
 
     # a task can be a .yaml file of yours, and lm_eval looks for it in the folder
     folders = {str(Path(task).parent) for task in cfg.tasks if '.yaml' in task}
-    manager = lm_eval.tasks.TaskManager(include_path=sorted(folders) or None)
+    manager = TaskManager(include_path=sorted(folders) or None)
     for name in cfg.checkpoints:
         model = type('NanoLLaDA', (Harness, LM), {})(load(name, cfg), cfg)
         for task in cfg.tasks:
             file, _, shots = task.partition(':')
-            results = lm_eval.simple_evaluate(
+            results = simple_evaluate(
                 model, tasks=[Path(file).name.removesuffix('.yaml')], task_manager=manager,
                 num_fewshot=int(shots) if shots else None, limit=cfg.limit or None,
                 apply_chat_template=cfg.instruct, fewshot_as_multiturn=cfg.instruct,
@@ -454,11 +466,14 @@ def lm_eval(cfg):
 
 
 TASKS = {f.__name__: f for f in (bound, exact, choice, lm_eval)}
+WORDS = {'task': TASKS, 'split': ('val', 'train'), 'method': ('likelihood', 'confidence')}
 
 
 def main(cfg):
-    if cfg.task not in TASKS:
-        raise UserError(f'task must be one of {", ".join(TASKS)}, got {cfg.task!r}')
+    for name, words in WORDS.items():
+        value = getattr(cfg, name)
+        if value not in words:
+            raise UserError(f'{name} must be one of {", ".join(words)}, got {value!r}')
     if not cfg.checkpoints:
         raise UserError('name at least one checkpoint:  python evaluate.py bound out/docs')
     # a missing one is found before the first is measured

@@ -33,8 +33,7 @@ from model import open_model
 # --- what to write
 checkpoint = 'out/docs'         # a run of train.py, one of its checkpoints, or a folder of released weights
 prompt = []                     # text to continue, or with ___ to fill in (repeat for more); none = samples
-prompt_file = ''                # more prompts: a .txt with one per line, or a .jsonl whose objects have
-                                # "prompt" (a text), "messages" or "ids"
+prompt_file = ''                # more prompts: a .txt (one per line), or a .jsonl (prompt, messages or ids)
 instruct = False                # if True, a prompt is what the user says in a chat
 chat = False                    # talk: /reset forgets, /quit or Ctrl-D leaves, Ctrl-C interrupts an answer
 num_samples = 3                 # how many samples, if there is no prompt
@@ -45,9 +44,10 @@ stop = []                       # an answer ends before this text (repeat for mo
 steps = 0                       # denoising steps (variable_length: of each block); 0 = one token per step
 block_length = 0                # finish blocks of this many tokens from left to right; 0 = one block
 variable_length = False         # if True, append blocks one by one until the end is written (iLLaDA)
-remasking = 'auto'              # 'random' draws from the model, 'low_confidence' seeks the most probable;
-                                # 'auto' = low_confidence for answers (chat, instruct, released weights,
-                                # models trained on examples), random for everything else
+remasking = 'auto'              # 'random', 'low_confidence', or 'auto' = low_confidence for answers, else random
+                                # random draws from the model, low_confidence seeks the most probable text.
+                                # Answers are what is written with chat or instruct, by released weights, and
+                                # by models that were trained on examples (masking = 'response').
 temperature = -1.0              # of the guesses; 0 = the most probable token; -1 = 1 if random, else 0
 cfg_scale = 0.0                 # classifier-free guidance away from the canvas without the prompt; 0 = none
 logits_eos_inf = False          # if True, EOS is never written
@@ -215,7 +215,7 @@ def generate_batch(model, prompts, gen_length, tok, params,
         rows = [[tok.eos_id, *ids] for ids in prompts]
         x, attention_mask, _ = diffusion.canvas(rows, 0, tok.mask_id, tok.eos_id, device)
         x, n = diffusion.ar_generate(
-            model, x, gen_length, attention_mask=attention_mask, eos_id=tok.eos_id, suppress=never,
+            model, x, gen_length, attention_mask=attention_mask, suppress=never,
             temperature=params.temperature, generator=options['generator'])
         return [ids + row[-gen_length:].tolist() for ids, row in zip(prompts, x)], n
 
