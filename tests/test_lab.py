@@ -243,11 +243,10 @@ def test_the_last_entry_of_an_iteration_counts(tmp_path):
 
 @pytest.mark.parametrize('size, flops', [('s', 1e12), ('m', 4e12), ('l', 1.6e13)])
 def test_both_families_get_equal_flops(size, flops):
-    """With the vocabulary of the documentation, because the head is most of a small model."""
-    _, tokenizer, _ = data.DATASETS['docs']
+    """The head is most of a small model, so this holds for the vocabulary of docs only, 4,096."""
     for name in (f'scaling_{size}', f'scaling_{size}_ar'):
         cfg = SimpleNamespace(**configure(dict(vars(train)), [str(ROOT / 'config' / 'lab' / f'{name}.py')]))
-        cfg.vocab_size = int(tokenizer.removeprefix('bpe-'))
+        cfg.vocab_size = 4096
         shape = {field: getattr(cfg, field) for field in models.ModelConfig.__dataclass_fields__}
         per_token = models.empty_model(models.ModelConfig(**shape)).flops_per_token(1.0 if cfg.causal else 0.5)
         tokens = cfg.max_iters * cfg.batch_size * cfg.seq_len

@@ -137,17 +137,16 @@ def world(cfg):
 
 
 def leave_out(text, n, tok):
-    """Leave the n words before the last 'in' out of a story that ends like '... has the red drum in the mill.'
+    """Put ___ for the n words before the last 'in' of a story that ends like '... has the red drum in the mill.'
 
-    Returns the text before the gap and the text after it, or None if the story ends otherwise, or if these words
-    are not n tokens.
+    Returns None if the story ends otherwise, or if these words are not n tokens.
     """
     story, _, place = text.rpartition(' in ')
     before, *words = story.rsplit(' ', n)
     gap = ''.join(f' {word}' for word in words)
     if ' has the ' not in story.split('. ')[-1] or len(tok.encode(gap)) != n:
         return None
-    return before, f' in {place}'
+    return f'{before} ___ in {place}'
 
 
 def gaps(cfg):
@@ -155,34 +154,26 @@ def gaps(cfg):
     table = []
     for name in cfg.checkpoints:
         run = evaluate.load(name, cfg)
-        tok = run.tok
-        params = SamplingParams()
+        mask_id = run.tok.mask_id
         folder = evaluate.dataset_of([run], cfg).parts[0].folder
         texts = []
         for file in sorted(folder.glob('val_*.jsonl')):
             texts += [record['response'] for _, record in data.read_records(file)]
 
         for n in (1, 2, 3):
-            questions = [(text, leave_out(text, n, tok)) for text in texts]
-            questions = [(text, parts) for text, parts in questions if parts][:cfg.limit or 100]
+            questions = [(text, leave_out(text, n, run.tok)) for text in texts]
+            questions = [(text, prompt) for text, prompt in questions if prompt][:cfg.limit or 100]
             if not questions:
                 raise UserError(f'{folder}: no held-out story tells again what has {n} tokens')
 
             hits = {'known': [], 'best fit': [], 'most probable filling': []}
-            for text, (before, after) in questions:
-                tried = []
-                for length in range(1, 9):
-                    ids = run.start + tok.encode(before) + [tok.mask_id] * length + tok.encode(after)
-                    if len(ids) <= run.model.config.seq_len:
-                        tried.append(ids)
-                seeds = [(cfg.seed, 0)] * len(tried)
-                filled, _ = sample.generate_text(run.model, tried, 0, tok, params, seeds=seeds)
-
-                fits = [hooks.fit(run.model, *pair, tok.mask_id) for pair in zip(tried, filled)]
-                alone = [score_filling(run, *pair) for pair in zip(tried, filled)]
-                chosen = (n - 1, fits.index(max(fits)), alone.index(max(alone)))
-                for how, k in zip(hits, chosen):
-                    hits[how].append(tok.decode(filled[k][len(run.start):]) == text)
+            for text, prompt in questions:
+                found = hooks.fill_gaps(run, prompt, cfg)                       # (score, ids, filled), best first
+                fillings = {ids.count(mask_id): filled for _, ids, filled in found}
+                alone = [score_filling(run, ids, filled) for _, ids, filled in found]
+                kept = (fillings[n], found[0][2], found[alone.index(max(alone))][2])
+                for how, filled in zip(hits, kept):
+                    hits[how].append(run.tok.decode(filled[len(run.start):]) == text)
             for how, right in hits.items():
                 table.append([name, n, how, len(right), *evaluate.percent(right)])
     evaluate.table(table, ['checkpoint', 'tokens left out', 'length', 'gaps', 'exact %', '+-'], cfg.out)
