@@ -29,6 +29,10 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
 
+# Some processors need a hundred times as long for numbers below 1e-38, which AdamW's moments of rare tokens and
+# peaked attention reach. Threads inherit this, so it stands before the first operation.
+torch.set_flush_denormal(True)
+
 
 @dataclass
 class ModelConfig:
@@ -52,10 +56,7 @@ class ModelConfig:
             raise UserError(f'd_model / n_head must be an even number, got {self.d_model} / {self.n_head}')
         if self.n_head % self.n_kv_head:
             raise UserError(f'n_kv_head must divide n_head, got {self.n_kv_head} and {self.n_head}')
-
-    @property
-    def head_dim(self):
-        return self.d_model // self.n_head
+        self.head_dim = self.d_model // self.n_head
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -152,6 +153,7 @@ class Attention(nn.Module):
             # overwrite these positions of the cache, then attend to all S of it
             k = kv[0].index_copy_(2, kv_positions, k.to(kv.dtype))                  # (B, Hkv, S, D)
             v = kv[1].index_copy_(2, kv_positions, v.to(kv.dtype))
+            k, v = k.to(q.dtype), v.to(q.dtype)
         y = attention(q, k, v, **pattern)                                           # (B, H, T, D)
         y = y.transpose(1, 2).flatten(2)
         return self.out(y)                                                          # (B, T, C)
@@ -212,8 +214,11 @@ class Transformer(nn.Module):
         positions (M,) int64 in the flattened batch, or (B, T) bool: predict only these -> (M, V).
         targets (M,) int64: return their cross-entropy in nats instead, (M,) float32.
         """
+        config = self.config
         x = self.embed(ids)                                                         # (B, T, C)
-        x = x.to(dtype_of_pass(x))              # a narrow residual stream halves the memory traffic
+        if torch.is_autocast_enabled(x.device.type):
+            # a narrow residual stream halves the memory traffic
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if positions is not None and positions.dtype == torch.bool:
             positions = positions.flatten().nonzero()[:, 0]
 
@@ -223,13 +228,16 @@ class Transformer(nn.Module):
             _, where = segments_of(ids.shape, cu_seqlens)                           # (B, 1, T)
         elif where is None:
             where = torch.arange(ids.shape[1], device=ids.device)                   # (T,)
-        cos, sin = rope_angles(where, self.config.head_dim, self.config.rope_theta)
-        if not self.config.rope_fp32:
+        cos, sin = rope_angles(where, config.head_dim, config.rope_theta)
+        if not config.rope_fp32:
             cos = cos.to(x.dtype)
             sin = sin.to(x.dtype)
 
-        # who attends to whom is the same in every block
-        pattern = self.attention_pattern(x, kv, where, attention_mask, cu_seqlens)
+        # who attends to whom: everyone to everyone, or (causal) to what stands before, needs no mask
+        pattern = dict(causal=config.causal)
+        cached_causal = config.causal and kv is not None        # more keys than queries
+        if attention_mask is not None or cu_seqlens is not None or cached_causal:
+            pattern = self.attention_pattern(x, kv, where, attention_mask, cu_seqlens)
         for i, block in enumerate(self.blocks):
             cache = None if kv is None else kv[i]
             is_last = i == len(self.blocks) - 1
@@ -248,13 +256,8 @@ class Transformer(nn.Module):
         return head_cross_entropy(x, head.weight, targets)
 
     def attention_pattern(self, x, kv, where, attention_mask, cu_seqlens):
-        """Return who attends to whom as keyword arguments of `attention`, by a mask only if nothing else will do."""
+        """Return who attends to whom as keyword arguments of `attention`, with padding, segments or a cache."""
         causal = self.config.causal
-        if attention_mask is None and cu_seqlens is None:
-            # a causal cache has more keys than queries, so is_causal would not do
-            if kv is None or not causal:
-                return dict(causal=causal)
-
         # this also keeps masks out of training on CUDA, where cuDNN's backward can return NaN since torch
         # 2.11
         if cu_seqlens is not None and x.is_cuda and x.dtype == torch.bfloat16 and not causal:
@@ -281,8 +284,7 @@ class Transformer(nn.Module):
         c = self.config
         shape = (c.n_layer, 2, batch_size, c.n_kv_head, length, c.head_dim)
         weight = self.embed.weight
-        dtype = dtype_of_pass(weight)
-        return torch.zeros(shape, device=weight.device, dtype=dtype)
+        return torch.zeros(shape, device=weight.device, dtype=weight.dtype)
 
     def num_params(self, non_embedding=False):
         """Count all parameters, or those outside embedding and head (N in the papers' 6ND)."""
@@ -305,20 +307,18 @@ class Transformer(nn.Module):
 
 def head_cross_entropy(h, weight, targets):
     """Return cross-entropy of logits h W^T: h (M, C), weight (V, C), targets (M,) -> (M,) float32 or wider."""
-    def part(h, targets):
-        # in float32, because the loss weight 1/t multiplies its rounding error by up to 1000
-        logits = F.linear(h, weight)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits.to(wide), targets, reduction='none')
-    # With a vocabulary of 126,464 the logits would be the largest tensor by far. So at most 2^28 of them (1
-    # GB) exist at a time, and backward makes them again.
+    # With a vocabulary of 126,464 the logits would be the largest tensor by far. So at most 2^28 of them (1 GB) exist
+    # at a time, and backward makes them again.
     size = max(1, 2 ** 28 // len(weight))
-    if len(h) <= size:
-        return part(h, targets)
-    ce = []
-    for chunk in zip(h.split(size), targets.split(size)):
-        ce.append(checkpoint(part, *chunk, use_reentrant=False))
-    return torch.cat(ce)
+    if len(h) > size:
+        parts = zip(h.split(size), targets.split(size))
+        ce = [checkpoint(head_cross_entropy, a, weight, b, use_reentrant=False) for a, b in parts]
+        return torch.cat(ce)
+
+    # in float32, because the loss weight 1/t multiplies its rounding error by up to 1000
+    logits = F.linear(h, weight)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), targets, reduction='none')
 
 
 def segments_of(shape, cu_seqlens):
@@ -328,14 +328,6 @@ def segments_of(shape, cu_seqlens):
     ends = cu_seqlens[1:].long()
     segment = torch.bucketize(token, ends, right=True)
     return segment, token - cu_seqlens[segment]
-
-
-def dtype_of_pass(z):
-    """Return the dtype in which autocast computes on z's device, or the dtype of z if autocast is off."""
-    kind = z.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return z.dtype
 
 
 # ----------------------------------------------------------------------------------------------------------

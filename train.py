@@ -18,7 +18,6 @@ import signal
 import sys
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -171,17 +170,6 @@ def draw_noise(it, rows, T, cfg):
         t[odd] = 1 + eps - t[odd]
         u[odd] = 1 - u[odd]
     return t, u
-
-
-def prefetch(make, it):
-    """Yield make(it), make(it + 1), ...; a thread makes the next one while the last is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(make, it)
-        while True:
-            ready = coming.result()
-            it += 1
-            coming = pool.submit(make, it)
-            yield ready
 
 
 def autocast(cfg):
@@ -631,7 +619,6 @@ def main(cfg):
 
     # what is counted between two lines of the log
     signals = catch_signals()
-    prefetched = prefetch(lambda i: micro_batches(source, i, cfg, tok), it)
     stopping = False
     started = time.perf_counter()
     losses = []
@@ -639,7 +626,7 @@ def main(cfg):
 
     # the training loop
     while it < cfg.max_iters and not stopping:
-        batches = next(prefetched)
+        batches = micro_batches(source, it, cfg, tok)
         loss, norm = train_step(net, optimizers, batches, lr_factor(it, cfg), cfg)
         it += 1
         losses.append(loss)
