@@ -152,10 +152,13 @@ def plain(f):
     """Turn a function ids (B, T) -> logits (B, T, V) into a mask predictor (without padding, packing, cache)."""
     def predictor(ids, *, positions=None, targets=None, **unused):
         logits = f(ids)
-        if positions is not None:
-            is_mask = positions.dtype == torch.bool
-            logits = logits[positions] if is_mask else logits.flatten(0, 1)[positions]      # (M, V)
-        return logits if targets is None else -log_prob(logits, targets)
+        if positions is not None and positions.dtype == torch.bool:
+            logits = logits[positions]                                              # (M, V)
+        elif positions is not None:
+            logits = logits.flatten(0, 1)[positions]
+        if targets is None:
+            return logits
+        return -log_prob(logits, targets)
 
     return predictor
 
@@ -211,7 +214,7 @@ def log_likelihood(model, x0, maskable, mask_id,
         # on the CPU, so that the masks do not depend on the device
         masks = draw_masks(maskable.cpu(), mc_num, generator)
         masks = masks.to(x0.device)
-        probabilities = torch.full((mc_num,), 1 / mc_num, dtype=torch.float64)
+        probabilities = torch.ones(mc_num, dtype=torch.float64) / mc_num
 
     # each mask hides l of the L tokens, and the model predicts these l
     terms = []
@@ -222,7 +225,8 @@ def log_likelihood(model, x0, maskable, mask_id,
 
         # the log-probability of each row's tokens, times L / l
         row = masked.nonzero()[:, 0]
-        sums = logp.new_zeros(len(xt)).index_add_(0, row, logp)
+        sums = logp.new_zeros(len(xt))
+        sums.index_add_(0, row, logp)
         terms.append(sums * maskable.sum() / masked.sum(1))                         # Eq. 6
     terms = torch.cat(terms).cpu().double()
     return float(probabilities @ terms)
@@ -234,7 +238,9 @@ def nats_and_bits(logp, n_tokens, n_bytes):
     n_tokens (N,): maskable tokens of each row. n_bytes: bytes of text in a row, on average.
     """
     numbers = []
-    for values in (-logp / n_tokens, -logp / n_bytes / math.log(2)):
+    nats = -logp / n_tokens
+    bits = -logp / n_bytes / math.log(2)
+    for values in (nats, bits):
         standard_error = values.std() / len(values) ** 0.5
         numbers += [values.mean().item(), standard_error.item()]
     return numbers
@@ -325,7 +331,9 @@ class SamplingParams:
             raise ValueError(f"remasking must be 'low_confidence' or 'random', got {self.remasking!r}")
         if self.cache not in (None, 'prefix', 'dual'):
             raise ValueError(f"cache must be None, 'prefix' or 'dual', got {self.cache!r}")
-        least = dict(steps=1, block_length=1, temperature=0, cfg_scale=0, threshold=0)
+        least = dict(
+            steps=1, block_length=1,
+            temperature=0, cfg_scale=0, threshold=0)
         for name, minimum in least.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
@@ -373,11 +381,13 @@ def guided_logits(model, x, positions, prompt, cfg_scale, mask_id,
         positions = positions[:, columns]
         prompt = prompt[:, columns]
     # with the prompt, and (if guided) without it
-    conditional = model(x, positions=positions, kv=caches[0], **options)
+    conditional = model(
+        x, positions=positions, kv=caches[0], **options)
     if not cfg_scale:
         return conditional
     without_prompt = torch.where(prompt, mask_id, x)
-    unconditional = model(without_prompt, positions=positions, kv=caches[1], **options)
+    unconditional = model(
+        without_prompt, positions=positions, kv=caches[1], **options)
     return unconditional + (cfg_scale + 1) * (conditional - unconditional)          # Sec. 2.4
 
 
@@ -396,7 +406,8 @@ def uniform(positions, n, generator):
     # each generator draws for its own row
     noise = []
     for m, g in zip(counts, generator):
-        noise.append(torch.rand(m, n, generator=g, dtype=dtype, device=device))
+        noise.append(
+            torch.rand(m, n, generator=g, dtype=dtype, device=device))
     return torch.cat(noise)
 
 
@@ -436,7 +447,8 @@ def propose(logits, masked, params, never, deferred, generator):
         return guess, uniform(masked, 1, generator)[:, 0]                           # Alg. 4
     # the probability of the guess, without noise or temperature
     probability = forbid(logits, deferred).softmax(-1)
-    return guess, probability.gather(-1, guess[:, None])[:, 0]                      # Alg. 5
+    confidence = probability.gather(-1, guess[:, None])
+    return guess, confidence[:, 0]                                                  # Alg. 5
 
 
 def commit(x, masked, guess, confidence, n, threshold=None):
@@ -481,7 +493,8 @@ def block_plan(x, mask_id, gen_start, params):
     if steps < n_blocks:
         raise ValueError(f'steps must be at least the number of blocks, {n_blocks}, got {steps}')
     shares = num_transfer_tokens(torch.tensor([steps]), n_blocks)
-    return list(zip(borders, borders[1:], shares[0].tolist()))
+    steps_of = shares[0].tolist()
+    return list(zip(borders, borders[1:], steps_of))
 
 
 def columns_to_recompute(cache, step, start, end):
@@ -524,7 +537,8 @@ def generate(model, x, mask_id, params,
 
     # blocks from left to right, and in each block step by step
     for start, end, steps in blocks:
-        ended = torch.isin(x[:, blocks[0][0]:start], x.new_tensor(ends)).any(1)     # (B,)
+        written = x[:, blocks[0][0]:start]
+        ended = torch.isin(written, x.new_tensor(ends)).any(1)                      # (B,)
         if until_end and ended.all():
             x = x.masked_fill(x == mask_id, eos_id)
             break
@@ -576,7 +590,8 @@ def generate_variable_length(model, prompts, mask_id, eos_id, params,
         raise ValueError(f'block_length must lie in 1..{max_length} (max_length), got {block_length}')
     if pad_id is None:
         pad_id = int(mask_id == 0)                          # padding is never attended to, so any id but mask_id
-    x, attention_mask, _ = canvas(prompts, 0, mask_id, pad_id, device_of(model))
+    device = device_of(model)
+    x, attention_mask, _ = canvas(prompts, 0, mask_id, pad_id, device)
     rows = list(prompts)
     running = set(range(len(rows)))
     n_forward = 0
@@ -614,7 +629,8 @@ def device_of(model):
 # 7. The autoregressive twin: shift by one, no noise, no 1/t, and that is the whole difference
 
 
-def ar_batch(x0, maskable, *, bos_id=None, normalize='token', normalizer=None):
+def ar_batch(x0, maskable,
+             *, bos_id=None, normalize='token', normalizer=None):
     """Ask for the next token everywhere: x0 (B, T) int64, maskable (B, T) bool -> MaskedBatch for diffusion_loss.
 
     With bos_id in front every token is predicted, else all but the first. The rest: see loss_weights.
@@ -643,7 +659,8 @@ def ar_log_likelihood(model, x0, maskable, *, bos_id=None):
     if bos_id is None and maskable[0]:
         raise ValueError('ar_log_likelihood: the first token has nothing before it, so give bos_id')
     batch = ar_batch(x0[None], maskable[None], bos_id=bos_id)
-    ce = model(batch.xt, positions=batch.positions, targets=batch.targets)          # (M,)
+    ce = model(
+        batch.xt, positions=batch.positions, targets=batch.targets)                 # (M,)
     return -ce.double().sum().item()
 
 
@@ -658,7 +675,8 @@ def ar_generate(model, prompt, n_new,
     x = prompt
     kv = None
     if hasattr(model, 'new_kv'):
-        kv = model.new_kv(len(x), x.shape[1] + n_new)
+        length = x.shape[1] + n_new
+        kv = model.new_kv(len(x), length)
     if attention_mask is not None:
         attention_mask = F.pad(attention_mask, (0, n_new), value=True)
     # one token at a time, each behind the last
@@ -667,9 +685,10 @@ def ar_generate(model, prompt, n_new,
         start = x.shape[1] - 1 if k and kv is not None else 0
         newest = torch.zeros_like(x[:, start:], dtype=torch.bool)
         newest[:, -1] = True
+        kv_positions = torch.arange(start, x.shape[1], device=x.device)
         logits = model(
-            x[:, start:], positions=newest, attention_mask=attention_mask, kv=kv,
-            kv_positions=torch.arange(start, x.shape[1], device=x.device))          # (B, V)
+            x[:, start:], positions=newest, attention_mask=attention_mask,
+            kv=kv, kv_positions=kv_positions)                                       # (B, V)
         token = draw(logits, newest, list(suppress), **sampling)
         x = torch.cat((x, token[:, None]), dim=1)
     return Generated(x, n_new)

@@ -74,13 +74,14 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         # cast first, then multiply: this order is what the released weights were trained with
         h = F.rms_norm(x, self.weight.shape, eps=self.eps)
-        return h.to(x.dtype) * self.weight.to(x.dtype)
+        weight = self.weight.to(x.dtype)
+        return h.to(x.dtype) * weight
 
 
 def rope_angles(positions, head_dim, theta):
     """Return cos and sin of position * theta^(-2j/D), j = 0 .. D/2-1: (...) -> two float32 tensors (..., D/2)."""
-    j = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    frequency = 1.0 / theta ** (j / head_dim)
+    j = torch.arange(0, head_dim, 2, device=positions.device)
+    frequency = 1.0 / theta ** (j.float() / head_dim)
     angle = positions.to(torch.float32)[..., None] * frequency
     return angle.cos(), angle.sin()
 
@@ -111,7 +112,8 @@ def attention(q, k, v, *, attn_mask=None, causal=False, cu_seqlens=None):
     dtype = q.dtype
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast('cpu', enabled=False):
-        return sdpa(q.to(wide), k.to(wide), v.to(wide)).to(dtype)
+        out = sdpa(q.to(wide), k.to(wide), v.to(wide))
+    return out.to(dtype)
 
 
 def packed_attention(q, k, v, cu_seqlens):
@@ -153,7 +155,8 @@ class Attention(nn.Module):
             # overwrite these positions of the cache, then attend to all S of it
             k = kv[0].index_copy_(2, kv_positions, k.to(kv.dtype))                  # (B, Hkv, S, D)
             v = kv[1].index_copy_(2, kv_positions, v.to(kv.dtype))
-            k, v = k.to(q.dtype), v.to(q.dtype)
+            k = k.to(q.dtype)
+            v = v.to(q.dtype)
         y = attention(q, k, v, **pattern)                                           # (B, H, T, D)
         y = y.transpose(1, 2).flatten(2)
         return self.out(y)                                                          # (B, T, C)
@@ -195,7 +198,8 @@ class Transformer(nn.Module):
         self.config = config
         self.recompute = False                  # keep only each block's input, and recompute the rest in backward
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        blocks = [Block(config) for _ in range(config.n_layer)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None
         if not config.tied:
@@ -307,12 +311,15 @@ class Transformer(nn.Module):
 
 def head_cross_entropy(h, weight, targets):
     """Return cross-entropy of logits h W^T: h (M, C), weight (V, C), targets (M,) -> (M,) float32 or wider."""
-    # With a vocabulary of 126,464 the logits would be the largest tensor by far. So at most 2^28 of them (1 GB) exist
-    # at a time, and backward makes them again.
+    # With a vocabulary of 126,464 the logits would be the largest tensor by far. So at most 2^28 of them (1 GB)
+    # exist at a time, and backward makes them again.
     size = max(1, 2 ** 28 // len(weight))
     if len(h) > size:
         parts = zip(h.split(size), targets.split(size))
-        ce = [checkpoint(head_cross_entropy, a, weight, b, use_reentrant=False) for a, b in parts]
+        ce = []
+        for few_h, few_targets in parts:
+            ce.append(checkpoint(
+                head_cross_entropy, few_h, weight, few_targets, use_reentrant=False))
         return torch.cat(ce)
 
     # in float32, because the loss weight 1/t multiplies its rounding error by up to 1000
@@ -530,7 +537,8 @@ def save_model(model, folder, meta):
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / 'model.safetensors'
     safetensors.torch.save_file(tensors, file, metadata={'format': 'pt'})
-    (folder / 'config.json').write_text(json.dumps(raw, indent=1), encoding='utf-8')
+    text = json.dumps(raw, indent=1)
+    (folder / 'config.json').write_text(text, encoding='utf-8')
 
 
 def open_model(path, device='auto', dtype='auto', compile=False):
@@ -599,8 +607,10 @@ def config_from(raw, folder):
         raise UserError(f'{folder}: model_type {model_type!r} is not one of {", ".join(MODEL_TYPES)}')
     layout, _ = MODEL_TYPES[model_type]
     fields = column(FIELDS, layout)
-    values = {ours: raw.get(theirs) for ours, theirs in fields.items()}
-    values = {ours: value for ours, value in values.items() if value is not None}
+    values = {}
+    for ours, theirs in fields.items():
+        if raw.get(theirs) is not None:
+            values[ours] = raw[theirs]
 
     # what some releases leave out, or keep elsewhere
     rope = raw.get('rope_parameters') or {}
@@ -640,13 +650,17 @@ def check_tensors(folder, config, names):
 
     # what the configuration expects, by the names on disk
     model = empty_model(config)
-    expected = {theirs: list(model.get_parameter(ours).shape) for ours, theirs in names.items()}
+    expected = {}
+    for ours, theirs in names.items():
+        expected[theirs] = list(model.get_parameter(ours).shape)
     wrong = [name for name, shape in expected.items() if stored.get(name) != shape]
 
     # rotary frequencies follow from rope_theta, and a tied head may be stored twice
-    extra = [name for name in stored if name not in expected and not name.endswith('.inv_freq')]
+    ignored = ['.inv_freq']
     if config.tied:
-        extra = [name for name in extra if not name.endswith(('lm_head.weight', 'transformer.ff_out.weight'))]
+        ignored += ['lm_head.weight', 'transformer.ff_out.weight']
+    extra = stored.keys() - expected.keys()
+    extra = [name for name in sorted(extra) if not name.endswith(tuple(ignored))]
 
     # one example says more than a list of hundreds
     if wrong:
