@@ -5,16 +5,16 @@
     python evaluate.py choice out/docs --input=questions.jsonl --method=confidence
     python evaluate.py lm_eval LLaDA-8B-Base config/eval/llada_base.py      # pip install lm_eval
 
-bound: nats per token and bits per byte. For a diffusion model this is an upper bound on its cross-entropy (Eq. 6
-of LLaDA, arXiv 2502.09992v3), written <=. For an autoregressive model it is exact, written =. Do not read the
-two as the same kind of number. The experiments of the papers are in tests/lab/experiments.py.
+bound: nats per token and bits per byte. For a diffusion model this is an upper bound on its cross-entropy
+(Eq. 6 of LLaDA, arXiv 2502.09992v3), written <=. For an autoregressive model it is exact, written =. Do not
+read the two as the same kind of number. The experiments of the papers are in tests/lab/experiments.py.
 """
 
 import csv
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,8 +127,12 @@ def percent(hits):
     return [f'{100 * mean:.1f}', f'{100 * error:.1f}']
 
 
+SHARES = ['checkpoint', 'questions', 'n', 'right %', '+-']
+
+
 def shares(name, labels, hits):
-    """Return a row for each label, and one for all: name, label, how many, share of hits, standard error."""
+    """Return a row with the columns SHARES for each label, and one for all: the share of hits among them."""
+    # in the order in which the labels come
     groups = defaultdict(list)
     for label, hit in zip(labels, hits):
         groups[label].append(hit)
@@ -139,6 +143,7 @@ def shares(name, labels, hits):
 
 def table(rows, columns, out=''):
     """Print rows of cells under the names of their columns, and write them to the file `out` as well."""
+    # a column is as wide as its widest cell
     lines = [columns, *rows]
     widths = []
     for cells in zip(*lines):
@@ -155,10 +160,9 @@ def table(rows, columns, out=''):
 
 
 def score_row(run, x0, maskable, cfg, n_masks, key):
-    """Return log p of the maskable tokens of a row given the others, x0 (T,) int64, maskable (T,) bool -> float.
+    """Return log p of the maskable tokens of x0 (T,) int64, maskable (T,) bool, given the others -> float.
 
-    It is exact for a causal model, and otherwise the lower bound of Eq. 6. key: integers that decide on the
-    masks.
+    It is exact for a causal model, and otherwise the bound of Eq. 6. key: integers that decide on the masks.
     """
     device = diffusion.device_of(run.model)
     x0 = x0.to(device)
@@ -166,21 +170,24 @@ def score_row(run, x0, maskable, cfg, n_masks, key):
     if run.model.config.causal:
         # EOS in front, as in training, so that the first token has something before it
         return diffusion.ar_log_likelihood(run.model, x0, maskable, bos_id=run.tok.eos_id)
+    # masks depend on the key alone, so all models get the same
     return diffusion.log_likelihood(
         run.model, x0, maskable, run.tok.mask_id, cfg_scale=cfg.cfg_scale, mc_num=n_masks,
         batch_size=cfg.batch_size, generator=diffusion.keyed_generator(cfg.seed, *key))
 
 
 def bound(cfg):
-    """Print nats per token and bits per byte, of held-out windows or of the responses of held-out examples."""
+    """Print nats per token and bits per byte of held-out text."""
     runs = [load(name, cfg) for name in cfg.checkpoints]
-    masking = 'unified'
-    if all(run.masking == 'response' for run in runs):
-        masking = 'response'
+    # windows of text, or the responses of examples if all models were trained on these
+    on_examples = all(run.masking == 'response' for run in runs)
+    masking = 'response' if on_examples else 'unified'
+    # all see the same windows, so these must fit into the shortest context
     seq_len = cfg.seq_len or min(run.model.config.seq_len for run in runs)
     source = data.open_source(dataset_of(runs, cfg), cfg.split, masking, runs[0].tok, seq_len)
     groups, n_bytes = source.held_out(cfg.windows)
 
+    # rows of one length come as a group, but here they are scored one by one
     pairs = []
     for x0, maskable in groups:
         pairs += zip(x0, maskable)
@@ -192,18 +199,18 @@ def bound(cfg):
     for run in runs:
         logp = []
         for i, (x0, maskable) in enumerate(tqdm(pairs, run.name, disable=None)):
-            # the key does not depend on the run, so all of them get the same masks
             logp.append(score_row(run, x0, maskable, cfg, cfg.draws, key=(i,)))
         logp = torch.tensor(logp, dtype=torch.float64)
         if first is None:
             first = logp
 
-        # the difference on the same windows and masks is far more precise than either number
+        # The difference on the same windows and masks is far more precise than either number, because what
+        # makes a window hard makes it hard for both.
         numbers = diffusion.nats_and_bits(logp, n_tokens, n_bytes)
         numbers += diffusion.nats_and_bits(logp - first, n_tokens, n_bytes)[2:]
         numbers = [f'{number:.4f}' for number in numbers]
         sign = '=' if run.model.config.causal else '<='
-        rows.append([run.name, run.meta['iteration'], sign, *numbers])
+        rows.append([run.name, run.meta['iteration'] or '', sign, *numbers])
 
     columns = ['checkpoint', 'iteration', '', 'nats/token', '+-', 'bits/byte', '+-']
     if len(runs) > 1:
@@ -216,13 +223,14 @@ def bound(cfg):
 
 
 def as_choice(row):
-    """Return {"question" or "context", "choices", "answer"} as context, choices and number of the right one."""
+    """Return {"question" or "context", "choices", "answer"} as context, choices, number of the right one."""
+    # a question gets the usual form, and a context is taken as it is
     context = row.get('context')
     if context is None:
         context = f"Question: {row['question']}\nAnswer:"
     choices = row['choices']
     answer = row['answer']
-    # it may be the choice itself
+    # the answer may be one of the choices, or its number from 0
     if answer in choices:
         answer = choices.index(answer)
     if answer not in range(len(choices)):
@@ -234,13 +242,15 @@ def encode_pair(context, continuation, run):
     """Encode two texts as one -> ids of the first, ids of the second, which gets the blanks in between."""
     ids = run.tok.encode(context + continuation)
     n = len(run.tok.encode(context.rstrip()))
-    n = min(n, len(ids) - 1)                                # a token may reach over the border
+    # a token that reaches over the border belongs to the second
+    n = min(n, len(ids) - 1)
     return ids[:n], ids[n:]
 
 
 def score(run, before, after, cfg):
-    """Score the ids `after` as a continuation of the ids `before` -> float: log p, its bound, or confidence."""
+    """Score ids `after` as a continuation of ids `before` -> float: log p, its bound, or confidence."""
     device = diffusion.device_of(run.model)
+    # a visible EOS tells the model that the text is complete (iLLaDA)
     end = [run.tok.eos_id] * cfg.pad_eos
     room = run.model.config.seq_len - len(run.start) - len(after) - len(end)
     if room < 0:
@@ -271,21 +281,21 @@ def choice(cfg):
         plain = []
         per_byte = []
         for item in tqdm(items, name, disable=None):
-            # a choice may be longer than another, so acc_norm divides by its length in bytes
             space = ' ' if item['context'] else ''
             scores = []
             relative = []
             for text in item['choices']:
                 before, after = encode_pair(item['context'], space + text, run)
                 scores.append(score(run, before, after, cfg))
+                # a long choice is less likely just because it is long
                 relative.append(scores[-1] / len(text.encode()))
             plain.append(scores.index(max(scores)) == item['answer'])
             per_byte.append(relative.index(max(relative)) == item['answer'])
 
         files = [item['file'] for item in items]
-        for row, other in zip(shares(name, files, plain), shares(name, files, per_byte)):
-            rows.append([*row, *other[3:]])
-    table(rows, ['checkpoint', 'file', 'questions', 'acc %', '+-', 'acc_norm %', '+-'], cfg.out)
+        rows += shares(f'{name}, acc', files, plain)
+        rows += shares(f'{name}, acc_norm', files, per_byte)
+    table(rows, SHARES, cfg.out)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -319,6 +329,7 @@ def right(text, item, extract=''):
     if not extract:
         return text == wanted
 
+    # "$18" and "18" are the same answer
     found = re.findall(extract, text.replace('$', ''))
     wanted = re.findall(extract, wanted.replace('$', ''))
     if not wanted:
@@ -327,7 +338,7 @@ def right(text, item, extract=''):
 
 
 def questions_of(run, cfg):
-    """Return questions, and their prompts as ids: from cfg.input, or what the data set of a run holds out."""
+    """Return questions and their prompts (ids), from cfg.input or what the data set of a run holds out."""
     files = cfg.input
     if not files:
         folder = dataset_of([run], cfg).parts[0].folder
@@ -336,7 +347,8 @@ def questions_of(run, cfg):
             raise UserError(f'{folder} holds out no examples; give --input=FILE')
     items = read_items(files, as_question, cfg)
 
-    # a conversation, if the model knows them, else the form that is usual for base models
+    # A model that was trained on conversations gets one. Otherwise a question has the form that is usual for
+    # base models.
     prompts = []
     chat = cfg.instruct or not cfg.input or run.masking == 'response'
     for item in items:
@@ -351,6 +363,7 @@ def questions_of(run, cfg):
 
 def answers(run, prompts, cfg):
     """Return the texts that a run writes after prompts, lists of ids."""
+    # all at once, because generate_text puts prompts of similar length into a batch
     new = sample.tokens_to_append(prompts, run, cfg)
     rows = sample.write(run, prompts, new, cfg)
     return [sample.answer_text(row[len(ids):], run.tok, cfg.stop) for ids, row in zip(prompts, rows)]
@@ -362,6 +375,7 @@ def exact(cfg):
     for name in cfg.checkpoints:
         run = load(name, cfg)
         items, prompts = questions_of(run, cfg)
+        # right or wrong, and the first few to look at
         hits = []
         for item, text in zip(items, answers(run, prompts, cfg)):
             hit = right(text, item, cfg.extract)
@@ -370,7 +384,7 @@ def exact(cfg):
                 print(f'{"right" if hit else "WRONG"}: {text!r}, expected {wanted!r}')
             hits.append(hit)
         rows += shares(name, [item['task'] for item in items], hits)
-    table(rows, ['checkpoint', 'task', 'questions', 'right %', '+-'], cfg.out)
+    table(rows, SHARES, cfg.out)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -378,10 +392,12 @@ def exact(cfg):
 
 
 class Harness:
-    """Answer the requests of lm_eval. (Its class LM is mixed in below, so that only those need it who use it.)"""
+    """Answer the requests of lm_eval. Its class LM is mixed in below, because few have it installed."""
 
-    tokenizer_name = 'nanollada'        # a key of its cache, which is not used here
-    loglikelihood_rolling = None        # it would print a bound as if it were a perplexity; the task `bound` does not
+    # lm_eval would print a bound as if it were a perplexity, so this is left to the task `bound`
+    loglikelihood_rolling = None
+    # a key of its cache, which is not used here
+    tokenizer_name = 'nanollada'
 
     def __init__(self, run, cfg):
         super().__init__()
@@ -389,40 +405,50 @@ class Harness:
         self.cfg = cfg
 
     def loglikelihood(self, requests, disable_tqdm=False):
-        """[(context, continuation)] -> [(score, is_greedy)]. is_greedy: would the model itself write this?"""
+        """Score [(context, continuation)] -> [(score, is_greedy)]. is_greedy: would the model itself write this?
+
+        That takes a forward pass per token, so it is computed only if a document has a single continuation, as
+        in LAMBADA. Otherwise it is False, because the accuracy of multiple choice does not need it.
+        """
         run = self.run
+        n_continuations = Counter((request.task_name, request.doc_id) for request in requests)
         results = []
         for request in tqdm(requests, run.name, disable=None):
             context, continuation = request.args
+            # both are encoded as one text, unless a chat template stands between them
             if self.cfg.instruct:
                 before = self.encode(context)
                 after = run.tok.encode(continuation)
             else:
                 before, after = encode_pair(context, continuation, run)
 
+            rows = []
             prompt = run.start + before
-            (row,), _ = sample.generate_text(
-                run.model, [prompt], len(after), run.tok, diffusion.SamplingParams(), seeds=[(0,)])
-            results.append((score(run, before, after, self.cfg), row == prompt + after))
+            if n_continuations[request.task_name, request.doc_id] == 1:
+                rows, _ = sample.generate_text(
+                    run.model, [prompt], len(after), run.tok, diffusion.SamplingParams(), seeds=[(0,)])
+            results.append((score(run, before, after, self.cfg), rows == [prompt + after]))
         return results
 
     def generate_until(self, requests, disable_tqdm=False):
-        """[(context, generation arguments)] -> [text up to a stop string]."""
+        """Continue [(context, generation arguments)] -> [text up to a stop string]."""
         # requests of a task come together, and all of them have the same arguments
         results = []
         for arguments, group in groupby(requests, lambda request: request.args[1]):
             cfg = self.sampler(**arguments)
+            # a prompt that is too long loses its beginning
             room = self.run.model.config.seq_len - cfg.gen_length
             prompts = [self.encode(request.args[0])[-room:] for request in group]
             results += answers(self.run, prompts, cfg)
         return results
 
     def sampler(self, until=(), do_sample=False, temperature=0.0, max_gen_toks=256, **unknown):
-        """Return the settings with the generation arguments of a task. (gen_length, if set, has precedence.)"""
+        """Return the settings with the generation arguments of a task. Our gen_length, if set, overrides."""
         if unknown:
             raise UserError(f'a task asks the sampler for {sorted(unknown)}, which it does not have')
         cfg = SimpleNamespace(**vars(self.cfg))
         cfg.stop = [*cfg.stop, *([until] if isinstance(until, str) else until)]
+        # half of a small context at most, so that there is room for a prompt
         cfg.gen_length = cfg.gen_length or min(max_gen_toks, self.run.model.config.seq_len // 2)
         if do_sample:
             cfg.temperature = temperature
@@ -435,7 +461,7 @@ class Harness:
         return self.run.start + self.run.tok.encode(context)
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
-        """Return messages as they are, for `encode`, because the special tokens of a template are not text."""
+        """Return messages for `encode`, because the special tokens of a template are no text."""
         return json.dumps(chat_history)
 
 
@@ -449,12 +475,15 @@ def lm_eval(cfg):
     except ImportError:
         raise UserError('this task needs one more package: pip install lm_eval') from None
 
-    # a task can be a .yaml file of yours, and lm_eval looks for it in the folder
+    # a task may be a .yaml file of your own, which lm_eval finds by its folder
+    if not cfg.tasks:
+        raise UserError('lm_eval needs --tasks=NAME, or a file such as config/eval/llada_base.py')
     folders = {str(Path(task).parent) for task in cfg.tasks if '.yaml' in task}
     manager = TaskManager(include_path=sorted(folders) or None)
     for name in cfg.checkpoints:
         model = type('NanoLLaDA', (Harness, LM), {})(load(name, cfg), cfg)
         for task in cfg.tasks:
+            # gsm8k:4 puts four solved examples before each question
             file, _, shots = task.partition(':')
             results = simple_evaluate(
                 model, tasks=[Path(file).name.removesuffix('.yaml')], task_manager=manager,
@@ -465,18 +494,20 @@ def lm_eval(cfg):
             print(make_table(results))
 
 
+# ----------------------------------------------------------------------------------------------------------
+
 TASKS = {f.__name__: f for f in (bound, exact, choice, lm_eval)}
 WORDS = {'task': TASKS, 'split': ('val', 'train'), 'method': ('likelihood', 'confidence')}
 
 
 def main(cfg):
     for name, words in WORDS.items():
-        value = getattr(cfg, name)
-        if value not in words:
-            raise UserError(f'{name} must be one of {", ".join(words)}, got {value!r}')
+        chosen = getattr(cfg, name)
+        if chosen not in words:
+            raise UserError(f'{name} must be one of {", ".join(words)}, got {chosen!r}')
     if not cfg.checkpoints:
         raise UserError('name at least one checkpoint:  python evaluate.py bound out/docs')
-    # a missing one is found before the first is measured
+    # a missing checkpoint is found now, and not after the others have been measured
     for name in cfg.checkpoints:
         newest_checkpoint(name)
     TASKS[cfg.task](cfg)

@@ -44,8 +44,8 @@ stop = []                       # an answer ends before this text (repeat for mo
 steps = 0                       # denoising steps (variable_length: of each block); 0 = one token per step
 block_length = 0                # finish blocks of this many tokens from left to right; 0 = one block
 variable_length = False         # if True, append blocks one by one until the end is written (iLLaDA)
-remasking = 'auto'              # 'random', 'low_confidence', or 'auto' = low_confidence for answers, else random
-                                # random draws from the model, low_confidence seeks the most probable text.
+remasking = 'auto'              # 'random', 'low_confidence'; 'auto' = low_confidence to answer, else random
+                                # Random draws from the model, low_confidence seeks the most probable text.
                                 # Answers are what is written with chat or instruct, by released weights, and
                                 # by models that were trained on examples (masking = 'response').
 temperature = -1.0              # of the guesses; 0 = the most probable token; -1 = 1 if random, else 0
@@ -131,7 +131,8 @@ def tokens_to_append(prompts, run, cfg):
     if gaps and config.causal:
         raise UserError('an autoregressive model does not see what follows a gap, so it cannot fill a ___')
 
-    # 64 tokens are enough for an impression, and take a CPU no more than a few seconds
+    # By default as much as fits, but at most 64 tokens, because each of them costs a forward pass over the
+    # whole canvas.
     longest = max(map(len, prompts))
     room = max(1, config.seq_len - longest)
     new = 0 if gaps else cfg.gen_length or min(64, room)
@@ -151,9 +152,8 @@ def sampling_params(cfg, new, answers=True):
     answers: what remasking 'auto' means. Raises UserError for invalid values and blocks that do not divide.
     """
     # a setting cannot be None, so 0 and '' stand for the defaults of SamplingParams
-    names = fields(diffusion.SamplingParams)
-    values = {field.name: getattr(cfg, field.name) or field.default for field in names}
-
+    values = {field.name: getattr(cfg, field.name) or field.default
+              for field in fields(diffusion.SamplingParams)}
     if cfg.remasking == 'auto':
         values['remasking'] = 'low_confidence' if answers else 'random'
     if cfg.temperature == -1:
@@ -178,8 +178,8 @@ def generate_text(model, prompts, gen_length, tok, params,
                   *, seeds, batch_size=64, **options):
     """Append gen_length tokens to prompts, lists of ids, and fill their gaps -> lists of ids, n_forward.
 
-    The lists include the prompt. seeds: a tuple of integers for each prompt. Its noise depends on them alone,
-    so a batch gets the same answers as single prompts. options: of generate_batch.
+    What is returned begins with the prompt. seeds: a tuple of integers for each prompt. Its noise depends on
+    them alone, so a batch gets the same answers as single prompts. options: of generate_batch.
     """
     device = diffusion.device_of(model)
     written = list(prompts)
@@ -189,6 +189,7 @@ def generate_text(model, prompts, gen_length, tok, params,
     order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
     starts = range(0, len(order), batch_size)
     for start in tqdm(starts, disable=len(starts) < 2 or None):
+        # the numbers of the prompts in this batch
         batch = order[start:start + batch_size]
         rows = [prompts[k] for k in batch]
         noise = [diffusion.keyed_generator(*seeds[k], device=device) for k in batch]
@@ -207,6 +208,7 @@ def generate_batch(model, prompts, gen_length, tok, params,
     variable_length: append blocks until EOS, EoT or one of the texts `stop` is written. options: generator,
     adjust and on_step of diffusion.generate, of which a causal model takes only the generator.
     """
+    # a head may have more rows than the vocabulary has tokens
     device = diffusion.device_of(model)
     never = [tok.mask_id, *tok.unused(model.config.vocab_size)]
 
@@ -277,7 +279,7 @@ def screen(tok, n_steps):
 
 
 def write(run, prompts, new, cfg, first=0, answers=True, show=False):
-    """Call generate_text with the settings of a script -> lists of ids. first: how many prompts came before."""
+    """Call generate_text with the settings of a script -> lists of ids. first: number of prompt 0."""
     params = sampling_params(cfg, new, answers)
     on_step = screen(run.tok, cfg.steps or new) if show else None
     seeds = [(cfg.seed, first + k) for k in range(len(prompts))]
@@ -354,7 +356,7 @@ def main(cfg):
     # in batches, so that an answer is on the screen and in the file before the next ones are written
     for i in range(0, len(prompts), cfg.batch_size):
         part = prompts[i:i + cfg.batch_size]
-        rows = write(run, part, new, cfg, i, answers, cfg.show)
+        rows = write(run, part, new, cfg, first=i, answers=answers, show=cfg.show)
         for prompt, ids, row in zip(given[i:], part, rows):
             # of a conversation only the answer is shown, of a text all of it
             text = answer_text(row[len(ids):], run.tok, cfg.stop)

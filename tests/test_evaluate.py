@@ -197,14 +197,15 @@ def test_the_likelier_choice_counts(at_desk, capsys, monkeypatch):
 
     monkeypatch.setattr(evaluate, 'score', score_of_table)
     evaluate.choice(settings(checkpoints=['diffusion'], input=['choices.jsonl']))
-    _, row = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert row[:4] == ['diffusion', 'choices', '2', '50.0'] and row[5] == '50.0'
+    rows = [line.split()[:5] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rows == [['diffusion,', name, 'choices', '2', '50.0'] for name in ('acc', 'acc_norm')]
     lines = [json.dumps({**WHICH, 'answer': 'this'})] * 3
     Path('a.jsonl').write_text('\n'.join([*lines, json.dumps(WHICH)]))
     evaluate.choice(settings(checkpoints=['diffusion'], input=['a.jsonl', 'choices.jsonl']))
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    assert [(row[1], row[3], row[5]) for row in rows] == [
-        ('a', '75.0', '25.0'), ('choices', '50.0', '50.0'), ('all', '66.7', '33.3')]
+    assert [(row[1], row[2], row[4]) for row in rows] == [
+        ('acc', 'a', '75.0'), ('acc', 'choices', '50.0'), ('acc', 'all', '66.7'),
+        ('acc_norm', 'a', '25.0'), ('acc_norm', 'choices', '50.0'), ('acc_norm', 'all', '33.3')]
 
 
 # ------------------------------------------------------------------------------------------------------------ exact
@@ -319,8 +320,8 @@ def test_the_configs_of_benchmarks_are_what_the_papers_say():
 # -------------------------------------------------------------- lm-evaluation-harness, if installed; without network
 
 
-def request(*args):
-    return SimpleNamespace(args=args)
+def request(*args, number=0):
+    return SimpleNamespace(args=args, task_name='t', doc_id=number)
 
 
 def test_generation_arguments_of_a_task():
@@ -357,7 +358,7 @@ def test_requests_are_answered_in_order(monkeypatch):
 
 @pytest.mark.parametrize('causal', [False, True])
 def test_is_greedy_asks_the_model(causal):
-    """What it writes itself is greedy, something else is not. The score is that of choices."""
+    """What it writes itself is greedy, something else is not. If a document has several choices, nobody asks."""
     run = run_of(causal=causal)
     (row,), _ = sample.generate_text(
         run.model, [[65, 66]], 2, run.tok, diffusion.SamplingParams(), seeds=[(0,)])
@@ -366,8 +367,9 @@ def test_is_greedy_asks_the_model(causal):
     monkey = SimpleNamespace(encode=lambda text: list(text.encode('latin1')), **{
         key: getattr(run.tok, key) for key in ('mask_id', 'eos_id', 'eot_id', 'unused')})
     lm.run = run._replace(tok=monkey)                           # bytes that are no UTF-8 are possible, too
-    results = lm.loglikelihood([request('AB', text) for text in texts])
+    results = lm.loglikelihood([request('AB', text, number=k) for k, text in enumerate(texts)])
     assert [greedy for _, greedy in results] == [True, False]
+    assert [greedy for _, greedy in lm.loglikelihood([request('AB', text) for text in texts])] == [False, False]
     assert results[1][0] == evaluate.score(lm.run, [65, 66], list(b'zz'), lm.cfg)
 
 
