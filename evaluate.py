@@ -275,6 +275,7 @@ def choice(cfg):
     items = read_items(cfg.input, as_choice, cfg)
     if not items:
         raise UserError('choice needs --input=FILE')
+
     rows = []
     for name in cfg.checkpoints:
         run = load(name, cfg)
@@ -289,6 +290,8 @@ def choice(cfg):
                 scores.append(score(run, before, after, cfg))
                 # a long choice is less likely just because it is long
                 relative.append(scores[-1] / len(text.encode()))
+
+            # of equal scores the first counts
             plain.append(scores.index(max(scores)) == item['answer'])
             per_byte.append(relative.index(max(relative)) == item['answer'])
 
@@ -405,10 +408,11 @@ class Harness:
         self.cfg = cfg
 
     def loglikelihood(self, requests, disable_tqdm=False):
-        """Score [(context, continuation)] -> [(score, is_greedy)]. is_greedy: would the model itself write this?
+        """Score [(context, continuation)] -> [(score, is_greedy)].
 
-        That takes a forward pass per token, so it is computed only if a document has a single continuation, as
-        in LAMBADA. Otherwise it is False, because the accuracy of multiple choice does not need it.
+        is_greedy: would the model itself write this? That takes a forward pass per token, so it is computed
+        only if a document has a single continuation, as in LAMBADA. Otherwise it is False, because accuracy on
+        multiple choice does not need it.
         """
         run = self.run
         n_continuations = Counter((request.task_name, request.doc_id) for request in requests)
