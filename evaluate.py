@@ -411,8 +411,8 @@ class Harness:
         """Score [(context, continuation)] -> [(score, is_greedy)].
 
         is_greedy: would the model itself write this? That takes a forward pass per token, so it is computed
-        only if a document has a single continuation, as in LAMBADA. Otherwise it is False, because accuracy on
-        multiple choice does not need it.
+        only if a document has a single continuation, as in LAMBADA. Otherwise it is False, because the
+        accuracy of multiple choice does not need it.
         """
         run = self.run
         n_continuations = Counter((request.task_name, request.doc_id) for request in requests)
