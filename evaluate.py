@@ -33,8 +33,8 @@ task = 'bound'                  # bound, exact, choice or lm_eval
 checkpoints = []                # runs of train.py, their checkpoints, or folders of released weights
 dataset = ''                    # a data set; '' = the one that the first checkpoint was trained on
 split = 'val'                   # 'val' or 'train' (bound)
-input = []                      # files of questions or choices (repeat, or patterns). Without any, exact asks
-                                # the questions that the data set of the model holds out
+input = []                      # files of questions or choices (repeat, or patterns)
+                                # Without any, exact asks what the data set of the model holds out.
 windows = 0                     # windows or examples (bound), evenly spaced; 0 = all (of a mixture, 1000)
 limit = 0                       # questions, evenly spaced; 0 = all
 # --- likelihood
@@ -43,8 +43,8 @@ draws = 16                      # masks for each window (bound)
 mc_num = 128                    # masks for each choice (choice, lm_eval): Eq. 6
 method = 'likelihood'           # of choice and lm_eval: 'likelihood' (Eq. 6) or 'confidence' (iLLaDA)
 same_masks = True               # if True, the choices of a question share their masks, for far less noise
-add_bos = False                 # if True, plain prompts begin with BOS (iLLaDA). For a model that was trained
-                                # with masking = 'response' they always do
+add_bos = False                 # if True, plain prompts begin with BOS (iLLaDA)
+                                # Those of a model that was trained with masking = 'response' always do.
 pad_eos = False                 # if True, a visible EOS follows what is scored, but is not scored (iLLaDA)
 # --- sampler, as in sample.py
 gen_length = 0                  # tokens for an answer; 0 = what the context leaves, at most 64
@@ -127,7 +127,7 @@ def percent(hits):
     return [f'{100 * mean:.1f}', f'{100 * error:.1f}']
 
 
-SHARES = ['checkpoint', 'questions', 'n', 'right %', '+-']
+SHARES = ['checkpoint', 'task', 'questions', 'right %', '+-']
 
 
 def shares(name, labels, hits):
