@@ -1,6 +1,6 @@
 """Text becomes ids, ids become files, and files become batches.
 
-    python data.py                                          # lists the data sets that it can make
+    python data.py                                          # names the data sets that it can make
     python data.py shakespeare                              # downloads one and tokenizes it to data/shakespeare
     python data.py --input=a.txt,b.jsonl --out=data/my --tokenizer=gpt2
 
@@ -35,7 +35,6 @@ import numpy as np
 import tiktoken
 import tokenizers
 import torch
-import torch.nn.functional as F
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.random import default_rng
 from tokenizers import decoders
@@ -45,18 +44,18 @@ from tokenizers.trainers import BpeTrainer
 
 from configurator import UserError, run, say
 
-name = ''                       # a data set from the list that `python data.py` prints
+name = ''                       # docs or shakespeare
 input = ''                      # your own files: .txt .jsonl .jsonl.gz .json .parquet, or patterns, with commas
 val_input = ''                  # files to hold out, likewise. Default: hold out a part of the input
 out = ''                        # folder to write, default data/NAME. A data set that is there is replaced
 tokenizer = ''                  # bytes, bpe-N (learned), gpt2 or another tiktoken name, or a tokenizer.json
-workers = 0                     # number of processes. 0: one per core
+workers = 0                     # number of threads that tokenize. 0: one per core
 val_every = 10                  # hold out every N-th piece of a document, or one in N examples
 
 # ----------------------------------------------------------------------------------------------------------
-# 1. Tokenizers. The `tokenizers` library does the work, so that ids are the same as everywhere else.
+# 1. Tokenizers. The library `tokenizers` does the work, so that ids are the same as everywhere else.
 
-# What a special token is called: first in LLaDA's release, which our own vocabularies follow, then elsewhere.
+# What special tokens are called, first in LLaDA's release, which our own vocabularies follow, then elsewhere.
 # LLaDA pads with EOS.
 ROLES = {
     'bos': '<|startoftext|> <s> <|begin_of_text|>',
@@ -70,36 +69,34 @@ LLADA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
     "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
-# GPT-2's words, but digits alone, so that a number has the same tokens wherever it stands.
+# GPT-2's words, but digits stand alone, so that a number has the same tokens wherever it is.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # A code point that no text contains, because Unicode reserves it.
 BREAK = '\U0010ffff'
 
 
 class Tokenizer:
-    """Turn text into ids and back.
+    """Turn text into ids and back. mask_id, eos_id, pad_id, bos_id, eot_id: the special tokens, int or None.
 
-    mask_id, eos_id, pad_id, bos_id, eot_id: special tokens, None if released weights have no such token.
-    config: tokenizer_config.json, which may name them. complete: add what the vocabulary lacks of ROLES.
+    hf: a tokenizers.Tokenizer. config: tokenizer_config.json, which may name special tokens. complete: add those of
+    ROLES that the vocabulary does not have. (Released weights know no others, so they must do without.)
     """
 
     def __init__(self, hf, config=None, template=None, complete=True):
-        # hf: a tokenizers.Tokenizer. Some files ask for truncation, but a text is always encoded whole.
-        self.hf = hf
+        self.hf, self.config, self.names = hf, config or {}, {}
+        # some files cut or fill up a text, but here it is always encoded as it is
         hf.no_truncation()
         hf.no_padding()
-        self.config = config or {}
-        self.names = {}
 
         vocab = hf.get_vocab()
         for role, usual in ROLES.items():
-            named = self.config.get(f'{role}_token') or usual
+            named = self.config.get(f'{role}_token')
             if isinstance(named, dict):
                 named = named['content']
-            names = f'{named} {usual}'.split()
-            best = next((name for name in names if name in vocab), names[0])
+            names = [named, *usual.split()]
+            best = next((name for name in names if name in vocab), named or names[1])
             if complete or best in vocab:
-                # some files have the token, but do not call it special, so that typing its name would make it
+                # some files have the token, but do not call it special: then typing its name would make one
                 hf.add_special_tokens([best])
                 self.names[f'{role}_token'] = best
             setattr(self, f'{role}_id', hf.token_to_id(best))
@@ -108,17 +105,22 @@ class Tokenizer:
         self.ids = set(vocab.values())
         self.vocab_size = max(self.ids) + 1
         self.template = template or ('<|eot_id|>' in vocab and LLADA_TEMPLATE)
-        # finds the name of a special token, the longest one first
-        special = [re.escape(token.content) for token in hf.get_added_tokens_decoder().values() if token.special]
+        # a pattern that finds the name of any special token, the longest one first
+        added = hf.get_added_tokens_decoder().values()
+        special = [re.escape(token.content) for token in added if token.special]
         self.special = re.compile('|'.join(sorted(special, reverse=True)))
 
     def encode(self, text, special_names=False):
-        """Return the ids of a text. special_names: read the name of a special token as that token, not as text."""
+        """Return the ids of a text. special_names: the name of a special token in it is that token, not text."""
+        return self.encode_all([text], special_names)[0]
+
+    def encode_all(self, texts, special_names=False):
+        """Return the ids of each text. The library encodes several at once, on all cores."""
         self.hf.encode_special_tokens = not special_names
-        return self.hf.encode(text, add_special_tokens=False).ids
+        return [encoding.ids for encoding in self.hf.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids, skip_special_tokens=False):
-        """Return the text of ids. Half a character becomes U+FFFD, and an id without a token nothing."""
+        """Return the text of ids. Half a character becomes U+FFFD, and an id without a token becomes nothing."""
         return self.hf.decode(list(map(int, ids)), skip_special_tokens=skip_special_tokens)
 
     def encode_chat(self, messages):
@@ -156,11 +158,8 @@ class Tokenizer:
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json, for get_tokenizer and for transformers."""
         self.hf.save(f'{folder}/tokenizer.json')
-        config = {
-            'tokenizer_class': 'PreTrainedTokenizerFast',
-            **self.config,
-            **self.names,
-            'chat_template': self.template or None}
+        config = {'tokenizer_class': 'PreTrainedTokenizerFast', **self.config, **self.names}
+        config['chat_template'] = self.template or None
         Path(folder, 'tokenizer_config.json').write_text(json.dumps(config, indent=1))
 
     def fingerprint(self):
@@ -169,7 +168,7 @@ class Tokenizer:
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def unused(self, vocab_size):
-        """Return the ids below vocab_size that are no token, for a network with more outputs than tokens."""
+        """Return the ids below vocab_size that are no token: a network may have more outputs than tokens."""
         return sorted(set(range(vocab_size)) - self.ids)
 
 
@@ -197,13 +196,14 @@ def get_tokenizer(spec, complete=True):
     if path.is_dir():
         path /= 'tokenizer.json'
     if not path.is_file():
-        raise UserError(f'{spec}: unknown tokenizer; expected bytes, bpe-N, a tokenizer.json, a folder that holds '
-                        f'one, or {", ".join(tiktoken.list_encoding_names())}')
+        raise UserError(f'{spec}: unknown tokenizer; expected a tokenizer.json, its folder, bytes, bpe-N, '
+                        f'or {", ".join(tiktoken.list_encoding_names())}')
 
     config = read_json(path.with_name('tokenizer_config.json'))
     template = config.get('chat_template')
     if isinstance(template, list):
         template = {entry['name']: entry['template'] for entry in template}.get('default')
+    # where transformers saves a template today
     beside = path.with_name('chat_template.jinja')
     if beside.is_file():
         template = beside.read_text(encoding='utf-8')
@@ -218,28 +218,34 @@ def read_json(path):
 def tokenizer_of(meta, mask_id=None):
     """Return the Tokenizer of loaded weights (meta of model.load_model), with the special ids that they name.
 
-    mask_id: given by the user where nothing else names it. Raises UserError if two sources differ, or if mask or
-    EOS stay unknown: a guess, such as the unknown token, would go wrong silently.
+    mask_id: given by the user where nothing else names it. UserError if two of the three differ, or if there is none.
     """
     tok = get_tokenizer(meta['folder'], complete=False)
     for key in 'mask_id eos_id pad_id bos_id eot_id'.split():
         ids = [meta[key], getattr(tok, key), mask_id if key == 'mask_id' else None]
         ids = [i for i in ids if i is not None]
+        # a guess, such as the unknown token for the mask, would go wrong silently
         if key in ('mask_id', 'eos_id') and len(set(ids)) != 1:
             raise UserError(f'{meta["folder"]}: config.json, tokenizer and --mask_id must name one {key}, got {ids}')
         setattr(tok, key, ids[0] if ids else None)
     return tok
 
 
+def check_same(tok, other, where, elsewhere):
+    """Raise UserError unless two tokenizers encode alike."""
+    if tok.fingerprint() != other.fingerprint():
+        raise UserError(f'{where}: its tokenizer is not the one of {elsewhere}')
+
+
 def byte_symbols():
-    """Return GPT-2's printable characters for the bytes, in which vocabularies spell their tokens: byte -> str."""
+    """Return GPT-2's printable characters for the bytes, in which vocabularies spell their tokens: int -> str."""
     others = count(256)
     return {b: chr(b if chr(b).isprintable() and b != 32 else next(others)) for b in range(256)}
 
 
 def byte_level(vocab, merges=(), words=WORDS):
     """Return a tokenizers.Tokenizer: byte-pair encoding inside of what the pattern `words` finds."""
-    # tiktoken looks up a whole word before it merges; for other vocabularies this changes nothing
+    # tiktoken looks up a whole word before it merges. For other vocabularies this changes nothing.
     hf = tokenizers.Tokenizer(BPE(vocab, list(merges), ignore_merges=True))
     hf.pre_tokenizer = Sequence([
         Split(tokenizers.Regex(words), 'isolated'),
@@ -249,15 +255,14 @@ def byte_level(vocab, merges=(), words=WORDS):
 
 
 def from_tiktoken(encoding):
-    """Return a tiktoken.Encoding as a Tokenizer.
-
-    tiktoken joins any two neighbours that make a token, lowest rank first. So the merges are, in order of rank, all
-    ways to cut a token in two. (Llama 3's tokenizer.json lists them like this, too.)
-    """
+    """Return a tiktoken.Encoding as a Tokenizer."""
     ranks, special = encoding._mergeable_ranks, encoding._special_tokens
+    symbols = byte_symbols()
     vocab, merges = {}, []
+    # tiktoken joins any two neighbours that make a token, lowest rank first. So the merges are, in order of rank,
+    # all ways to cut a token in two. (Llama 3's tokenizer.json lists them like this, too.)
     for token in sorted(ranks, key=ranks.get):
-        word = token.decode('latin-1').translate(byte_symbols())
+        word = token.decode('latin-1').translate(symbols)
         vocab[word] = ranks[token]
         for i in range(1, len(token)):
             if token[:i] in ranks and token[i:] in ranks:
@@ -289,8 +294,7 @@ def learn_tokenizer(texts, vocab_size):
 def docs_text():
     """Yield real text that comes with Python: pydoc's language reference, docstrings of the standard library.
 
-    Modules are parsed, never imported, and repeated paragraphs are dropped. About 1.5 million characters, which
-    vary a little with the Python version.
+    About 1.5 million characters, which vary a little with the Python version.
     """
     from pydoc_data.topics import topics
     texts = ['\n\n'.join(topics[key] for key in sorted(topics))]
@@ -298,6 +302,7 @@ def docs_text():
     skip = set('test tests idlelib lib2to3 turtledemo turtle.py pydoc_data site-packages tkinter encodings'.split())
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
+    # modules are parsed, never imported
     for file in sorted([*root.glob('*.py'), *root.glob('*/*.py')]):
         inside = file.relative_to(root).parts
         if skip & set(inside) or inside[0].startswith('_'):
@@ -306,6 +311,7 @@ def docs_text():
         docs = [ast.get_docstring(node) for node in nodes if isinstance(node, documented)]
         texts.append('\n\n'.join(filter(None, docs)))
 
+    # many classes repeat the words of others
     seen = {''}
     for text in texts:
         fresh = []
@@ -333,23 +339,23 @@ def read_records(source, accept=None):
     """Yield (where, record) of a file. A .txt is one document, and the other formats have a record per row.
 
     accept: turns a row, a dict, into a record, or raises ValueError. Default: as_record. Raises UserError with
-    file:line, or file:row. (A source that is no path is a list of (where, record) already.)
+    file:line, or file:row. A source that is no path is a list of (where, record) already.
     """
     if not isinstance(source, (str, Path)):
         yield from source
         return
 
-    for number, row in enumerate(read_rows(Path(source)), 1):
-        if not row:                                         # an empty line
-            continue
-        try:
+    number = 1
+    try:
+        for number, row in enumerate(read_rows(Path(source)), 1):
             if isinstance(row, bytes):
-                row = json.loads(row)
-            yield f'{source}:{number}', (accept or as_record)(row)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            if isinstance(error, UnicodeDecodeError):
-                number += error.object.count(b'\n', 0, error.start)
-            raise UserError(f'{source}:{number}: {error}') from None
+                row = row.strip() and json.loads(row)
+            if row != b'':                                  # an empty line
+                yield f'{source}:{number}', (accept or as_record)(row)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            number += error.object.count(b'\n', 0, error.start)
+        raise UserError(f'{source}:{number}: {error}') from None
 
 
 def read_rows(path):
@@ -362,22 +368,18 @@ def read_rows(path):
         try:
             from pyarrow.parquet import ParquetFile
         except ImportError:
-            raise UserError(f'{path}: reading .parquet needs one more package: pip install pyarrow') from None
+            raise ValueError('reading .parquet needs one more package: pip install pyarrow') from None
         for batch in ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
     elif '.jsonl' in path.suffixes:
-        lines = gzip.open(path) if path.suffix == '.gz' else path.open('rb')
-        yield from map(bytes.strip, lines)
+        yield from gzip.open(path) if path.suffix == '.gz' else path.open('rb')
     else:
-        raise UserError(f'{path}: unknown format; expected .txt, .jsonl, .jsonl.gz, .json or .parquet')
+        raise ValueError('unknown format; expected .txt, .jsonl, .jsonl.gz, .json or .parquet')
 
 
 def as_record(row):
-    """Return a row as {"messages"}, {"prompt_ids", "response_ids"}, {"text"} or {"response"}, or raise ValueError.
-
-    The first of these counts, because public data sets carry the text beside the messages. The two sides of an
-    example become messages, whatever they are called (TRL, Alpaca, ShareGPT). Other keys stay.
-    """
+    """Return a row as {"messages"}, {"prompt_ids", "response_ids"}, {"text"} or {"response"}, or raise ValueError."""
+    # the two sides of an example become messages, whatever they are called (TRL, Alpaca, ShareGPT)
     messages = value_of(row, 'messages conversations conversation')
     asked = value_of(row, 'prompt question instruction')
     answer = value_of(row, 'response answer completion output')
@@ -386,8 +388,9 @@ def as_record(row):
             asked = as_text(asked) + '\n\n' + as_text(row['input'])
         messages = [{'role': 'user', 'content': asked}, {'role': 'assistant', 'content': answer}]
 
+    # messages come first, because public data sets carry the same text beside them
     record = {key: row[key] for key in row if key != 'text'}
-    if isinstance(messages, list):
+    if messages and isinstance(messages, list):
         record['messages'] = list(map(as_message, messages))
         if record['messages'][-1]['role'] != 'assistant':
             raise ValueError('the last message must be by the assistant')
@@ -419,7 +422,8 @@ def as_text(value):
         value = value.decode('utf-8-sig')
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f'expected a text that is not empty, got {value!r:.60}')
-    value.encode()                                          # half a surrogate pair is not text
+    # half a surrogate pair is not text
+    value.encode()
     return value
 
 
@@ -432,33 +436,34 @@ SPLITS = ('train', 'val')
 PIECE = re.compile(r'(?s).{4096,8191}?\n|.{4096,8191}?(?= )|.{1,8192}')
 
 
-def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
+def prepare(sources, out, tokenizer, *, val=(), val_every=10):
     """Tokenize sources (files, or lists of (where, record)) into the folder `out` -> its manifest.
 
     val: sources to hold out. If there are none, one piece in val_every is held out of the others.
     tokenizer: what get_tokenizer takes, or bpe-N to learn N tokens from the training pieces.
-    The folder is written under another name and then renamed, so it is complete or absent.
     """
     out = Path(out).resolve()
     check_out(out, [*sources, *val])
     parts = []
     for number, source in enumerate([*sources, *val]):
-        every = val_every if not val else number >= len(sources)
-        parts += split_source(source, number, every)
+        parts += split_source(source, number, number >= len(sources) if val else val_every)
 
     size = str(tokenizer).removeprefix('bpe-')
     if size.isdecimal():
         tok = learn_tokenizer([text_of(record) for split, record in parts if split == 'train'], int(size))
     else:
         tok = get_tokenizer(tokenizer)
+    # in uint16, id 126336 would silently become 60800
+    dtype = 'uint16' if tok.vocab_size <= 2 ** 16 else 'uint32'
 
+    # written under another name and then renamed, so that a data set is complete or absent
     aside = out.with_name(f'.{out.name}.{os.getpid()}')
     aside.mkdir(parents=True)
     try:
         tok.save(aside)
-        splits = {split: write_split(parts, split, tok, aside / f'{split}_00000.bin') for split in SPLITS}
+        splits = {split: write_split(parts, split, tok, dtype, aside) for split in SPLITS}
         files = sorted(path.name for path in aside.iterdir())
-        manifest = {'format': FORMAT, 'vocab_size': tok.vocab_size, 'splits': splits, 'files': files}
+        manifest = {'format': FORMAT, 'vocab_size': tok.vocab_size, 'dtype': dtype, 'splits': splits, 'files': files}
         (aside / 'manifest.json').write_text(json.dumps(manifest, indent=1))
         shutil.rmtree(out, ignore_errors=True)
         os.replace(aside, out)
@@ -483,21 +488,20 @@ def check_out(out, sources):
 
 
 def split_source(source, number, every):
-    """Yield (split, record) of a source. A document comes in parts, where some of its pieces are held out.
-
-    Of documents every N-th piece is held out, because the tail of a text would share long passages with the rest. Of
-    examples one in N, by a hash of the first question, so that no question is in both splits. N is 0 for none.
-    """
+    """Yield (split, record) of a source, with one in `every` held out (0: none). A document comes in parts."""
     numbers = count(number + 1)
     for _, record in read_records(source):
         if 'text' in record:
+            # some pieces of it, spread evenly, because its tail would share long passages with the rest
             pieces = PIECE.findall(record['text'])
             for held_out, part in groupby(pieces, lambda piece: every and next(numbers) % every == 0):
                 yield SPLITS[held_out], {'text': ''.join(part)}
             continue
 
+        # By a hash of the first question, so that no question is in both splits. With "accept" (many answers are
+        # right) there may be too few questions for that.
         asked = [message['content'] for message in record.get('messages', []) if message['role'] == 'user']
-        if 'accept' in record or not asked:                 # "accept": questions with many answers may be few
+        if 'accept' in record or not asked:
             asked = [json.dumps(record, sort_keys=True, default=str)]
         yield SPLITS[every and zlib.crc32(asked[0].strip().encode()) % every == 0], record
 
@@ -505,65 +509,57 @@ def split_source(source, number, every):
 def text_of(record):
     """Return all text of a document or an example."""
     said = chain(*map(dict.values, record.get('messages', [])))
-    return record.get('text') or record.get('response') or '\n\n'.join(said)
+    return record.get('text') or '\n\n'.join(said) or record.get('response', '')
 
 
-def write_split(parts, split, tok, path):
-    """Tokenize and write one split of the records of split_source -> how many {'tokens', 'bytes', 'examples'} it has.
+def turns_of(record, tok):
+    """Yield (prompt ids, response ids) for each answer of an example. A document is a response without a prompt."""
+    if 'text' in record:
+        yield [], chain(*tok.encode_all(PIECE.findall(record['text'])))
+    elif 'messages' in record:
+        # the prompt of an answer is all that was said before (LLaDA, App. B.1)
+        messages = record['messages']
+        for i, message in enumerate(messages):
+            if i and message['role'] == 'assistant':
+                yield tok.encode_chat(messages[:i]), tok.encode(message['content'].strip())
+    elif 'prompt_ids' in record:
+        yield record['prompt_ids'], record['response_ids']
+    else:
+        # BOS is the prompt: a canvas of masks looks the same everywhere, so positions need an edge to count from
+        yield [tok.bos_id], tok.encode(record['response'].strip())
 
-    Examples have two more files. rows.npy (n, 4) int64 says where each one is: start, response, end, number of its
-    dialogue. The .jsonl holds the records, of which evaluate.py asks the held-out ones.
-    """
-    ids, rows, records, n_bytes = array('I'), [], [], 0
-    for dialogue, record in enumerate(record for which, record in parts if which == split):
+
+def write_split(parts, split, tok, dtype, folder):
+    """Tokenize and write one split of what split_source yields -> how many {'tokens', 'bytes', 'examples'} it has."""
+    ids, rows, n_bytes = array('I'), [], 0
+    records = [record for which, record in parts if which == split]
+    for dialogue, record in enumerate(records):
         for prompt, response in turns_of(record, tok):
             start = len(ids)
             ids.extend([*prompt, *response, tok.eos_id])
             n_bytes += len(tok.decode(ids[start:], skip_special_tokens=True).encode())
             if prompt:
                 rows.append((start, start + len(prompt), len(ids), dialogue))
-        records.append(record)
 
-    if not ids:
+    if not records:
         raise UserError(f'not enough text to hold out a validation split (nothing is left for {split}); give more, '
-                        'or say with --val_input=FILE what to hold out')
+                        'or pass --val_input=FILE')
     if max(ids) >= tok.vocab_size:
-        raise UserError(f'id {max(ids)} is not in the vocabulary of {tok.vocab_size} tokens')
-    np.array(ids, dtype_of(tok.vocab_size)).tofile(path)
+        raise UserError(f'got id {max(ids)}, but the vocabulary has {tok.vocab_size} tokens')
+    np.array(ids, dtype).tofile(folder / f'{split}_00000.bin')
     if rows:
-        np.save(path.with_suffix('.rows.npy'), rows)
-        path.with_suffix('.jsonl').write_text('\n'.join(json.dumps(record, default=str) for record in records))
+        # where the examples are, and the records themselves: evaluate.py asks the held-out ones
+        np.save(folder / f'{split}_00000.rows.npy', rows)
+        lines = [json.dumps(record, default=str) + '\n' for record in records]
+        (folder / f'{split}_00000.jsonl').write_text(''.join(lines))
     return {'tokens': len(ids), 'bytes': n_bytes, 'examples': len(rows)}
-
-
-def dtype_of(vocab_size):
-    """Return the type of the ids in the files. In uint16, id 126336 would silently become 60800."""
-    return np.dtype('uint16' if vocab_size <= 2 ** 16 else 'uint32')
-
-
-def turns_of(record, tok):
-    """Yield (prompt ids, response ids) for each answer of an example, with all that was said before (App. B.1).
-
-    A document is a response without a prompt.
-    """
-    if 'text' in record:
-        yield [], list(chain(*map(tok.encode, PIECE.findall(record['text']))))
-    elif 'prompt_ids' in record:
-        yield record['prompt_ids'], record['response_ids']
-    elif 'messages' in record:
-        for i, message in enumerate(record['messages']):
-            if i and message['role'] == 'assistant':
-                yield tok.encode_chat(record['messages'][:i]), tok.encode(message['content'].strip())
-    else:
-        # BOS is the prompt: a canvas of masks looks the same everywhere, so positions need an edge to count from
-        yield [tok.bos_id], tok.encode(record['response'].strip())
 
 
 # ----------------------------------------------------------------------------------------------------------
 # 4. Loading. Files become batches.
 
 Dataset = namedtuple('Dataset', 'parts weights')            # lists of Corpus and of float
-OFFSET, CUTS, TURNS, MIXTURE = range(4)                     # what a random number is for
+OFFSET, CUTS, TURNS, MIXTURE = range(4)                     # what random numbers are for
 
 
 class Corpus:
@@ -583,13 +579,17 @@ class Corpus:
         for split in SPLITS:
             # mapped into memory, not read
             path = self.folder / f'{split}_00000.bin'
-            self.tokens[split] = np.memmap(path, dtype_of(manifest['vocab_size']), 'r')
+            self.tokens[split] = np.memmap(path, manifest['dtype'], 'r')
             if len(self.tokens[split]) != self.facts[split]['tokens']:
                 raise UserError(f'{path}: not as long as the manifest says; prepare the data again')
 
     def tokenizer(self):
         """Return the Tokenizer that made it."""
         return get_tokenizer(self.folder)
+
+    def read(self, split, start, end):
+        """Return the tokens start .. end of a split, int64."""
+        return torch.from_numpy(self.tokens[split][start:end].astype(np.int64))
 
 
 def open_dataset(name):
@@ -611,12 +611,6 @@ def open_dataset(name):
     return Dataset(parts, weights)
 
 
-def check_same(tok, other, where, elsewhere):
-    """Raise UserError unless two tokenizers encode alike."""
-    if tok.fingerprint() != other.fingerprint():
-        raise UserError(f'{where}: its tokenizer is not the one of {elsewhere}')
-
-
 def open_source(dataset, split, masking, tok, seq_len, seed=0, **options):
     """Return the rows of a split as training sees them: Examples if masking is 'response', else Windows."""
     kind = Examples if masking == 'response' else Windows
@@ -625,7 +619,7 @@ def open_source(dataset, split, masking, tok, seq_len, seed=0, **options):
 
 @functools.lru_cache(4)
 def shuffled(n, *key):
-    """Return a random order of n things, which depends on the key alone."""
+    """Return a random order of n things, which depends on the key alone: (n,) int64."""
     return default_rng(key).permutation(n)
 
 
@@ -637,37 +631,22 @@ def evenly_spaced(n, limit):
 
 @dataclass
 class Source:
-    """The rows of a split, as training sees them."""
+    """The rows of a split."""
     dataset: Dataset
     split: str
     tok: Tokenizer
     T: int
     seed: int = 0
-    random_length: float = 0.   # share of windows of which only a random length is kept (LLaDA: 0.01)
-    random_split: float = 0.    # share of windows in two parts that do not attend to each other (iLLaDA: 0.3)
-    isolate: bool = False       # documents do not attend to each other, either
-    copies: int = 1             # how many successive rows a window or example fills (2: complementary masks)
-    pad_group: int = 0          # how many successive examples are padded to one length. 0: all of an update
-
-    def padded(self, places, T):
-        """Read places (corpus, start, response, end) -> x0 (n, T) int64, padded with EOS, maskable (n, T) bool."""
-        x0 = torch.full((len(places), T), self.tok.eos_id)
-        maskable = torch.zeros_like(x0, dtype=torch.bool)
-        for i, (corpus, start, response, end) in enumerate(places):
-            ids = corpus.tokens[self.split][start:end]
-            x0[i, :len(ids)] = torch.from_numpy(ids.astype(np.int64))
-            maskable[i, response - start:] = True
-        return x0, maskable
-
-    def batch(self, it, rows, size):
-        """Return x0 (B, T) int64, maskable (B, T) bool, None. rows: a range of the `size` rows of iteration `it`."""
-        # the paper pads a whole batch, so that is what pad_group stands for, however rows are split over processes
-        each = self.pad_group or size
-        first = rows.start // each * each
-        group = range(first, max(rows.stop, min(first + each, size)))
-        places = [self.place((it * size + row) // self.copies) for row in group]
-        longest = max(end - start for _, start, _, end in places)
-        return *self.padded(places[rows.start - first:rows.stop - first], longest), None
+    # the share of windows of which only a random length is kept (LLaDA: 0.01)
+    random_length: float = 0.
+    # the share of windows in two parts that do not attend to each other (iLLaDA: 0.3)
+    random_split: float = 0.
+    # documents do not attend to each other, either
+    isolate: bool = False
+    # how many successive rows a window or example fills, 2 for complementary masks
+    copies: int = 1
+    # how many successive examples are padded to one length, 0 for all of an update
+    pad_group: int = 0
 
 
 @dataclass
@@ -675,75 +654,70 @@ class Windows(Source):
     """Pre-training (Eq. 3): windows of T tokens, all maskable. Each epoch cuts the text at other places."""
 
     def __post_init__(self):
-        facts = [corpus.facts[self.split] for corpus in self.dataset.parts]
-        self.n_tokens = [fact['tokens'] for fact in facts]
+        self.n_tokens = [corpus.facts[self.split]['tokens'] for corpus in self.dataset.parts]
         if min(self.n_tokens) < self.T:
             raise UserError(f'split {self.split} has {min(self.n_tokens)} tokens, too few for seq_len={self.T}')
-        self.n_examples = sum(fact['examples'] for fact in facts)
         self.share = np.array(self.dataset.weights) / sum(self.dataset.weights)
-        self.bytes_per_token = float(self.share @ [fact['bytes'] / fact['tokens'] for fact in facts])
-        self.pad_group = 1                                  # all have the same length
 
-    def place(self, sample):
-        """Return where window number `sample` of an endless stream is: (corpus, start, response, end)."""
+    def window(self, sample):
+        """Return window number `sample` of an endless stream: (T,) int64."""
         # of a mixture each window draws its part; a single part is always drawn
         part = default_rng([self.seed, sample, MIXTURE]).choice(len(self.share), p=self.share)
-        n_tokens = self.n_tokens[part]
-        n = max(1, (n_tokens - self.T + 1) // self.T)       # windows that fit behind any offset
+        # as many windows as fit behind any offset
+        n = max(1, (self.n_tokens[part] - self.T + 1) // self.T)
+        room = min(self.T, self.n_tokens[part] - n * self.T + 1)
         epoch, i = divmod(sample, n)
-        offset = default_rng([self.seed, epoch, OFFSET]).integers(min(self.T, n_tokens - n * self.T + 1))
-        start = offset + shuffled(n, self.seed, epoch)[i] * self.T
-        return self.dataset.parts[part], start, start, start + self.T
+        start = shuffled(n, self.seed, epoch)[i] * self.T
+        start += default_rng([self.seed, epoch, OFFSET]).integers(room)
+        return self.dataset.parts[part].read(self.split, start, start + self.T)
 
     def batch(self, it, rows, size):
-        """Return x0, maskable, and cu_seqlens, the limits of segments that attend only to themselves, (n+1,) int32 in
-        the flattened batch, or None.
+        """Return rows `rows` (a range) of the `size` of iteration `it`: x0 (B, T) int64, maskable (B, T) bool,
+        cu_seqlens (n+1,) int32 or None, the limits of segments that attend only to themselves, in the flat batch.
         """
         T = self.T
-        x0, maskable, _ = super().batch(it, rows, size)
-        random = default_rng([self.seed, it, CUTS]).random((2, size))
-        which, where = torch.from_numpy(random)[:, list(rows), None]
+        x0 = torch.stack([self.window((it * size + row) // self.copies) for row in rows])
+        which, where = default_rng([self.seed, it, CUTS]).random((2, size, 1))[:, rows.start:rows.stop]
         short = which < self.random_length
         split = ~short & (which < self.random_length + self.random_split)
-        keep = torch.where(short, 1 + where * T, T).floor()
-        border = torch.where(split, 1 + where * (T - 1), keep).floor()
-        end = torch.arange(1, T + 1)
-        maskable &= end <= keep
+        # how much is kept, and where a border is (T: nowhere); what is not kept is a segment of its own
+        keep = np.where(short, 1 + where * T // 1, T)
+        border = np.where(split, 1 + where * (T - 1) // 1, keep)
+        end = np.arange(1, T + 1)
+        maskable = torch.from_numpy(end <= keep)
         if not self.isolate and border.min() == T:
             return x0, maskable, None
 
         ends = (end == border) | (end == T)
         if self.isolate:
-            ends |= x0 == self.tok.eos_id
-        limits = F.pad(ends.flatten().nonzero()[:, 0] + 1, (1, 0))
+            ends |= x0.numpy() == self.tok.eos_id
+        limits = np.flatnonzero(ends) + 1
         # empty segments at the end make few different shapes, because each new shape compiles a graph
-        n = math.ceil(len(limits) / 64) * 64 if self.isolate else 2 * len(x0) + 1
-        return x0, maskable, F.pad(limits, (0, n - len(limits)), value=x0.numel()).int()
+        n = len(limits) // 64 * 64 + 64 if self.isolate else 2 * len(x0) + 1
+        cu_seqlens = np.pad(limits, (1, n - 1 - len(limits)), constant_values=(0, x0.numel()))
+        return x0, maskable, torch.from_numpy(cu_seqlens).int()
 
     def held_out(self, limit=0):
         """Return ([(x0, maskable)], bytes of text per row): `limit` windows of the split in order, or all, (n, T)."""
-        if len(self.share) > 1:                             # each part has its share, so all cannot be meant
+        # each part of a mixture has its share, so all cannot be meant
+        if len(self.share) > 1:
             limit = limit or 1000
-        places = []
+        x0, n_bytes = [], 0.
         for corpus, n_tokens, share in zip(self.dataset.parts, self.n_tokens, self.share):
+            n_bytes += share * self.T * corpus.facts[self.split]['bytes'] / n_tokens
             for start in evenly_spaced(n_tokens // self.T, math.ceil(share * limit)) * self.T:
-                places.append((corpus, start, start, start + self.T))
-        return [self.padded(places, self.T)], self.T * self.bytes_per_token
+                x0.append(corpus.read(self.split, start, start + self.T))
+        x0 = torch.stack(x0)
+        return [(x0, x0 >= 0)], n_bytes
 
 
 @dataclass
 class Examples(Source):
-    """Fine-tuning (Eq. 5): one example per row. Response, EOS and padding are maskable, and the prompt is not.
-
-    Padding is EOS, and it counts in L' (LLaDA, App. B.1).
-    """
-
-    bytes_per_token = None
+    """Fine-tuning (Eq. 5): one example per row. Response, EOS and padding are maskable, and the prompt is not."""
 
     def __post_init__(self):
         self.corpus = self.dataset.parts[0]
-        self.n_examples = self.corpus.facts[self.split]['examples']
-        if len(self.dataset.parts) > 1 or not self.n_examples:
+        if len(self.dataset.parts) > 1 or not self.corpus.facts[self.split]['examples']:
             raise UserError(f"{self.corpus.folder}: masking='response' needs one data set of examples, made of "
                             'messages, or of prompt and response')
 
@@ -751,31 +725,44 @@ class Examples(Source):
         self.rows = rows[rows[:, 2] - rows[:, 0] <= self.T]
         if len(self.rows) < len(rows):
             say(f'{self.corpus.folder}: {len(self.rows)} of {len(rows)} examples fit into seq_len={self.T}')
+        # where each dialogue begins
         _, first_turns = np.unique(self.rows[:, 3], return_index=True)
-        self.dialogues = np.append(first_turns, len(self.rows))             # where each one begins
+        self.dialogues = np.append(first_turns, len(self.rows))
 
-    def place(self, sample):
-        """Return where example number `sample` of an endless stream is, which has each dialogue once per epoch.
-
-        One random turn of it is drawn. The others wait for other epochs (issue 77 of the official code).
-        """
+    def drawn(self, sample):
+        """Return example number `sample` of an endless stream, (4,), which has each dialogue once per epoch."""
         n = len(self.dialogues) - 1
         epoch, i = divmod(sample, n)
         i = shuffled(n, self.seed, epoch)[i]
-        turn = default_rng([self.seed, sample, TURNS]).integers(*self.dialogues[i:i + 2])
-        return self.corpus, *self.rows[turn, :3]
+        # one random turn of it, and the others wait for other epochs (issue 77 of the official code)
+        rng = default_rng([self.seed, sample, TURNS])
+        return self.rows[rng.integers(*self.dialogues[i:i + 2])]
+
+    def batch(self, it, rows, size):
+        """Return x0 (B, T) int64, maskable (B, T) bool, None. rows: a range inside of a group of pad_group rows."""
+        each = self.pad_group or size
+        first = rows.start // each * each
+        group = range(first, max(rows.stop, min(first + each, size)))
+        x0, maskable = self.padded([self.drawn((it * size + row) // self.copies) for row in group])
+        inside = slice(rows.start - first, rows.stop - first)
+        return x0[inside], maskable[inside], None
+
+    def padded(self, rows, multiple=1):
+        """Pad examples (n, 4) with EOS to a multiple of tokens -> x0 (n, T) int64, maskable (n, T) bool."""
+        start, response, end, _ = np.transpose(rows)
+        T = min(self.T, math.ceil(max(end - start) / multiple) * multiple)
+        x0 = torch.full((len(rows), T), self.tok.eos_id)
+        for row, a, b in zip(x0, start, end):
+            row[:b - a] = self.corpus.read(self.split, a, b)
+        # padding counts, too, in L' (LLaDA, App. B.1)
+        return x0, torch.arange(T) >= torch.from_numpy(response - start)[:, None]
 
     def held_out(self, limit=0):
-        """Return ([(x0 (n, T), maskable (n, T)), ...] for several T, bytes of text per row).
-
-        Each example is padded to a multiple of 32, so that its loss does not depend on which others there are.
-        """
+        """Return ([(x0 (n, T), maskable (n, T)), ...] for several T, bytes of text per row)."""
         rows = self.rows[evenly_spaced(len(self.rows), limit)]
-        length = np.ceil((rows[:, 2] - rows[:, 0]) / 32).astype(int) * 32
-        groups = []
-        for T in np.unique(length):
-            places = [(self.corpus, *row[:3]) for row in rows[length == T]]
-            groups.append(self.padded(places, min(T, self.T)))
+        # multiples of 32, so that the loss of an example does not depend on which others there are
+        size = (rows[:, 2] - rows[:, 0] + 31) // 32
+        groups = [self.padded(rows[size == n], 32) for n in np.unique(size)]
         answers = [self.tok.decode(x0[maskable], skip_special_tokens=True) for x0, maskable in groups]
         return groups, len(''.join(answers).encode()) / len(rows)
 
@@ -793,7 +780,9 @@ def files_of(patterns):
 
 
 def main(cfg):
-    what = ('docs (documentation that comes with Python) or shakespeare (1.1 MB, downloaded), '
+    if cfg.workers:
+        os.environ['RAYON_NUM_THREADS'] = str(cfg.workers)
+    what = ('docs (documentation that comes with Python), shakespeare (1.1 MB, downloaded), '
             'or your own text: --input=FILE --out=data/my')
     if not cfg.name and not cfg.input:
         print(f'data sets: {what}')
@@ -806,8 +795,10 @@ def main(cfg):
         records, default = DATASETS[cfg.name]
         sources = sources or [list(records())]
     out = cfg.out or f'data/{cfg.name}'
-    manifest = prepare(sources, out, cfg.tokenizer or default, val=files_of(cfg.val_input),
-                       val_every=cfg.val_every, workers=cfg.workers)
+    manifest = prepare(
+        sources, out, cfg.tokenizer or default,
+        val=files_of(cfg.val_input),
+        val_every=cfg.val_every)
 
     for split, n in manifest['splits'].items():
         print(f'{out}/{split}: {n["tokens"]:,} tokens, {n["bytes"] / n["tokens"]:.2f} bytes per token')
