@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import fields
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,24 +84,27 @@ def ready(cfg, dataset):
 def our_step(cfg, dataset, **changes):
     cfg = settings(cfg, **changes)
     _, net, optimizers, source, tok = ready(cfg, dataset)
-    batches = train.prefetch(lambda it: train.micro_batches(source, it, cfg, tok), 0)
-    return lambda: train.train_step(net, optimizers, next(batches), 1.0, cfg)
+    iterations = count()
+
+    def step():
+        batches = train.micro_batches(source, next(iterations), cfg, tok)
+        train.train_step(net, optimizers, batches, 1.0, cfg)
+
+    return step
 
 
 def guideline_step(cfg, dataset, dtype):
     cfg = settings(cfg, dtype=dtype, compile=False, act_memory=1.0)
     model, _, _, source, _ = ready(cfg, dataset)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=True)
-    it = 0
+    iterations = count()
 
     def step():
-        nonlocal it
-        x0, _, _ = source.batch(it, range(cfg.batch_size), cfg.batch_size)
+        x0, _, _ = source.batch(next(iterations), range(cfg.batch_size), cfg.batch_size)
         ours = models.attention
         models.attention = reference.plain_attention
         reference.plain_step(model, optimizer, x0.to(cfg.device), cfg.vocab_size - 1, train.autocast(cfg))
         models.attention = ours
-        it += 1
 
     return step
 
@@ -287,17 +291,15 @@ def packing_task(cfg, dataset):
     """Compare 30 % of the windows split in two, packed, with each segment padded to a row. Count real tokens only."""
     cfg = settings(cfg, random_split=0.3, optimizer='adamw')
     _, net, optimizers, source, tok = ready(cfg, dataset)
-    it = 0
+    iterations = count()
 
     def step(how):
-        nonlocal it
-        batch, = train.micro_batches(source, it, cfg, tok)
+        batch, = train.micro_batches(source, next(iterations), cfg, tok)
         if how == 'padded' and batch.cu_seqlens is not None:
             batch = padded(batch, tok, cfg.seq_len)
         if how == 'no splits at all':
             batch = batch._replace(cu_seqlens=None)
         train.train_step(net, optimizers, [batch], 1.0, cfg)
-        it += 1
 
     names = ('padded', 'packed', 'no splits at all')
     alternate({name: lambda name=name: lambda: step(name) for name in names}, cfg)
