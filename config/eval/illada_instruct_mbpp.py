@@ -1,7 +1,8 @@
 """iLLaDA-8B-Instruct, MBPP, with reasoning. Tasks in _reasoning are from its own harness: give their .yaml.
 
-    python evaluate.py lm_eval iLLaDA-8B-Instruct config/eval/illada_instruct_mbpp.py
+    python tests/lab/hooks.py lm_eval iLLaDA-8B-Instruct config/eval/illada_instruct_mbpp.py
 
+(tests/lab/hooks.py makes "</think>" more and more likely, as the authors do; evaluate.py runs it without.)
 Source: iLLaDA's evaluation script, as read in forks of the official repository.
 """
 
