@@ -73,7 +73,7 @@ def test_generate_simple_fills_a_gap_in_the_prompt_like_generate():
             assert full.x[0].tolist() == simple.tolist()
 
 
-@pytest.mark.parametrize('steps, block_length', [(8, 8), (8, 4), (6, 2), (3, 8)])
+@pytest.mark.parametrize('steps, block_length', [(8, 8), (8, 4), (8, 2), (4, 2), (3, 8)])
 def test_blocks_equal_the_plain_loop(steps, block_length):
     x = masks_after([1, 2, 3], 8, MASK)
     with torch.no_grad():
