@@ -1,12 +1,12 @@
 """Text becomes ids, ids become files, and files become batches.
 
-    python data.py                                          # names the data sets that it can make
-    python data.py shakespeare                              # downloads one and tokenizes it to data/shakespeare
+    python data.py                                      # names the data sets that it can make
+    python data.py shakespeare                          # downloads one and tokenizes it to data/shakespeare
     python data.py --input=a.txt,b.jsonl --out=data/my --tokenizer=gpt2
 
-A data set is a folder: a tokenizer, token ids (train_00000.bin, val_00000.bin) and a manifest.json that counts them.
-Batches have no state: the rows of iteration `it` are a function of (seed, it, row). So a run resumes from a number,
-on any number of processes.
+A data set is a folder: a tokenizer, token ids (train_00000.bin, val_00000.bin) and a manifest of them.
+Batches have no state: the rows of iteration `it` are a function of (seed, it, row). So a run resumes from a
+number, on any number of processes.
 
 Letters: B batch, T sequence length (tokens per row of a batch).
 """
@@ -45,11 +45,11 @@ from tokenizers.trainers import BpeTrainer
 from configurator import UserError, run, say
 
 name = ''                       # docs or shakespeare
-input = ''                      # your own files: .txt .jsonl .jsonl.gz .json .parquet, or patterns, with commas
+input = ''                      # your files or patterns, with commas between: .txt .jsonl(.gz) .json .parquet
 val_input = ''                  # files to hold out, likewise. Default: hold out a part of the input
 out = ''                        # folder to write, default data/NAME. A data set that is there is replaced
 tokenizer = ''                  # bytes, bpe-N (learned), gpt2 or another tiktoken name, or a tokenizer.json
-workers = 0                     # number of threads that tokenize. 0: one per core
+workers = 0                     # number of threads that tokenize documents. 0: one per core
 val_every = 10                  # hold out every N-th piece of a document, or one in N examples
 
 # ----------------------------------------------------------------------------------------------------------
@@ -66,7 +66,8 @@ ROLES = {
     'eot': '<|eot_id|> <eot_id>',
     'pad': '<|endoftext|> </s> <|end_of_text|>'}
 LLADA_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ bos_token }}{% for message in messages %}"
+    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
     "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
 # GPT-2's words, but digits stand alone, so that a number has the same tokens wherever it is.
@@ -78,12 +79,14 @@ BREAK = '\U0010ffff'
 class Tokenizer:
     """Turn text into ids and back. mask_id, eos_id, pad_id, bos_id, eot_id: the special tokens, int or None.
 
-    hf: a tokenizers.Tokenizer. config: tokenizer_config.json, which may name special tokens. complete: add those of
-    ROLES that the vocabulary does not have. (Released weights know no others, so they must do without.)
+    hf: a tokenizers.Tokenizer. config: what is in tokenizer_config.json, which may name special tokens.
+    complete: add those of ROLES that are missing. (Released weights do not know them, so they go without.)
     """
 
     def __init__(self, hf, config=None, template=None, complete=True):
-        self.hf, self.config, self.names = hf, config or {}, {}
+        self.hf = hf
+        self.config = config or {}
+        self.names = {}
         # some files cut or fill up a text, but here it is always encoded as it is
         hf.no_truncation()
         hf.no_padding()
@@ -96,7 +99,8 @@ class Tokenizer:
             names = [named, *usual.split()]
             best = next((name for name in names if name in vocab), named or names[1])
             if complete or best in vocab:
-                # some files have the token, but do not call it special: then typing its name would make one
+                # Some files have the token but do not call it special.
+                # Then its name in a text would be read as the token.
                 hf.add_special_tokens([best])
                 self.names[f'{role}_token'] = best
             setattr(self, f'{role}_id', hf.token_to_id(best))
@@ -104,23 +108,27 @@ class Tokenizer:
         vocab = hf.get_vocab()
         self.ids = set(vocab.values())
         self.vocab_size = max(self.ids) + 1
+        # our own vocabularies have no template, and speak like LLaDA
         self.template = template or ('<|eot_id|>' in vocab and LLADA_TEMPLATE)
-        # a pattern that finds the name of any special token, the longest one first
+        # finds the name of any special token, the longest one first
         added = hf.get_added_tokens_decoder().values()
         special = [re.escape(token.content) for token in added if token.special]
-        self.special = re.compile('|'.join(sorted(special, reverse=True)))
+        self.special = re.compile('|'.join(sorted(special, reverse=True)) or '(?!)')
 
     def encode(self, text, special_names=False):
-        """Return the ids of a text. special_names: the name of a special token in it is that token, not text."""
-        return self.encode_all([text], special_names)[0]
-
-    def encode_all(self, texts, special_names=False):
-        """Return the ids of each text. The library encodes several at once, on all cores."""
+        """Return the ids of a text. special_names: the name of a special token is that token."""
         self.hf.encode_special_tokens = not special_names
-        return [encoding.ids for encoding in self.hf.encode_batch(texts, add_special_tokens=False)]
+        return self.hf.encode(text, add_special_tokens=False).ids
+
+    def encode_document(self, text):
+        """Return the ids of a long text."""
+        # in pieces, of which the library encodes several at once
+        self.hf.encode_special_tokens = True
+        pieces = self.hf.encode_batch(PIECE.findall(text), add_special_tokens=False)
+        return list(chain(*(piece.ids for piece in pieces)))
 
     def decode(self, ids, skip_special_tokens=False):
-        """Return the text of ids. Half a character becomes U+FFFD, and an id without a token becomes nothing."""
+        """Return the text of ids. Half a character becomes U+FFFD, an id without a token nothing."""
         return self.hf.decode(list(map(int, ids)), skip_special_tokens=skip_special_tokens)
 
     def encode_chat(self, messages):
@@ -131,13 +139,14 @@ class Tokenizer:
         if messages and messages[-1]['role'] == 'assistant':
             return self.encode_chat(messages[:-1]) + self.encode(messages[-1]['content'].strip())
 
-        # a template that drops or changes what somebody says would do so silently, so we try it first
+        # A template that drops or changes what somebody says would do so silently. So we try it with a
+        # content that is easy to find.
         probe = 'Some content.'
         if self.render(messages, lambda content: probe).count(probe) != len(messages):
             raise UserError('the chat template of the tokenizer drops, repeats or changes contents')
 
-        # If somebody types the name of a special token, it stays text. We put a BREAK before and behind it, so that
-        # every other part is such a name. All the rest is encoded as transformers does.
+        # If somebody types the name of a special token, it stays text. We put a BREAK before and behind it,
+        # so that every other part is such a name. All the rest is encoded as transformers does.
         text = self.render(messages, lambda content: self.special.sub(rf'{BREAK}\g<0>{BREAK}', content))
         ids = []
         for i, part in enumerate(text.split(BREAK)):
@@ -147,7 +156,7 @@ class Tokenizer:
     def render(self, messages, change):
         """Return the text that the chat template makes of messages, after a change of their contents."""
         if not self.template:
-            raise UserError('the tokenizer has no chat template; put a chat_template.jinja beside tokenizer.json')
+            raise UserError('the tokenizer has no chat template; put a chat_template.jinja beside it')
         messages = [message | {'content': change(message['content'])} for message in messages]
         try:
             template = compile_template(self.template)
@@ -174,12 +183,15 @@ class Tokenizer:
 
 @functools.lru_cache
 def compile_template(source):
-    """Compile a chat template. It is a stranger's program, so it runs in a sandbox, as in transformers."""
+    """Compile a chat template, with what transformers offers to it."""
+    # it is a stranger's program, so it runs in a sandbox
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=['jinja2.ext.loopcontrols'])
     environment.filters['tojson'] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
     return environment.from_string(source)
@@ -192,6 +204,7 @@ def get_tokenizer(spec, complete=True):
     if spec in tiktoken.list_encoding_names():
         return from_tiktoken(tiktoken.get_encoding(spec))
 
+    # any other tokenizer is a file in the format of Hugging Face
     path = Path(spec)
     if path.is_dir():
         path /= 'tokenizer.json'
@@ -218,7 +231,7 @@ def read_json(path):
 def tokenizer_of(meta, mask_id=None):
     """Return the Tokenizer of loaded weights (meta of model.load_model), with the special ids that they name.
 
-    mask_id: given by the user where nothing else names it. UserError if two of the three differ, or if there is none.
+    mask_id: given by the user where nothing else names it. UserError if sources differ, or if there is none.
     """
     tok = get_tokenizer(meta['folder'], complete=False)
     for key in 'mask_id eos_id pad_id bos_id eot_id'.split():
@@ -226,7 +239,7 @@ def tokenizer_of(meta, mask_id=None):
         ids = [i for i in ids if i is not None]
         # a guess, such as the unknown token for the mask, would go wrong silently
         if key in ('mask_id', 'eos_id') and len(set(ids)) != 1:
-            raise UserError(f'{meta["folder"]}: config.json, tokenizer and --mask_id must name one {key}, got {ids}')
+            raise UserError(f'{meta["folder"]}: config.json, tokenizer, --mask_id must give one {key}: {ids}')
         setattr(tok, key, ids[0] if ids else None)
     return tok
 
@@ -238,7 +251,7 @@ def check_same(tok, other, where, elsewhere):
 
 
 def byte_symbols():
-    """Return GPT-2's printable characters for the bytes, in which vocabularies spell their tokens: int -> str."""
+    """Return byte -> character: GPT-2's printable ones, in which vocabularies spell their tokens."""
     others = count(256)
     return {b: chr(b if chr(b).isprintable() and b != 32 else next(others)) for b in range(256)}
 
@@ -256,11 +269,13 @@ def byte_level(vocab, merges=(), words=WORDS):
 
 def from_tiktoken(encoding):
     """Return a tiktoken.Encoding as a Tokenizer."""
-    ranks, special = encoding._mergeable_ranks, encoding._special_tokens
+    ranks = encoding._mergeable_ranks
+    special = encoding._special_tokens
     symbols = byte_symbols()
-    vocab, merges = {}, []
-    # tiktoken joins any two neighbours that make a token, lowest rank first. So the merges are, in order of rank,
-    # all ways to cut a token in two. (Llama 3's tokenizer.json lists them like this, too.)
+    vocab = {}
+    merges = []
+    # tiktoken joins any two neighbours that make a token, lowest rank first. So the merges are all ways to
+    # cut a token in two, in order of rank. (Llama 3's tokenizer.json lists them like this, too.)
     for token in sorted(ranks, key=ranks.get):
         word = token.decode('latin-1').translate(symbols)
         vocab[word] = ranks[token]
@@ -279,6 +294,7 @@ def from_tiktoken(encoding):
 def learn_tokenizer(texts, vocab_size):
     """Learn a byte-level vocabulary of at most vocab_size tokens, special tokens included -> Tokenizer."""
     hf = byte_level({})
+    # the single bytes come first, then what is learned, and special tokens last
     hf.train_from_iterator(texts, BpeTrainer(
         vocab_size=vocab_size - len(set(ROLES.values())),
         min_frequency=2,
@@ -297,9 +313,11 @@ def docs_text():
     About 1.5 million characters, which vary a little with the Python version.
     """
     from pydoc_data.topics import topics
+    # a dict of reStructuredText, which help() shows
     texts = ['\n\n'.join(topics[key] for key in sorted(topics))]
     root = Path(ast.__file__).parent
-    skip = set('test tests idlelib lib2to3 turtledemo turtle.py pydoc_data site-packages tkinter encodings'.split())
+    skip = set('test tests idlelib lib2to3 turtledemo turtle.py pydoc_data site-packages tkinter encodings'
+               .split())
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
     # modules are parsed, never imported
@@ -332,27 +350,33 @@ def shakespeare_text():
     yield url, {'text': raw.decode()}
 
 
-DATASETS = {'docs': (docs_text, 'bpe-4096'), 'shakespeare': (shakespeare_text, 'bpe-1024')}
+DATASETS = {
+    'docs': (docs_text, 'bpe-4096'),
+    'shakespeare': (shakespeare_text, 'bpe-1024')}
 
 
 def read_records(source, accept=None):
     """Yield (where, record) of a file. A .txt is one document, and the other formats have a record per row.
 
-    accept: turns a row, a dict, into a record, or raises ValueError. Default: as_record. Raises UserError with
-    file:line, or file:row. A source that is no path is a list of (where, record) already.
+    accept: turns a row, a dict, into a record, or raises ValueError. Default: as_record.
+    Raises UserError with file:line, or file:row.
     """
+    # a list of (where, record) is fine, too
     if not isinstance(source, (str, Path)):
         yield from source
         return
 
+    # where an error is, if it comes before the first row
     number = 1
     try:
         for number, row in enumerate(read_rows(Path(source)), 1):
             if isinstance(row, bytes):
                 row = row.strip() and json.loads(row)
-            if row != b'':                                  # an empty line
+            # an empty line is no record
+            if row != b'':
                 yield f'{source}:{number}', (accept or as_record)(row)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
+        # a .txt is one row of many lines
         if isinstance(error, UnicodeDecodeError):
             number += error.object.count(b'\n', 0, error.start)
         raise UserError(f'{source}:{number}: {error}') from None
@@ -378,15 +402,18 @@ def read_rows(path):
 
 
 def as_record(row):
-    """Return a row as {"messages"}, {"prompt_ids", "response_ids"}, {"text"} or {"response"}, or raise ValueError."""
+    """Return a row as a record with "messages", "prompt_ids", "text" or "response", or raise ValueError."""
     # the two sides of an example become messages, whatever they are called (TRL, Alpaca, ShareGPT)
     messages = value_of(row, 'messages conversations conversation')
-    asked = value_of(row, 'prompt question instruction')
-    answer = value_of(row, 'response answer completion output')
-    if not isinstance(messages, list) and asked and answer:
-        if row.get('input'):                                # what Alpaca's instruction is about
-            asked = as_text(asked) + '\n\n' + as_text(row['input'])
-        messages = [{'role': 'user', 'content': asked}, {'role': 'assistant', 'content': answer}]
+    asked = [row[key] for key in ('prompt', 'question', 'instruction') if key in row]
+    answers = [row[key] for key in ('response', 'answer', 'completion', 'output') if key in row]
+    if asked and answers and not isinstance(messages, list):
+        # what Alpaca's instruction is about
+        if row.get('input'):
+            asked[0] = as_text(asked[0]) + '\n\n' + as_text(row['input'])
+        messages = [
+            {'role': 'user', 'content': asked[0]},
+            {'role': 'assistant', 'content': answers[0]}]
 
     # messages come first, because public data sets carry the same text beside them
     record = {key: row[key] for key in row if key != 'text'}
@@ -411,14 +438,17 @@ def as_message(message):
     """Return a message as {"role", "content"}, two texts that are not empty, or raise ValueError."""
     role = as_text(value_of(message, 'role from'))
     content = value_of(message, 'content value')
-    if isinstance(content, list):                           # in parts, as OpenAI has them
+    # in parts, as OpenAI has them
+    if isinstance(content, list):
         content = ''.join(part['text'] for part in content)
-    return {'role': {'human': 'user', 'gpt': 'assistant'}.get(role, role), 'content': as_text(content)}
+    role = {'human': 'user', 'gpt': 'assistant'}.get(role, role)
+    return {'role': role, 'content': as_text(content)}
 
 
 def as_text(value):
     """Return a text that is not empty, or raise ValueError."""
-    if isinstance(value, bytes):                            # of a .txt, or a binary column of a .parquet
+    # of a .txt, or a binary column of a .parquet
+    if isinstance(value, bytes):
         value = value.decode('utf-8-sig')
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f'expected a text that is not empty, got {value!r:.60}')
@@ -436,17 +466,26 @@ SPLITS = ('train', 'val')
 PIECE = re.compile(r'(?s).{4096,8191}?\n|.{4096,8191}?(?= )|.{1,8192}')
 
 
-def prepare(sources, out, tokenizer, *, val=(), val_every=10):
+def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=0):
     """Tokenize sources (files, or lists of (where, record)) into the folder `out` -> its manifest.
 
     val: sources to hold out. If there are none, one piece in val_every is held out of the others.
     tokenizer: what get_tokenizer takes, or bpe-N to learn N tokens from the training pieces.
+    workers: number of threads that tokenize documents, 0 for one per core. The text must fit into memory.
     """
+    # the library reads this when it first encodes several texts
+    if workers:
+        os.environ['RAYON_NUM_THREADS'] = str(workers)
+    # refuse before there is anything to lose
     out = Path(out).resolve()
     check_out(out, [*sources, *val])
     parts = []
     for number, source in enumerate([*sources, *val]):
-        parts += split_source(source, number, number >= len(sources) if val else val_every)
+        every = val_every
+        # 1: all of a source is held out, 0: nothing
+        if val:
+            every = 1 if number >= len(sources) else 0
+        parts += split_source(source, number, every)
 
     size = str(tokenizer).removeprefix('bpe-')
     if size.isdecimal():
@@ -463,7 +502,12 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10):
         tok.save(aside)
         splits = {split: write_split(parts, split, tok, dtype, aside) for split in SPLITS}
         files = sorted(path.name for path in aside.iterdir())
-        manifest = {'format': FORMAT, 'vocab_size': tok.vocab_size, 'dtype': dtype, 'splits': splits, 'files': files}
+        manifest = {
+            'format': FORMAT,
+            'vocab_size': tok.vocab_size,
+            'dtype': dtype,
+            'splits': splits,
+            'files': files}
         (aside / 'manifest.json').write_text(json.dumps(manifest, indent=1))
         shutil.rmtree(out, ignore_errors=True)
         os.replace(aside, out)
@@ -478,17 +522,20 @@ def check_out(out, sources):
         if isinstance(source, (str, Path)) and out in Path(source).resolve().parents:
             raise UserError(f'{source} lies inside of {out}, which would be replaced; choose another --out')
 
+    # other programs have a manifest.json, too, so we look whether it is ours, and lists all that is there
     manifest = read_json(out / 'manifest.json')
     others = {path.name for path in out.glob('*')}
     if 'nanollada' in str(manifest.get('format')):
-        say(f'{out}: the data set that is there will be replaced')
         others -= {'manifest.json', *manifest['files']}
     if others:
-        raise UserError(f'{out} holds files that are no data set, such as {min(others)}; choose another --out')
+        raise UserError(f'{out} holds files that are no data set, such as {min(others)}; choose another one')
+    if manifest:
+        say(f'{out}: the data set that is there will be replaced')
 
 
 def split_source(source, number, every):
-    """Yield (split, record) of a source, with one in `every` held out (0: none). A document comes in parts."""
+    """Yield (split, record) of a source, with one in `every` held out (0: none). Documents come in parts."""
+    # each source counts its pieces from another number, because of many short files some must be held out
     numbers = count(number + 1)
     for _, record in read_records(source):
         if 'text' in record:
@@ -498,12 +545,12 @@ def split_source(source, number, every):
                 yield SPLITS[held_out], {'text': ''.join(part)}
             continue
 
-        # By a hash of the first question, so that no question is in both splits. With "accept" (many answers are
-        # right) there may be too few questions for that.
+        # By a hash of the first question, so that no question is in both splits. If many answers are right
+        # ("accept"), there may be too few questions for that.
         asked = [message['content'] for message in record.get('messages', []) if message['role'] == 'user']
-        if 'accept' in record or not asked:
-            asked = [json.dumps(record, sort_keys=True, default=str)]
-        yield SPLITS[every and zlib.crc32(asked[0].strip().encode()) % every == 0], record
+        asked.append(record.get('response') or str(record.get('prompt_ids')))
+        key = json.dumps(record, sort_keys=True, default=str) if 'accept' in record else asked[0]
+        yield SPLITS[every and zlib.crc32(key.strip().encode()) % every == 0], record
 
 
 def text_of(record):
@@ -513,9 +560,9 @@ def text_of(record):
 
 
 def turns_of(record, tok):
-    """Yield (prompt ids, response ids) for each answer of an example. A document is a response without a prompt."""
+    """Yield (prompt ids, response ids) for each answer of an example. A document is a response by itself."""
     if 'text' in record:
-        yield [], chain(*tok.encode_all(PIECE.findall(record['text'])))
+        yield [], tok.encode_document(record['text'])
     elif 'messages' in record:
         # the prompt of an answer is all that was said before (LLaDA, App. B.1)
         messages = record['messages']
@@ -525,33 +572,39 @@ def turns_of(record, tok):
     elif 'prompt_ids' in record:
         yield record['prompt_ids'], record['response_ids']
     else:
-        # BOS is the prompt: a canvas of masks looks the same everywhere, so positions need an edge to count from
+        # a canvas of masks alone looks the same everywhere, so positions need an edge to count from
         yield [tok.bos_id], tok.encode(record['response'].strip())
 
 
 def write_split(parts, split, tok, dtype, folder):
-    """Tokenize and write one split of what split_source yields -> how many {'tokens', 'bytes', 'examples'} it has."""
-    ids, rows, n_bytes = array('I'), [], 0
+    """Tokenize and write the parts of a split -> how many {'tokens', 'bytes', 'examples'} it has."""
+    ids = array('I')
+    rows = []
+    n_bytes = 0
     records = [record for which, record in parts if which == split]
     for dialogue, record in enumerate(records):
         for prompt, response in turns_of(record, tok):
             start = len(ids)
             ids.extend([*prompt, *response, tok.eos_id])
             n_bytes += len(tok.decode(ids[start:], skip_special_tokens=True).encode())
+            # documents are no rows, because windows are cut from all of them
             if prompt:
                 rows.append((start, start + len(prompt), len(ids), dialogue))
 
     if not records:
-        raise UserError(f'not enough text to hold out a validation split (nothing is left for {split}); give more, '
-                        'or pass --val_input=FILE')
-    if max(ids) >= tok.vocab_size:
-        raise UserError(f'got id {max(ids)}, but the vocabulary has {tok.vocab_size} tokens')
-    np.array(ids, dtype).tofile(folder / f'{split}_00000.bin')
+        raise UserError(f'not enough text to hold out a validation split (nothing is left for {split}); '
+                        'give more, or pass --val_input=FILE')
+    ids = np.array(ids)
+    if ids.max() >= tok.vocab_size:
+        raise UserError(f'got id {ids.max()}, but the vocabulary has {tok.vocab_size} tokens')
+    ids.astype(dtype).tofile(folder / f'{split}_00000.bin')
     if rows:
-        # where the examples are, and the records themselves: evaluate.py asks the held-out ones
+        # where the examples are
         np.save(folder / f'{split}_00000.rows.npy', rows)
+    if rows and split == 'val':
+        # evaluate.py asks these questions again
         lines = [json.dumps(record, default=str) + '\n' for record in records]
-        (folder / f'{split}_00000.jsonl').write_text(''.join(lines))
+        (folder / 'val_00000.jsonl').write_text(''.join(lines))
     return {'tokens': len(ids), 'bytes': n_bytes, 'examples': len(rows)}
 
 
@@ -559,23 +612,24 @@ def write_split(parts, split, tok, dtype, folder):
 # 4. Loading. Files become batches.
 
 Dataset = namedtuple('Dataset', 'parts weights')            # lists of Corpus and of float
-OFFSET, CUTS, TURNS, MIXTURE = range(4)                     # what random numbers are for
+OFFSET, CUTS, TURNS, MIXTURE = range(1, 5)                  # what random numbers are for
 
 
 class Corpus:
-    """A prepared folder, or the name of one in data/. facts: split -> number of tokens, bytes of text, examples."""
+    """A prepared folder, or the name of one in data/. facts: split -> counts of tokens, bytes, examples."""
 
     def __init__(self, name):
         self.folder = Path(name)
-        if not self.folder.is_dir():
+        if not (self.folder / 'manifest.json').is_file():
             self.folder = Path('data', name)
         manifest = read_json(self.folder / 'manifest.json')
         if manifest.get('format') != FORMAT:
-            raise UserError(f'{self.folder}: no data set, or one of another version; make it: python data.py '
-                            f'{self.folder.name}, or: python data.py --input=FILE --out={name}, or (for world, '
-                            'instruct and facts): python tests/lab/worlds.py')
+            raise UserError(f'{self.folder}: no data set, or one of another version; make it: '
+                            f'python data.py {self.folder.name}, or python data.py --input=FILE '
+                            f'--out={name}, or for world, instruct and facts: python tests/lab/worlds.py')
 
-        self.facts, self.tokens = manifest['splits'], {}
+        self.facts = manifest['splits']
+        self.tokens = {}
         for split in SPLITS:
             # mapped into memory, not read
             path = self.folder / f'{split}_00000.bin'
@@ -593,7 +647,8 @@ class Corpus:
 
 
 def open_dataset(name):
-    """Return the Dataset of a name in data/, a folder, or a mixture 'a:0.7,b:0.3'. 'docs' is made on first use."""
+    """Return the Dataset of a name in data/, a folder, or a mixture 'a:0.7,b:0.3'."""
+    # the default data set is made on first use
     if name == 'docs' and not Path('data/docs').exists():
         say('preparing data/docs, once')
         prepare([list(docs_text())], 'data/docs', 'bpe-4096')
@@ -617,7 +672,7 @@ def open_source(dataset, split, masking, tok, seq_len, seed=0, **options):
     return kind(dataset, split, tok, seq_len, seed, **options)
 
 
-@functools.lru_cache(4)
+@functools.lru_cache(16)
 def shuffled(n, *key):
     """Return a random order of n things, which depends on the key alone: (n,) int64."""
     return default_rng(key).permutation(n)
@@ -656,7 +711,7 @@ class Windows(Source):
     def __post_init__(self):
         self.n_tokens = [corpus.facts[self.split]['tokens'] for corpus in self.dataset.parts]
         if min(self.n_tokens) < self.T:
-            raise UserError(f'split {self.split} has {min(self.n_tokens)} tokens, too few for seq_len={self.T}')
+            raise UserError(f'{self.split} has {min(self.n_tokens)} tokens, too few for seq_len={self.T}')
         self.share = np.array(self.dataset.weights) / sum(self.dataset.weights)
 
     def window(self, sample):
@@ -672,8 +727,10 @@ class Windows(Source):
         return self.dataset.parts[part].read(self.split, start, start + self.T)
 
     def batch(self, it, rows, size):
-        """Return rows `rows` (a range) of the `size` of iteration `it`: x0 (B, T) int64, maskable (B, T) bool,
-        cu_seqlens (n+1,) int32 or None, the limits of segments that attend only to themselves, in the flat batch.
+        """Return the rows `rows` (a range) of the `size` rows of iteration `it`.
+
+        x0 (B, T) int64, maskable (B, T) bool, cu_seqlens (n+1,) int32: limits, in the flattened batch, of
+        segments that attend only to themselves; None if rows are not cut.
         """
         T = self.T
         x0 = torch.stack([self.window((it * size + row) // self.copies) for row in rows])
@@ -698,11 +755,12 @@ class Windows(Source):
         return x0, maskable, torch.from_numpy(cu_seqlens).int()
 
     def held_out(self, limit=0):
-        """Return ([(x0, maskable)], bytes of text per row): `limit` windows of the split in order, or all, (n, T)."""
+        """Return ([(x0, maskable)], bytes of text per row) of all windows in order, or `limit`: (n, T)."""
         # each part of a mixture has its share, so all cannot be meant
         if len(self.share) > 1:
             limit = limit or 1000
-        x0, n_bytes = [], 0.
+        x0 = []
+        n_bytes = 0.
         for corpus, n_tokens, share in zip(self.dataset.parts, self.n_tokens, self.share):
             n_bytes += share * self.T * corpus.facts[self.split]['bytes'] / n_tokens
             for start in evenly_spaced(n_tokens // self.T, math.ceil(share * limit)) * self.T:
@@ -713,24 +771,24 @@ class Windows(Source):
 
 @dataclass
 class Examples(Source):
-    """Fine-tuning (Eq. 5): one example per row. Response, EOS and padding are maskable, and the prompt is not."""
+    """Fine-tuning (Eq. 5): one example per row. Response, EOS and padding are maskable, the prompt is not."""
 
     def __post_init__(self):
         self.corpus = self.dataset.parts[0]
         if len(self.dataset.parts) > 1 or not self.corpus.facts[self.split]['examples']:
-            raise UserError(f"{self.corpus.folder}: masking='response' needs one data set of examples, made of "
-                            'messages, or of prompt and response')
+            raise UserError(f"{self.corpus.folder}: masking='response' needs one data set of examples, made "
+                            'of messages, or of prompt and response')
 
         rows = np.load(self.corpus.folder / f'{self.split}_00000.rows.npy')
         self.rows = rows[rows[:, 2] - rows[:, 0] <= self.T]
-        if len(self.rows) < len(rows):
+        if len(self.rows) < len(rows) and os.environ.get('RANK', '0') == '0':
             say(f'{self.corpus.folder}: {len(self.rows)} of {len(rows)} examples fit into seq_len={self.T}')
         # where each dialogue begins
         _, first_turns = np.unique(self.rows[:, 3], return_index=True)
         self.dialogues = np.append(first_turns, len(self.rows))
 
     def drawn(self, sample):
-        """Return example number `sample` of an endless stream, (4,), which has each dialogue once per epoch."""
+        """Return example number `sample` of an endless stream, (4,). It has each dialogue once per epoch."""
         n = len(self.dialogues) - 1
         epoch, i = divmod(sample, n)
         i = shuffled(n, self.seed, epoch)[i]
@@ -739,7 +797,8 @@ class Examples(Source):
         return self.rows[rng.integers(*self.dialogues[i:i + 2])]
 
     def batch(self, it, rows, size):
-        """Return x0 (B, T) int64, maskable (B, T) bool, None. rows: a range inside of a group of pad_group rows."""
+        """Return x0 (B, T) int64, maskable (B, T) bool, None. rows: a range inside of one group."""
+        # the whole group says how long its rows are, however the rows are split over processes
         each = self.pad_group or size
         first = rows.start // each * each
         group = range(first, max(rows.stop, min(first + each, size)))
@@ -750,7 +809,8 @@ class Examples(Source):
     def padded(self, rows, multiple=1):
         """Pad examples (n, 4) with EOS to a multiple of tokens -> x0 (n, T) int64, maskable (n, T) bool."""
         start, response, end, _ = np.transpose(rows)
-        T = min(self.T, math.ceil(max(end - start) / multiple) * multiple)
+        T = math.ceil(max(end - start) / multiple) * multiple
+        T = min(T, self.T)
         x0 = torch.full((len(rows), T), self.tok.eos_id)
         for row, a, b in zip(x0, start, end):
             row[:b - a] = self.corpus.read(self.split, a, b)
@@ -780,8 +840,6 @@ def files_of(patterns):
 
 
 def main(cfg):
-    if cfg.workers:
-        os.environ['RAYON_NUM_THREADS'] = str(cfg.workers)
     what = ('docs (documentation that comes with Python), shakespeare (1.1 MB, downloaded), '
             'or your own text: --input=FILE --out=data/my')
     if not cfg.name and not cfg.input:
@@ -790,15 +848,20 @@ def main(cfg):
     if cfg.name not in DATASETS and not (cfg.input and cfg.out):
         raise UserError(f'expected {what}')
 
-    sources, default = files_of(cfg.input), 'bpe-1024'
+    # a file may also stand in for the download
+    sources = files_of(cfg.input)
+    default = 'bpe-1024'
     if cfg.name in DATASETS:
         records, default = DATASETS[cfg.name]
         sources = sources or [list(records())]
     out = cfg.out or f'data/{cfg.name}'
     manifest = prepare(
-        sources, out, cfg.tokenizer or default,
+        sources,
+        out,
+        cfg.tokenizer or default,
         val=files_of(cfg.val_input),
-        val_every=cfg.val_every)
+        val_every=cfg.val_every,
+        workers=cfg.workers)
 
     for split, n in manifest['splits'].items():
         print(f'{out}/{split}: {n["tokens"]:,} tokens, {n["bytes"] / n["tokens"]:.2f} bytes per token')

@@ -1,4 +1,4 @@
-"""Text to records to files to windows: nothing is lost, nothing of the user is removed, batches depend on numbers only."""
+"""Text to records to files to windows: nothing is lost, nothing of the user is removed, batches are functions."""
 
 import gzip
 import json
@@ -60,12 +60,17 @@ def test_docs_are_real_text_without_repeats():
 
 
 @pytest.mark.parametrize('name, content, says', [
-    ('a.txt', b'ok\nok\n\xff bad', r'a.txt:3: .*utf-8'), ('a.txt', b' ', 'a.txt:1: expected a text'),
-    ('a.csv', b'x', 'unknown format; expected .txt, .jsonl'), ('a.jsonl', b'{"text": "x"}\n\n{"text": 3}', 'a.jsonl:3: .*got 3'),
-    ('a.jsonl', b'{"text": "x"}\n{"text"', 'a.jsonl:2: Expecting'), ('a.jsonl', b'{"text": "\\ud800"}', 'a.jsonl:1: .*surrogates'),
-    ('a.jsonl', b'5', 'a.jsonl:1: '), ('a.jsonl', b'{"words": "x"}', r"a.jsonl:1: expected text, .*keys \['words'\]"),
+    ('a.txt', b'ok\nok\n\xff bad', 'a.txt:3: .*utf-8'),
+    ('a.txt', b' ', 'a.txt:1: expected a text'),
+    ('a.csv', b'x', 'unknown format; expected .txt, .jsonl'),
+    ('a.jsonl', b'{"text": "x"}\n\n{"text": 3}', 'a.jsonl:3: .*got 3'),
+    ('a.jsonl', b'{"text": "x"}\n{"text"', 'a.jsonl:2: Expecting'),
+    ('a.jsonl', b'{"text": "\\ud800"}', 'a.jsonl:1: .*surrogates'),
+    ('a.jsonl', b'5', 'a.jsonl:1: '),
+    ('a.jsonl', b'{"words": "x"}', r"a.jsonl:1: expected text, .*keys \['words'\]"),
     ('a.jsonl', b'{"text": "x"}\n{"text": "\xfe"}', 'a.jsonl:2: .*utf-8'),
-    ('a.json', b'[{"text": "x"}, {"text": ""}]', 'a.json:2: expected a text'), ('a.json', b'[{', 'a.json:1: Expecting')])
+    ('a.json', b'[{"text": "x"}, {"text": ""}]', 'a.json:2: expected a text'),
+    ('a.json', b'[{', 'a.json:1: Expecting')])
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=says) as error:
@@ -83,9 +88,9 @@ def test_empty_lines_and_byte_order_marks(tmp_path):
 
 def test_parquet(tmp_path):
     pyarrow = pytest.importorskip('pyarrow')
-    import pyarrow.parquet
+    parquet = pytest.importorskip('pyarrow.parquet')
     columns = {'text': pyarrow.array([b'one caf\xc3\xa9', b'two'], pyarrow.binary()), 'raw': [b'\xff', None]}
-    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / 'a.parquet')
+    parquet.write_table(pyarrow.table(columns), tmp_path / 'a.parquet')
     assert [record['text'] for _, record in data.read_records(tmp_path / 'a.parquet')] == ['one café', 'two']
 
 
@@ -102,7 +107,8 @@ def test_pieces_end_at_lines_then_spaces_then_anywhere():
 
 def test_every_piece_lands_once_and_documents_end(folder):
     tok = data.get_tokenizer('bytes')
-    for split, n in (('train', 36), ('val', 4)):                                        # 40 documents, one in ten held out
+    # 40 documents, one in ten held out
+    for split, n in (('train', 36), ('val', 4)):
         facts = data.Corpus(folder).facts[split]
         assert (stream(folder, split) == tok.eos_id).sum() == n
         assert facts == {'tokens': len(stream(folder, split)), 'bytes': len(stream(folder, split)) - n, 'examples': 0}
@@ -340,7 +346,8 @@ def test_mixtures_that_cannot_be(mixture, files, tmp_path):
     with pytest.raises(UserError, match='its tokenizer is not the one of'):
         data.open_dataset(f"{tmp_path / 'a'}:1,{tmp_path / 'c'}:1")
     shutil.copytree(tmp_path / 'a', tmp_path / 'a:1')
-    assert len(data.open_dataset(str(tmp_path / 'a:1')).parts) == 1                     # a colon in the name of a folder
+    # a colon in the name of a folder
+    assert len(data.open_dataset(str(tmp_path / 'a:1')).parts) == 1
 
 
 def test_docs_are_made_on_first_use(tmp_path, monkeypatch, capsys):
@@ -353,6 +360,7 @@ def test_docs_are_made_on_first_use(tmp_path, monkeypatch, capsys):
 
 
 def test_the_same_settings_as_ever():
-    assert {'name', 'input', 'val_input', 'out', 'tokenizer', 'workers', 'val_every'} <= vars(data).keys()
+    settings = {'input': '', 'val_input': '', 'out': '', 'tokenizer': '', 'workers': 0, 'val_every': 10}
+    assert settings.items() <= vars(data).items()
     with pytest.raises(UserError, match='expected docs'):
-        data.main(SimpleNamespace(name='typo', input='', val_input='', out='', tokenizer='', workers=0, val_every=10))
+        data.main(SimpleNamespace(name='typo', **settings))

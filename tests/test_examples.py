@@ -26,11 +26,13 @@ def prepared(records, folder, **options):
 @pytest.fixture(scope='module')
 def corpora(tmp_path_factory):
     root = tmp_path_factory.mktemp('examples')
-    return {'pairs': prepared(PAIRS, root / 'pairs', val_every=5), 'talks': prepared(TALKS, root / 'talks', val_every=5)}
+    rows = {'pairs': PAIRS, 'talks': TALKS}
+    return {name: prepared(rows[name], root / name, val_every=5) for name in rows}
 
 
 def examples(corpus, seq_len, split='train', seed=1337, **options):
-    return data.open_source(data.Dataset([corpus], [1.]), split, 'response', corpus.tokenizer(), seq_len, seed, **options)
+    dataset = data.Dataset([corpus], [1.])
+    return data.open_source(dataset, split, 'response', corpus.tokenizer(), seq_len, seed, **options)
 
 
 def rows_of(corpus, split='train'):
@@ -50,12 +52,16 @@ def chat(*contents):
 # ------------------------------------------------------------------------------------------------- records
 
 
+def in_parts(message):
+    return {'role': message['role'], 'content': [{'type': 'text', 'text': message['content']}]}
+
+
 @pytest.mark.parametrize('row', [
     {'prompt': 'q', 'response': 'a'}, {'question': 'q', 'answer': 'a'}, {'prompt': 'q', 'completion': 'a'},
-    {'instruction': 'q', 'output': 'a'}, {'instruction': 'q', 'input': '', 'output': 'a'}, {'messages': SAID},
-    {'conversations': [{'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': 'a'}]}, {'conversation': SAID},
-    {'messages': SAID, 'text': 'q a'}, {'messages': [{**said, 'name': 'x'} for said in SAID]},
-    {'messages': [{'role': said['role'], 'content': [{'type': 'text', 'text': said['content']}]} for said in SAID]}], ids=str)
+    {'instruction': 'q', 'output': 'a'}, {'instruction': 'q', 'input': '', 'output': 'a'},
+    {'messages': SAID}, {'conversation': SAID}, {'messages': SAID, 'text': 'q a'},
+    {'conversations': [{'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': 'a'}]},
+    {'messages': [{**said, 'name': 'x'} for said in SAID]}, {'messages': list(map(in_parts, SAID))}], ids=str)
 def test_examples_by_other_names(row):
     record = data.as_record({**row, 'id': 7})
     assert record['messages'] == SAID and record['id'] == 7 and 'text' not in record
@@ -64,16 +70,19 @@ def test_examples_by_other_names(row):
 def test_the_first_of_several():
     assert data.as_record({'text': 't', 'conversation': 17, 'messages': None})['text'] == 't'
     assert data.as_record({'text': 't', 'response': 'a'})['text'] == 't'
-    assert data.as_record({'instruction': 'Add.', 'input': '1 and 2', 'output': '3'})['messages'][0]['content'] == 'Add.\n\n1 and 2'
+    record = data.as_record({'instruction': 'Add.', 'input': '1 and 2', 'output': '3'})
+    assert record['messages'][0]['content'] == 'Add.\n\n1 and 2'
 
 
 @pytest.mark.parametrize('row', [
-    {'messages': []}, {'messages': 'x'}, {'messages': SAID[1:] + SAID[:1]}, {'messages': SAID[:1]}, {'messages': [None]},
-    {'messages': [SAID[0], {'role': 'assistant', 'content': None, 'tool_calls': [1]}]}, {'conversations': 'q'},
-    {'messages': [{'role': 'user', 'content': [{'type': 'image'}]}, SAID[1]]}, {'prompt': 'a'}, {'answer': 'x'}, {}, [], 5,
-    {'prompt': 3, 'response': 'x'}, {'instruction': None, 'input': 'q', 'output': 'a'}, {'response': ''}, {'text': ' '}], ids=str)
+    {}, [], 5, {'text': ' '}, {'response': ''}, {'prompt': 'a'}, {'answer': 'x'}, {'conversations': 'q'},
+    {'prompt': 3, 'response': 'x'}, {'prompt': None, 'response': 'x'}, {'prompt': '', 'response': 'x'},
+    {'instruction': None, 'input': 'q', 'output': 'a'}, {'messages': []}, {'messages': 'x'}, {'messages': [None]},
+    {'messages': SAID[:1]}, {'messages': SAID[::-1]}, {'messages': [{'role': 'user'}, SAID[1]]},
+    {'messages': [SAID[0], {'role': 'assistant', 'content': None, 'tool_calls': [1]}]},
+    {'messages': [{'role': 'user', 'content': [{'type': 'image'}]}, SAID[1]]}], ids=str)
 def test_rows_that_are_no_examples(row, tmp_path):
-    (tmp_path / 'a.jsonl').write_text(json.dumps({'prompt': 'a', 'response': 'b'}) + '\n' + json.dumps([row])[1:-1])
+    (tmp_path / 'a.jsonl').write_text(json.dumps(PAIRS[0]) + '\n' + json.dumps(row))
     with pytest.raises(UserError, match='a.jsonl:2: ') as error:
         list(data.read_records(tmp_path / 'a.jsonl'))
     assert '\n' not in str(error.value) and len(str(error.value)) < 400
@@ -121,7 +130,8 @@ def test_held_out_records_keep_what_they_are_graded_by(tmp_path):
     rows = [{'task': 'two', 'accept': 'a|b', 'prompt': 'Name one.', 'response': f'a{i}'} for i in range(100)]
     prepared(rows, tmp_path / 'd', val_every=3)
     held_out = [record for _, record in data.read_records(tmp_path / 'd' / 'val_00000.jsonl')]
-    assert 10 < len(held_out) < 60                                                      # by the record: one question would be in one split
+    # by the whole record, because one question would be in one split
+    assert 10 < len(held_out) < 60
     assert all(record['task'] == 'two' and record['accept'] == 'a|b' for record in held_out)
 
 
@@ -148,9 +158,13 @@ def test_rows_are_padded_to_their_group_however_the_batch_is_split(corpora):
         halves = [source.batch(1, range(start + k, start + k + 2), 8) for k in (0, 2)]
         for i in (0, 1):
             assert torch.equal(whole[i], torch.cat([half[i] for half in halves]))
-    lengths = {examples(corpora['pairs'], 200, pad_group=1).batch(0, range(i, i + 1), 40)[0].shape[1] for i in range(40)}
-    update = [examples(corpora['pairs'], 200).batch(0, range(i, i + 1), 40)[0].shape[1] for i in range(40)]
-    assert set(update) == {max(lengths)} and len(lengths) > 3                            # 0: all rows of an update
+
+
+def test_without_a_group_all_rows_of_an_update_are_padded_alike(corpora):
+    alone, together = (examples(corpora['pairs'], 200, pad_group=n) for n in (1, 0))
+    lengths = [alone.batch(0, range(i, i + 1), 40)[0].shape[1] for i in range(40)]
+    assert {together.batch(0, range(i, i + 1), 40)[0].shape[1] for i in range(40)} == {max(lengths)}
+    assert len(set(lengths)) > 3
 
 
 def test_a_dialogue_gives_one_random_turn_an_epoch(corpora):
@@ -203,7 +217,8 @@ def test_what_is_too_long_is_left_out(tmp_path, capsys):
 
 def test_examples_as_windows(corpora):
     """iLLaDA's unified masking: everything may be hidden, and examples do not attend to each other."""
-    source = data.open_source(data.Dataset([corpora['pairs']], [1.]), 'train', 'unified', corpora['pairs'].tokenizer(), 128, isolate=True)
+    dataset = data.Dataset([corpora['pairs']], [1.])
+    source = data.open_source(dataset, 'train', 'unified', corpora['pairs'].tokenizer(), 128, isolate=True)
     x0, maskable, cu_seqlens = source.batch(0, range(2), 2)
     assert maskable.all() and len(set(cu_seqlens.tolist())) > 6
 

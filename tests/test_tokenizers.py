@@ -14,13 +14,15 @@ from configurator import UserError
 
 TEXTS = [
     '', ' ', 'Hello, world!', "it's  two\n\n\n    def f(x):\treturn 1234567  ", '\x00\x1b[0m\r\n\r\n x', 'a' * 3000,
-    'Der Fluß fließt über die Äcker.', 'L’été, où est-il ?', '¿Cuántos años tiene?', 'Быстрая лиса прыгает.', '床前明月光，疑是地上霜。',
-    'すばやい茶色の狐', '빠른 갈색 여우', 'هذا نصٌّ قصير.', 'यह एक वाक्य है।', 'Η γρήγορη αλεπού', '🙂👩‍👩‍👧 e\u0301 \u00a0\u3000\u2028', 'ſ K ﬁ ２３']
+    'Der Fluß fließt über die Äcker.', 'L’été, où est-il ?', '¿Cuántos años tiene?', 'Быстрая лиса прыгает.',
+    '床前明月光，疑是地上霜。', 'すばやい茶色の狐', '빠른 갈색 여우',
+    'هذا نصٌّ قصير.', 'यह एक वाक्य है।', 'Η γρήγορη αλεπού', '🙂👩‍👩‍👧 e\u0301 \u00a0\u3000\u2028', 'ſ K ﬁ ２３']
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 PATTERNS = {
     'gpt2': r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    'llama3': r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-              r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-    'qwen': r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    'llama3': LLAMA3,
+    'qwen': LLAMA3.replace('{1,3}', ''),
     'bloom': r' ?[^(\s|[.,!?…。，、।۔،])]+'}
 SPECIAL = ['<|begin_of_text|>', '<|end_of_text|>', '<|im_start|>', '<|im_end|>', '<s>', '</s>', '<|mdm_mask|>',
            '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>']
@@ -28,14 +30,17 @@ SPECIAL = ['<|begin_of_text|>', '<|end_of_text|>', '<|im_start|>', '<|im_end|>',
 
 def build(kind):
     """Learn a small tokenizer of a family on the texts."""
-    hf = Tokenizer(models.BPE(byte_fallback=kind == 'sentencepiece', unk_token='<unk>' if kind == 'sentencepiece' else None))
+    hf = Tokenizer(models.BPE())
     special, alphabet = list(SPECIAL), pre.ByteLevel.alphabet()
+    texts = TEXTS * 3
     if kind == 'sentencepiece':
         # Llama 2: no words, a blank is a character, unknown characters are bytes
+        hf = Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>'))
         hf.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
         hf.decoder = decoders.Sequence([
             decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
         special, alphabet = ['<unk>', *special, *(f'<0x{b:02X}>' for b in range(256))], []
+        texts = ['Hello, hello world! 12 1234 <b>code</b> def f(x): return x'] * 4 + TEXTS[:8]
     elif kind == 'metaspace':
         hf.pre_tokenizer, hf.decoder = pre.Metaspace(prepend_scheme='first'), decoders.Metaspace()
     elif kind == 'neox':
@@ -47,7 +52,6 @@ def build(kind):
     if kind == 'qwen':
         hf.normalizer = normalizers.NFC()
 
-    texts = ['Hello, hello world! 12 1234 <b>code</b> def f(x): return x'] * 4 + TEXTS[:8] if kind == 'sentencepiece' else TEXTS * 3
     hf.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=900, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
     if kind == 'neox':
@@ -240,7 +244,7 @@ def test_config_json_has_a_say(tmp_path):
     tok = data.tokenizer_of(meta(folder, mask_id=2, eot_id=1, pad_id=0))
     assert (tok.mask_id, tok.eot_id, tok.pad_id) == (2, 1, 0)
     for ids, given in (({'mask_id': 2}, 1), ({'mask_id': 2, 'eos_id': 1}, None)):
-        with pytest.raises(UserError, match='must name one'):
+        with pytest.raises(UserError, match='must give one'):
             data.tokenizer_of(meta(folder, **ids), mask_id=given)
 
 
@@ -256,14 +260,15 @@ def test_unknown_tokenizers(spec, tmp_path, monkeypatch):
 TEMPLATES = {
     'llada': (
         "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
-        "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
-        "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+        "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}"
+        "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
         "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"),
     'llama3': (
         "{{- bos_token }}\n{%- set date = strftime_now('%Y') %}\n{%- if messages[0]['role'] == 'system' %}\n"
         "    {%- set system_message = messages[0]['content'] | trim %}\n    {%- set messages = messages[1:] %}\n"
         "{%- else %}\n    {%- set system_message = '' %}\n{%- endif %}\n"
-        "{{- '<|start_header_id|>system<|end_header_id|>\n\nToday: ' + date + '\n\n' + system_message + '<|eot_id|>' }}\n"
+        "{{- '<|start_header_id|>system<|end_header_id|>\n\nToday: ' + date + '\n\n' }}"
+        "{{- system_message + '<|eot_id|>' }}\n"
         "{%- for message in messages %}\n    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + "
         "message['content'] | trim + '<|eot_id|>' }}\n{%- endfor %}\n{%- if add_generation_prompt %}\n"
         "    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}\n{%- endif %}\n"),
