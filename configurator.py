@@ -9,6 +9,7 @@ underscore.)
 """
 
 import difflib
+import json
 import os
 import re
 import runpy
@@ -168,3 +169,13 @@ def die(message, code=2):
 def say(text):
     """Print a line to stderr, where everything goes that is not a result."""
     print(text, file=sys.stderr, flush=True)
+
+
+def read_json(path):
+    """Return the JSON object in a file, {} if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f'{path}: not a JSON object ({error})') from None

@@ -42,7 +42,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 
-from configurator import UserError, run, say
+from configurator import UserError, read_json, run, say
 
 name = ''                       # docs or shakespeare
 input = ''                      # your files or patterns, with commas between: .txt .jsonl(.gz) .json .parquet
@@ -223,11 +223,6 @@ def get_tokenizer(spec, complete=True):
     return Tokenizer(tokenizers.Tokenizer.from_file(str(path)), config, template, complete)
 
 
-def read_json(path):
-    """Return the JSON object in a file, {} if there is no file."""
-    return json.loads(path.read_bytes()) if path.is_file() else {}
-
-
 def tokenizer_of(meta, mask_id=None):
     """Return the Tokenizer of loaded weights (meta of model.load_model), with the special ids that they name.
 
@@ -402,7 +397,7 @@ def read_rows(path):
 
 
 def as_record(row):
-    """Return a row as a record with "messages", "prompt_ids", "text" or "response", or raise ValueError."""
+    """Return a row as a record with "messages", "text" or "response", or raise ValueError."""
     # the two sides of an example become messages, whatever they are called (TRL, Alpaca, ShareGPT)
     messages = value_of(row, 'messages conversations conversation')
     asked = [row[key] for key in ('prompt', 'question', 'instruction') if key in row]
@@ -421,11 +416,12 @@ def as_record(row):
         record['messages'] = list(map(as_message, messages))
         if record['messages'][-1]['role'] != 'assistant':
             raise ValueError('the last message must be by the assistant')
-    elif 'prompt_ids' not in row:
-        key = 'text' if 'text' in row else 'response'
-        if key not in row:
-            raise ValueError(f'expected text, messages, or prompt and response; got the keys {list(row)}')
-        record[key] = as_text(row[key])
+        return record
+
+    key = 'text' if 'text' in row else 'response'
+    if key not in row:
+        raise ValueError(f'expected text, messages, or prompt and response; got the keys {list(row)}')
+    record[key] = as_text(row[key])
     return record
 
 
@@ -548,7 +544,7 @@ def split_source(source, number, every):
         # By a hash of the first question, so that no question is in both splits. If many answers are right
         # ("accept"), there may be too few questions for that.
         asked = [message['content'] for message in record.get('messages', []) if message['role'] == 'user']
-        asked.append(record.get('response') or str(record.get('prompt_ids')))
+        asked.append(record.get('response'))
         key = json.dumps(record, sort_keys=True, default=str) if 'accept' in record else asked[0]
         yield SPLITS[every and zlib.crc32(key.strip().encode()) % every == 0], record
 
@@ -569,8 +565,6 @@ def turns_of(record, tok):
         for i, message in enumerate(messages):
             if i and message['role'] == 'assistant':
                 yield tok.encode_chat(messages[:i]), tok.encode(message['content'].strip())
-    elif 'prompt_ids' in record:
-        yield record['prompt_ids'], record['response_ids']
     else:
         # a canvas of masks alone looks the same everywhere, so positions need an edge to count from
         yield [tok.bos_id], tok.encode(record['response'].strip())
@@ -594,10 +588,7 @@ def write_split(parts, split, tok, dtype, folder):
     if not records:
         raise UserError(f'not enough text to hold out a validation split (nothing is left for {split}); '
                         'give more, or pass --val_input=FILE')
-    ids = np.array(ids)
-    if ids.max() >= tok.vocab_size:
-        raise UserError(f'got id {ids.max()}, but the vocabulary has {tok.vocab_size} tokens')
-    ids.astype(dtype).tofile(folder / f'{split}_00000.bin')
+    np.array(ids, dtype).tofile(folder / f'{split}_00000.bin')
     if rows:
         # where the examples are
         np.save(folder / f'{split}_00000.rows.npy', rows)
@@ -727,13 +718,20 @@ class Windows(Source):
         return self.dataset.parts[part].read(self.split, start, start + self.T)
 
     def batch(self, it, rows, size):
-        """Return the rows `rows` (a range) of the `size` rows of iteration `it`.
+        """Return x0 (B, T) int64, maskable (B, T) bool, and cu_seqlens (n+1,) int32 or None.
 
-        x0 (B, T) int64, maskable (B, T) bool, cu_seqlens (n+1,) int32: limits, in the flattened batch, of
-        segments that attend only to themselves; None if rows are not cut.
+        rows: a range of the `size` rows of iteration `it`. cu_seqlens: the limits, in the flattened batch, of
+        segments that attend only to themselves.
         """
-        T = self.T
         x0 = torch.stack([self.window((it * size + row) // self.copies) for row in rows])
+        if self.random_length or self.random_split or self.isolate:
+            return x0, *self.cut(x0, it, rows, size)
+        return x0, torch.ones_like(x0, dtype=torch.bool), None
+
+    def cut(self, x0, it, rows, size):
+        """Cut some windows at random, and others where documents end -> maskable, cu_seqlens of `batch`."""
+        T = self.T
+        # drawn for all rows, so that it does not depend on how they are divided
         which, where = default_rng([self.seed, it, CUTS]).random((2, size, 1))[:, rows.start:rows.stop]
         short = which < self.random_length
         split = ~short & (which < self.random_length + self.random_split)
@@ -743,7 +741,7 @@ class Windows(Source):
         end = np.arange(1, T + 1)
         maskable = torch.from_numpy(end <= keep)
         if not self.isolate and border.min() == T:
-            return x0, maskable, None
+            return maskable, None
 
         ends = (end == border) | (end == T)
         if self.isolate:
@@ -752,7 +750,7 @@ class Windows(Source):
         # empty segments at the end make few different shapes, because each new shape compiles a graph
         n = len(limits) // 64 * 64 + 64 if self.isolate else 2 * len(x0) + 1
         cu_seqlens = np.pad(limits, (1, n - 1 - len(limits)), constant_values=(0, x0.numel()))
-        return x0, maskable, torch.from_numpy(cu_seqlens).int()
+        return maskable, torch.from_numpy(cu_seqlens).int()
 
     def held_out(self, limit=0):
         """Return ([(x0, maskable)], bytes of text per row) of all windows in order, or `limit`: (n, T)."""

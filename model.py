@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import UserError
+from configurator import UserError, read_json
 
 # Some processors need a hundred times as long for numbers below 1e-38, which AdamW's moments of rare tokens and
 # peaked attention reach. Threads inherit this, so it stands before the first operation.
@@ -689,16 +689,6 @@ def read_state(folder):
         if not file.is_file() or file_sha256(file) != sha256:
             raise UserError(f'{file}: missing or damaged (its checksum is not the one in state.json)')
     return state
-
-
-def read_json(path):
-    """Return the JSON object in a file, or {} if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding='utf-8')))
-    except (ValueError, TypeError) as error:
-        raise UserError(f'{path}: not a JSON object ({error})') from None
 
 
 def file_sha256(path):

@@ -106,15 +106,9 @@ def test_each_answer_of_a_dialogue_is_an_example_with_its_history(corpora):
         assert [first, second, third] == [(chat(*said[:n]), said[n] + '<|endoftext|>') for n in (1, 3, 5)]
 
 
-def test_answers_without_a_question_and_examples_as_ids(tmp_path):
+def test_answers_without_a_question(tmp_path):
     corpus = prepared([{'response': f'story {i}'} for i in range(60)], tmp_path / 'd', val_every=3)
     assert {row[0] for row in rows_of(corpus)} == {'<|startoftext|>'}
-    ids = [{'prompt_ids': [65, 66, i + 1], 'response_ids': [70, i + 1]} for i in range(60)]
-    corpus = prepared(ids, tmp_path / 'e', val_every=3)
-    assert all(prompt[:2] == 'AB' and rest == f'F{prompt[2]}<|endoftext|>' for prompt, rest in rows_of(corpus))
-    ids[3]['prompt_ids'] = [10 ** 6]
-    with pytest.raises(UserError, match='got id 1000000, but the vocabulary has 262 tokens'):
-        prepared(ids, tmp_path / 'f')
 
 
 def test_a_question_is_never_in_both_splits(tmp_path):
@@ -225,5 +219,5 @@ def test_examples_as_windows(corpora):
 
 def test_documents_are_no_examples(tmp_path):
     data.prepare([[('d', {'text': 'word ' * 20_000})]], tmp_path / 'd', 'bytes')
-    with pytest.raises(UserError, match="masking='response' needs one data set of examples"):
+    with pytest.raises(UserError, match="masking='response' needs examples"):
         examples(data.Corpus(tmp_path / 'd'), 64)
