@@ -241,9 +241,11 @@ def as_choice(row):
 def encode_pair(context, continuation, run):
     """Encode two texts as one -> ids of the first, ids of the second, which gets the blanks in between."""
     ids = run.tok.encode(context + continuation)
-    n = len(run.tok.encode(context.rstrip()))
+    alone = run.tok.encode(context.rstrip())
+    n = min(len(alone), len(ids) - 1)
     # a token that reaches over the border belongs to the second
-    n = min(n, len(ids) - 1)
+    while alone[:n] != ids[:n]:
+        n -= 1
     return ids[:n], ids[n:]
 
 
