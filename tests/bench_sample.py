@@ -72,12 +72,12 @@ def params_of(name, cfg):
 def summary(rows):
     """Return table rows from (name, passes, seconds, tokens, *more) of all rounds. The first name has speed 1."""
     names = list(dict.fromkeys(row[0] for row in rows))
-    medians = {name: statistics.median(row[2] for row in rows if row[0] == name) for name in names}
-    first = medians[names[0]]
+    first = statistics.median(row[2] for row in rows if row[0] == names[0])
     table = []
     for name in names:
-        _, passes, _, tokens, *more = next(row for row in rows if row[0] == name)
-        seconds = medians[name]
+        rounds_of_name = [row for row in rows if row[0] == name]
+        seconds = statistics.median(row[2] for row in rounds_of_name)
+        _, passes, _, tokens, *more = rounds_of_name[0]
         table.append([
             name, passes, f'{1e3 * seconds / passes:.1f}', f'{tokens / seconds:.1f}', f'{tokens / passes:.2f}',
             f'{first / seconds:.2f}', *more])
