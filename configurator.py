@@ -34,6 +34,7 @@ def configure(namespace, argv=None, positional=()):
     each; if that setting is a list, it takes all that remain. Raises UserError for an unknown name or a wrong
     type.
     """
+    # upper case, underscores and functions are no settings
     defaults = {name: value for name, value in namespace.items()
                 if name.islower() and not name.startswith('_') and type(value) in KINDS}
     settings = deepcopy(defaults)
@@ -41,6 +42,7 @@ def configure(namespace, argv=None, positional=()):
     unfilled = list(positional)
     listed = set()                                          # list settings that a flag or a word has begun
 
+    # before anything is checked, so that help is always to be had
     if '--help' in words or '-h' in words:
         print(help_text(namespace, defaults, positional))
         sys.exit(0)
@@ -74,6 +76,7 @@ def configure(namespace, argv=None, positional=()):
 
 def read_config(path, settings, defaults):
     """Execute a config file with the settings so far as its globals, and take over what it assigns."""
+    # the file may use what it sets, and what other files have set before it
     result = runpy.run_path(path, init_globals=deepcopy(settings))
     for name, value in result.items():
         # imports and functions of the file are no settings
@@ -101,6 +104,7 @@ def split_flag(word, words, defaults):
 def known_name(name, defaults, where):
     """Raise UserError if no setting has this name, with the names that come close."""
     if name not in defaults:
+        # most mistakes are a letter or two
         near = difflib.get_close_matches(name, defaults, n=3)
         hint = f' (did you mean {" or ".join(near)}?)' if near else ''
         raise UserError(f'{where}: unknown setting {name!r}{hint}')
@@ -108,6 +112,7 @@ def known_name(name, defaults, where):
 
 def parse(text, kind, where):
     """Turn the text of a flag into a value of this type."""
+    # a flag is always a text, and the default says what is meant
     value = text
     if kind is bool:
         value = SWITCH.get(text.lower(), text)
@@ -130,6 +135,7 @@ def convert(value, kind, where):
 
 def help_text(namespace, defaults, positional):
     """Return the docstring of the script, then each setting with its default and the comment beside it."""
+    # the comments beside the settings are the manual
     path = Path(namespace.get('__file__', ''))
     source = path.read_text(encoding='utf-8') if path.is_file() else ''
     comments = dict(re.findall(r'^(\w+) = .*?  # (.*)', source, re.M))

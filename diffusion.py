@@ -32,6 +32,7 @@ def sample_t(batch_size, eps=1e-3,
     stratified: one t in each of B equal slices, for a less noisy loss. False: independent, as in LLaDA.
     logit_normal: if > 0, t = sigmoid(logit_normal * z) with z ~ N(0, 1) instead, which favours t near 1/2.
     """
+    # one number per row decides how much of it is hidden
     u = torch.rand(batch_size, generator=generator)
     if stratified:
         # Multiples of the golden ratio spread evenly over [0, 1). Their ranks order the slices so that every
@@ -63,6 +64,7 @@ def forward_process(x0, t, mask_id, maskable=None,
     >>> xt.tolist()
     [[0, 6, 0, 8]]
     """
+    # in pre-training any token may be hidden; in fine-tuning (Eq. 5) only the response
     if maskable is None:
         maskable = torch.ones_like(x0, dtype=torch.bool)
     if u is None:
@@ -95,6 +97,7 @@ def row_noise(seed, iteration, rows, T):
     So a training row gets the same masks however the batch is split over micro-batches and ranks.
     """
     noise = []
+    # numbered in the whole batch of an update, of which this may be a part
     for row in rows:
         generator = keyed_generator(seed, iteration, row)
         noise.append(torch.rand(T, generator=generator))
@@ -104,6 +107,8 @@ def row_noise(seed, iteration, rows, T):
 # ----------------------------------------------------------------------------------------------------------
 # 2. The loss (Eq. 3): cross-entropy of the masked tokens, weighted by 1/t. This is what train.py minimises.
 
+# The network needs to predict only the masked positions, and they are few. So a batch names them, and the
+# head, its widest matrix, leaves out all others.
 MaskedBatch = namedtuple('MaskedBatch', 'xt positions targets weights cu_seqlens')
 
 
@@ -150,6 +155,7 @@ def masked_batch(x0, xt, masked, weights, cu_seqlens=None):
 
 def plain(f):
     """Turn a function ids (B, T) -> logits (B, T, V) into a mask predictor (without padding, packing, cache)."""
+    # called like model.Transformer, but everything that only speed needs is ignored
     def predictor(ids, *, positions=None, targets=None, **unused):
         logits = f(ids)
         if positions is not None and positions.dtype == torch.bool:
@@ -165,6 +171,7 @@ def plain(f):
 
 def log_prob(logits, targets):
     """Return log softmax(logits)[targets] in float32 or wider: (M, V), (M,) -> (M,)."""
+    # float32 at least, because 1/t multiplies a rounding error by up to 1000
     wide = torch.promote_types(logits.dtype, torch.float32)
     return -F.cross_entropy(logits.to(wide), targets, reduction='none')
 
@@ -206,6 +213,7 @@ def log_likelihood(model, x0, maskable, mask_id,
     mc_num: masks to average over. If there are no more than that (2^L - 1), all are used and Eq. 6 is exact.
     cfg_scale: guidance away from the tokens that are not maskable (the prompt). generator: on the CPU.
     """
+    # an empty sum would be 0, the best of all scores
     if not maskable.any():
         raise ValueError('log_likelihood: no position is maskable')
     if 2 ** int(maskable.sum()) - 1 <= mc_num:
@@ -238,6 +246,7 @@ def nats_and_bits(logp, n_tokens, n_bytes):
     n_tokens (N,): maskable tokens of each row. n_bytes: bytes of text in a row, on average.
     """
     numbers = []
+    # nats depend on the vocabulary, but bits per byte can be compared between tokenizers
     nats = -logp / n_tokens
     bits = -logp / n_bytes / math.log(2)
     for values in (nats, bits):
@@ -282,6 +291,7 @@ def num_transfer_tokens(n_masked, steps):
     [[3, 3, 2], [2, 2, 1]]
     """
     step = torch.arange(steps, device=n_masked.device)
+    # the first steps take one token more, until the remainder is used up
     one_more = step < (n_masked % steps)[:, None]
     return (n_masked // steps)[:, None] + one_more
 
@@ -309,7 +319,8 @@ def generate_simple(model, prompt, gen_length, mask_id, steps):
 # ----------------------------------------------------------------------------------------------------------
 # 5. The sampler with everything (Sec. 2.4, App. A.3, B.4): batches, blocks, guidance, temperature, caches
 
-Generated = namedtuple('Generated', 'x n_forward')      # x (B, T) int64, number of forward passes
+# x (B, T) int64, and how many times the network was called, which is what a sample costs
+Generated = namedtuple('Generated', 'x n_forward')
 
 
 @dataclass(frozen=True)
@@ -327,6 +338,7 @@ class SamplingParams:
     confidence_eos_eot_inf: bool = False    # write EOS and EoT last (App. B.4)
 
     def __post_init__(self):
+        # these are often mistyped, and a wrong word would silently be something else
         if self.remasking not in ('low_confidence', 'random'):
             raise ValueError(f"remasking must be 'low_confidence' or 'random', got {self.remasking!r}")
         if self.cache not in (None, 'prefix', 'dual'):
@@ -350,6 +362,7 @@ def canvas(prompts, gen_length, mask_id, pad_id, device='cpu'):
     >>> x.tolist()
     [[5, 6, 0, 0], [1, 7, 0, 0]]
     """
+    # only [MASK] is ever filled in, so padding must be another token
     if pad_id == mask_id:
         raise ValueError(f'pad_id and mask_id are both {mask_id}, so padding would be filled in')
     masks = [mask_id] * gen_length
@@ -371,8 +384,9 @@ def guided_logits(model, x, positions, prompt, cfg_scale, mask_id,
     """Return logits (M, V) at positions (B, T) bool of x (B, T), with classifier-free guidance.
 
     The unconditional pass sees the same canvas with the prompt (B or 1, T) bool hidden as well. Without
-    guidance (cfg_scale 0) it is left out. columns: the slice to compute, if options hold a `kv` for each pass.
+    guidance (cfg_scale 0) it is left out. columns: the slice to compute, if options hold `kv`, two caches.
     """
+    # the two passes see different canvases, so they cannot share a cache
     caches = options.pop('kv', None) or (None, None)
     if columns is not None:
         every_column = torch.arange(x.shape[1], device=x.device)
@@ -398,6 +412,7 @@ def uniform(positions, n, generator):
     depend on its neighbours, so a batch equals its rows sampled one by one.
     """
     counts = positions.sum(1).tolist()
+    # a single generator draws for all rows, one after the other
     if not isinstance(generator, list):
         counts = [sum(counts)]
         generator = [generator]
@@ -415,6 +430,7 @@ def gumbel_argmax(logits, temperature, u):
     """Sample from softmax(logits / temperature), (M, V) -> (M,), with uniform noise u (M, V)."""
     # In float64 and with logarithms, because in lower precision the tail of the noise is cut off, which
     # silently lowers the temperature (arXiv 2409.02908).
+    # the largest of logits + Gumbel noise is a sample of their softmax
     gumbel = -(-u.log()).log()
     noisy = logits.to(u.dtype) / temperature + gumbel
     return noisy.argmax(-1)
@@ -431,6 +447,7 @@ def forbid(logits, ids):
 def draw(logits, positions, never=(), temperature=1., generator=None):
     """Draw a token for each True position of (B, T) from logits (M, V), none of them in `never` -> (M,)."""
     logits = forbid(logits, never)
+    # without noise the most probable token
     if temperature == 0:
         return logits.argmax(-1)
     u = uniform(positions, logits.shape[1], generator)
@@ -442,6 +459,7 @@ def propose(logits, masked, params, never, deferred, generator):
 
     never: tokens that are not guessed. deferred: tokens that get confidence 0.
     """
+    # the guess itself is the same for both ways of remasking
     guess = draw(logits, masked, never, params.temperature, generator)
     if params.remasking == 'random':
         return guess, uniform(masked, 1, generator)[:, 0]                           # Alg. 4
@@ -461,6 +479,7 @@ def commit(x, masked, guess, confidence, n, threshold=None):
     everywhere = confidence.new_full(x.shape, -math.inf)
     everywhere = everywhere.masked_scatter(masked, confidence)                      # (B, T)
     committed = everywhere >= (threshold or math.inf)
+    # rows may have different numbers of masks, so each has its own count
     for b, wanted in enumerate(n):
         wanted = min(wanted, x.shape[1])
         best = everywhere[b].topk(wanted).indices
@@ -477,7 +496,8 @@ def block_plan(x, mask_id, gen_start, params):
     Blocks begin at gen_start (default: the first mask). Gaps before gen_start belong to the first block.
     """
     T = x.shape[1]
-    has_mask = (x == mask_id).any(0).tolist()               # for each column
+    # a column counts if any row of the batch has a mask there
+    has_mask = (x == mask_id).any(0).tolist()
     if True not in has_mask:
         return []
     first = has_mask.index(True)
@@ -517,10 +537,10 @@ def generate(model, x, mask_id, params,
     """Fill every [MASK] of the canvas x (B, T) int64, wherever it stands -> Generated(x, n_forward).
 
     gen_start: the column where blocks begin (default: the first mask).
-    attention_mask (B, T) bool: False on padding. prompt (B, T) bool: what guidance hides (default: all given).
+    attention_mask (B, T) bool: False on padding. prompt (B, T) bool: what guidance hides (default: all given)
     suppress: ids that are never written. generator: of `uniform`. until_end: stop once the finished blocks of
     every row hold EOS or EoT, and fill the rest with EOS.
-    adjust(logits (M, V), x, masked) -> logits: a hook for other rules. on_step(x, committed): after each step.
+    adjust(logits (M, V), x, masked) -> logits: a hook for other rules. on_step(x, committed): a hook to watch.
     """
     ends = [i for i in (eos_id, eot_id) if i is not None]
     deferred = ends if params.confidence_eos_eot_inf else []
@@ -620,6 +640,7 @@ def generate_variable_length(model, prompts, mask_id, eos_id, params,
 
 def device_of(model):
     """Return the device of a model's parameters (a function has none)."""
+    # a table of the tests lives on the CPU
     if not hasattr(model, 'parameters'):
         return 'cpu'
     return next(model.parameters()).device
@@ -635,6 +656,7 @@ def ar_batch(x0, maskable,
 
     With bos_id in front every token is predicted, else all but the first. The rest: see loss_weights.
     """
+    # the input is the row itself, one position late
     before = x0[:, :-1]
     if bos_id is None:
         x0 = x0[:, 1:]
@@ -669,11 +691,12 @@ def ar_generate(model, prompt, n_new,
                 *, attention_mask=None, suppress=(), **sampling):
     """Continue prompt (B, P) int64 by n_new tokens -> Generated(x (B, P + n_new), n_forward).
 
-    Keys and values are cached, so each token costs one position. attention_mask (B, P) bool: False on padding.
+    Keys and values are cached, so a token costs one position. attention_mask (B, P) bool: False on padding.
     suppress: ids that are never written. sampling: temperature and generator, of `draw`.
     """
     x = prompt
     kv = None
+    # what stands before a token never changes here, so a cache is exact
     if hasattr(model, 'new_kv'):
         length = x.shape[1] + n_new
         kv = model.new_kv(len(x), length)

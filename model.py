@@ -29,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, read_json
 
-# Some processors need a hundred times as long for numbers below 1e-38, which AdamW's moments of rare tokens and
-# peaked attention reach. Threads inherit this, so it stands before the first operation.
+# Some processors need a hundred times as long for numbers below 1e-38, which AdamW's moments of rare tokens
+# and peaked attention reach. Threads inherit this, so it stands before the first operation.
 torch.set_flush_denormal(True)
 
 
@@ -52,6 +52,7 @@ class ModelConfig:
     rope_fp32: bool = True          # rotate in float32 (LLaDA), or in the dtype of q and k (iLLaDA)
 
     def __post_init__(self):
+        # rotary positions turn pairs of dimensions
         if self.d_model % (2 * self.n_head):
             raise UserError(f'd_model / n_head must be an even number, got {self.d_model} / {self.n_head}')
         if self.n_head % self.n_kv_head:
@@ -80,6 +81,7 @@ class RMSNorm(nn.Module):
 
 def rope_angles(positions, head_dim, theta):
     """Return cos and sin of position * theta^(-2j/D), j = 0 .. D/2-1: (...) -> two float32 tensors (..., D/2)."""
+    # low dimensions turn fast and tell neighbours apart, high ones tell distances
     j = torch.arange(0, head_dim, 2, device=positions.device)
     frequency = 1.0 / theta ** (j.float() / head_dim)
     angle = positions.to(torch.float32)[..., None] * frequency
@@ -103,6 +105,7 @@ def attention(q, k, v, *, attn_mask=None, causal=False, cu_seqlens=None):
     """
     if cu_seqlens is not None:
         return packed_attention(q, k, v, cu_seqlens)
+    # torch picks the kernel: flash attention on a GPU, if nothing needs a mask
     sdpa = partial(
         F.scaled_dot_product_attention, attn_mask=attn_mask, is_causal=causal,
         enable_gqa=q.shape[1] != k.shape[1])
@@ -133,6 +136,7 @@ def packed_attention(q, k, v, cu_seqlens):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
+        # four matrices without bias; keys and values may have fewer heads than queries
         C = config.d_model
         self.head_dim = config.head_dim
         self.q = linear(C, config.n_head * self.head_dim)
@@ -170,6 +174,7 @@ class SwiGLU(nn.Module):
         self.down = linear(config.d_ff, config.d_model)
 
     def forward(self, x):
+        # the gate decides, for each of d_ff features, how much of it passes
         gate = F.silu(self.gate(x))
         return self.down(gate * self.up(x))
 
@@ -201,6 +206,7 @@ class Transformer(nn.Module):
         blocks = [Block(config) for _ in range(config.n_layer)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
+        # a tied head is the embedding matrix itself
         self.head = None
         if not config.tied:
             self.head = linear(config.d_model, config.vocab_size)
@@ -242,6 +248,7 @@ class Transformer(nn.Module):
         cached_causal = config.causal and kv is not None        # more keys than queries
         if attention_mask is not None or cu_seqlens is not None or cached_causal:
             pattern = self.attention_pattern(x, kv, where, attention_mask, cu_seqlens)
+        # every block reads the residual stream, and adds to it
         for i, block in enumerate(self.blocks):
             cache = None if kv is None else kv[i]
             is_last = i == len(self.blocks) - 1
@@ -311,8 +318,8 @@ class Transformer(nn.Module):
 
 def head_cross_entropy(h, weight, targets):
     """Return cross-entropy of logits h W^T: h (M, C), weight (V, C), targets (M,) -> (M,) float32 or wider."""
-    # With a vocabulary of 126,464 the logits would be the largest tensor by far. So at most 2^28 of them (1 GB)
-    # exist at a time, and backward makes them again.
+    # With a vocabulary of 126,464 the logits would be the largest tensor by far. So at most 2^28 of them exist
+    # at a time (1 GB), and backward makes them again.
     size = max(1, 2 ** 28 // len(weight))
     if len(h) > size:
         parts = zip(h.split(size), targets.split(size))
@@ -331,6 +338,7 @@ def head_cross_entropy(h, weight, targets):
 def segments_of(shape, cu_seqlens):
     """Return the segment number of each packed token and its position there, two tensors (B, 1, T)."""
     B, T = shape
+    # which of the borders each token has behind it
     token = torch.arange(B * T, device=cu_seqlens.device).view(B, 1, T)
     ends = cu_seqlens[1:].long()
     segment = torch.bucketize(token, ends, right=True)
@@ -358,6 +366,7 @@ def init_weights(model, seed=0, emb_std=None, device=None):
     device: where the matrices are drawn (default: where they live).
     """
     for name, p in model.named_parameters():
+        # norms begin as ones, matrices as noise
         full = torch.ones(p.shape, dtype=p.dtype, device=device or p.device)
         if p.dim() == 2:
             std = p.shape[1] ** -0.5
@@ -397,7 +406,7 @@ def pick_device(device, dtype):
     # bfloat16 pays only where the hardware multiplies it
     if dtype not in ('auto', 'bfloat16', 'float32'):
         raise UserError(f'dtype must be auto, bfloat16 or float32, got {dtype!r}')
-    # bfloat16 pays only where the hardware multiplies it
+    # bfloat16 pays only where the hardware multiplies it: tensor cores, or AVX512-BF16 and AMX on some CPUs
     fast = False
     if device == 'cuda':
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -484,6 +493,7 @@ def column(table, layout):
 def released_names(config, layout):
     """Return a dict: our parameter name -> its name in the layout."""
     names = {}
+    # the names of a block come once for each layer
     for ours, theirs in column(NAMES, layout).items():
         for i in range(config.n_layer if '{i}' in ours else 1):
             names[f'{ours.format(i=i)}.weight'] = f'{theirs.format(i=i)}.weight'
@@ -511,6 +521,7 @@ def save_model(model, folder, meta):
 
     meta: the special ids (mask_id and so on). The tokenizer has a `save` of its own.
     """
+    # all weights in full, on the CPU, under the names of the layout
     tensors = {}
     for name, p in released_parameters(model).items():
         # all ranks gather a sharded parameter, and rank 0 writes it
@@ -543,6 +554,7 @@ def save_model(model, folder, meta):
 
 def open_model(path, device='auto', dtype='auto', compile=False):
     """Load a model for a script, with its settings device and dtype -> model in eval mode, meta (of load_model)."""
+    # our own weights are float32, so they are cast to what the device is fast in
     device, compute = pick_device(device, dtype)
     released = not (newest_checkpoint(path) / 'state.json').is_file()
     if released and dtype == 'auto':
@@ -564,6 +576,7 @@ def load_model(path, device='cpu', dtype=None):
     also its settings and iteration, else None. Raises UserError if it is not a model that this code computes.
     """
     folder = newest_checkpoint(path)
+    # a run of train.py has state.json beside the weights, a release has not
     state = read_state(folder)
     raw = read_json(folder / 'config.json')
     config, layout = config_from(raw, folder)
@@ -589,6 +602,7 @@ def newest_checkpoint(path):
     folders = checkpoints_of(path)
     if folders:
         return folders[-1]
+    # what torch.distributed.checkpoint wrote before
     if any(path.rglob('.metadata')):
         raise UserError(f'{path}: a run of an older version of nanoLLaDA, which cannot be read; train it again')
     raise UserError(f'{path}: no checkpoint here; train.py writes one every eval_interval iterations')
@@ -606,6 +620,7 @@ def config_from(raw, folder):
     if model_type not in MODEL_TYPES:
         raise UserError(f'{folder}: model_type {model_type!r} is not one of {", ".join(MODEL_TYPES)}')
     layout, _ = MODEL_TYPES[model_type]
+    # what config.json says, by our names
     fields = column(FIELDS, layout)
     values = {}
     for ours, theirs in fields.items():
@@ -637,6 +652,7 @@ def config_from(raw, folder):
 
 def check_tensors(folder, config, names):
     """Compare names and shapes of the stored tensors with the configuration -> dtype of the embedding."""
+    # only the headers of the files are read here
     stored = {}
     for file in sorted(folder.glob('model*.safetensors')):
         try:
@@ -675,6 +691,7 @@ def check_tensors(folder, config, names):
 def read_tensors(folder, tensors):
     """Fill tensors (name -> tensor or DTensor) from the safetensors files of a folder; each rank reads its part."""
     import torch.distributed.checkpoint as dcp
+    # each rank reads only its part of a sharded tensor
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                     # that a single process is a single process
         reader = dcp.HuggingFaceStorageReader(str(folder))
@@ -684,6 +701,7 @@ def read_tensors(folder, tensors):
 def read_state(folder):
     """Return state.json of a checkpoint of train.py ({} for released weights) after comparing all checksums."""
     state = read_json(folder / 'state.json')
+    # a flipped bit in a weight would go unnoticed for the rest of the training
     for name, sha256 in state.get('sha256', {}).items():
         file = folder / name
         if not file.is_file() or file_sha256(file) != sha256:

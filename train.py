@@ -108,6 +108,7 @@ PEAKS = {'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'H800': 989e12, 'A
 def check(cfg):
     """Raise UserError for settings that contradict each other."""
     size = cfg.global_batch
+    # a pair of rows must not be torn apart
     if cfg.complementary and size % 2:
         raise UserError(f'complementary masks need an even global_batch, got {size} (or pass --complementary=false)')
     if size % (cfg.batch_size * WORLD):
@@ -154,6 +155,7 @@ def micro_batches(source, it, cfg, tok):
 
 def draw_noise(it, rows, T, cfg):
     """Draw mask ratios t (B,) and noise u (B, T) for some rows of update `it`."""
+    # the count form has no 1/t that could explode
     eps = 0.0 if cfg.fixed_count else cfg.mask_eps
     copies = 2 if cfg.complementary else 1
     t = diffusion.sample_t(
@@ -186,6 +188,7 @@ def loss_of(net, batch, cfg):
 
 def train_step(net, optimizers, batches, factor, cfg):
     """Make one update -> this rank's part of the loss in nats, gradient norm. Stop if it is not finite."""
+    # several micro-batches add up to one update, so that any batch fits into memory
     total = 0.
     for i, batch in enumerate(batches):
         # DDP sums gradients over ranks in the last micro-batch only
@@ -209,6 +212,7 @@ def train_step(net, optimizers, batches, factor, cfg):
 def step(optimizers, factor):
     """Update the weights with their gradients, at this fraction of the peak learning rates."""
     for optimizer in optimizers:
+        # Muon and AdamW have different peaks, but one schedule
         for group in optimizer.param_groups:
             group['lr'] = optimizer.defaults['lr'] * factor
         optimizer.step()
@@ -235,6 +239,7 @@ def lr_factor(it, cfg):
 
 def make_optimizers(model, cfg):
     """Return [AdamW], or [Muon for the matrices of the blocks, AdamW for the rest], at their peaks."""
+    # Muon is for hidden matrices; embedding, head and norms stay with AdamW
     optimizers = []
     weight_decay = cfg.weight_decay
     rest = list(model.parameters())
@@ -263,6 +268,7 @@ def join_processes(cfg):
     if WORLD == 1:
         return
     if cfg.device == 'cuda':
+        # one process per GPU
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     # After a restart the group must not find the addresses of the last one, which torchrun's store still
     # holds. (Each node counts its own restarts, so this works on one node. For more see config/llada_8b.py.)
@@ -282,6 +288,7 @@ def all_reduce(x):
 
 def broadcast(value=None):
     """Return the value of rank 0 on all ranks. This is a barrier as well."""
+    # any Python object, sent by rank 0
     box = [value]
     if WORLD > 1:
         dist.broadcast_object_list(box)
@@ -340,6 +347,7 @@ def settle_ddp(net, batch, cfg):
 @torch.no_grad()
 def validate(model, held_out, cfg, tok):
     """Measure the bound (causal: the exact value) on held-out rows, shared among the ranks -> dict for the log."""
+    # rows of equal length come as a group, but each is scored by itself
     groups, n_bytes = held_out
     rows = [row for x0, maskable in groups for row in zip(x0, maskable)]
     logp = torch.zeros(len(rows), dtype=torch.float64)
@@ -368,6 +376,7 @@ def validate(model, held_out, cfg, tok):
 @torch.compiler.set_stance('force_eager')                   # the sampler's shapes are not worth compiling
 def sample_text(model, it, cfg, tok):
     """Write a sample, on one line, that is drawn from the model: temperature 1, random remasking."""
+    # a text begins after the end of another, an example with BOS
     first = tok.bos_id if cfg.masking == 'response' else tok.eos_id
     x, _, _ = diffusion.canvas([[first]], cfg.sample_tokens, tok.mask_id, tok.pad_id, cfg.device)
     options = dict(
@@ -397,6 +406,7 @@ def report(model, it, held_out, cfg, tok):
 
 def progress(it, losses, norm, n_tokens, seconds, model, cfg):
     """Log and print the mean loss and the speed since the last line."""
+    # losses of ranks are parts of a sum, so they add up
     sums = torch.tensor([sum(losses), n_tokens], dtype=torch.float64)
     loss, tokens = all_reduce(sums).tolist()
     rate = tokens / seconds
@@ -433,6 +443,7 @@ def log(cfg, **entry):
 
 def optimizer_state(model, optimizers):
     """Return every tensor of the optimizers by name, in place and sharded as it is."""
+    # AdamW keeps two moments and a step count for each parameter, Muon a momentum
     state = {}
     for name, p in model.named_parameters():
         for optimizer in optimizers:
@@ -443,6 +454,7 @@ def optimizer_state(model, optimizers):
 
 def save_checkpoint(it, model, optimizers, cfg, tok):
     """Write out_dir/iter_N under another name, rename it when it is complete, then remove the oldest ones."""
+    # a run that is killed here leaves `unfinished`, which the next save removes
     final = Path(cfg.out_dir, f'iter_{it:07d}')
     unfinished = Path(cfg.out_dir, 'unfinished')
     if RANK == 0:
@@ -477,6 +489,7 @@ def save_checkpoint(it, model, optimizers, cfg, tok):
 
 def newest_undamaged(out_dir):
     """Return the newest checkpoint of a run whose checksums are right, and its state.json."""
+    # a damaged one is written again when the run gets there
     for folder in reversed(models.checkpoints_of(out_dir)):
         try:
             return folder, models.read_state(folder)
@@ -491,6 +504,7 @@ def load_checkpoint(model, optimizers, cfg, tok):
     folder, state = broadcast(newest_undamaged(cfg.out_dir) if RANK == 0 else None)
     before = state['settings']
     now = settings_of(cfg)
+    # with another architecture nothing fits; with another batch, data and schedule would jump
     fixed = ['optimizer', 'global_batch', *(field.name for field in fields(models.ModelConfig))]
     for name in fixed:
         if before[name] != now[name]:
@@ -510,12 +524,14 @@ def load_checkpoint(model, optimizers, cfg, tok):
 
 def settings_of(cfg):
     """Return the settings as a dict, without what `main` has added and what may differ when a run resumes."""
+    # resume and out_dir may differ each time, device too
     added = ('bf16', 'sharded', 'resume', 'out_dir', 'device')
     return {name: value for name, value in vars(cfg).items() if name not in added}
 
 
 def load_init_weights(model, cfg, tok):
     """Copy the weights of cfg.init_from, if architecture and tokenizer are the same."""
+    # every rank loads all of it, and takes its part
     start, meta = models.load_model(cfg.init_from)
     data.check_same(data.tokenizer_of(meta), tok, cfg.init_from, cfg.dataset)
     # a longer or shorter context is fine, because rotary positions set no limit
@@ -550,6 +566,7 @@ def init_or_resume(model, optimizers, cfg, tok):
 
 def catch_signals():
     """Return a list that receives Ctrl-C and SIGTERM, so that the loop can save before it ends."""
+    # only noted here: the loop must not end in the middle of an update
     received = []
 
     def note(number, frame):
@@ -567,6 +584,7 @@ def announce(it, model, cfg):
     """Write all settings to config.py and to the log, and say what is about to run."""
     if RANK:
         return
+    # so `python train.py out/docs/config.py --resume` continues a run, whatever its flags were
     settings = dict(settings_of(cfg), out_dir=cfg.out_dir)
     lines = [f'{name} = {value!r}\n' for name, value in settings.items()]
     Path(cfg.out_dir, 'config.py').write_text(''.join(lines), encoding='utf-8')
@@ -585,6 +603,7 @@ def open_data(cfg):
     if RANK == 0:
         data.open_dataset(cfg.dataset)                      # makes 'docs' on first use
     broadcast()
+    # rank 0 has made it by now
     dataset = data.open_dataset(cfg.dataset)
     tok = dataset.parts[0].tokenizer()
     if 0 < cfg.vocab_size < tok.vocab_size:
