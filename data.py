@@ -27,6 +27,8 @@ from array import array
 from collections import namedtuple
 from dataclasses import dataclass
 from itertools import chain, count, groupby
+from multiprocessing import get_context
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -49,7 +51,7 @@ input = ''                      # your files or patterns, with commas between: .
 val_input = ''                  # files to hold out, likewise. Default: hold out a part of the input
 out = ''                        # folder to write, default data/NAME. A data set that is there is replaced
 tokenizer = ''                  # bytes, bpe-N (learned), gpt2 or another tiktoken name, or a tokenizer.json
-workers = 0                     # number of threads that tokenize documents. 0: one per core
+workers = 0                     # number of processes that tokenize. 0: one per core
 val_every = 10                  # hold out every N-th piece of a document, or one in N examples
 
 # ----------------------------------------------------------------------------------------------------------
@@ -83,9 +85,8 @@ class Tokenizer:
     complete: add those of ROLES that are missing. (Released weights do not know them, so they go without.)
     """
 
-    def __init__(self, hf, config=None, template=None, complete=True):
+    def __init__(self, hf, config=(), template=None, complete=True):
         self.hf = hf
-        self.config = config or {}
         self.names = {}
         # some files cut or fill up a text, but here it is always encoded as it is
         hf.no_truncation()
@@ -93,7 +94,7 @@ class Tokenizer:
 
         vocab = hf.get_vocab()
         for role, usual in ROLES.items():
-            named = self.config.get(f'{role}_token')
+            named = dict(config).get(f'{role}_token')
             if isinstance(named, dict):
                 named = named['content']
             names = [named, *usual.split()]
@@ -120,13 +121,6 @@ class Tokenizer:
         self.hf.encode_special_tokens = not special_names
         return self.hf.encode(text, add_special_tokens=False).ids
 
-    def encode_document(self, text):
-        """Return the ids of a long text."""
-        # in pieces, of which the library encodes several at once
-        self.hf.encode_special_tokens = True
-        pieces = self.hf.encode_batch(PIECE.findall(text), add_special_tokens=False)
-        return list(chain(*(piece.ids for piece in pieces)))
-
     def decode(self, ids, skip_special_tokens=False):
         """Return the text of ids. Half a character becomes U+FFFD, an id without a token nothing."""
         return self.hf.decode(list(map(int, ids)), skip_special_tokens=skip_special_tokens)
@@ -137,7 +131,8 @@ class Tokenizer:
         If the last message is by the assistant, it is left open instead, to be continued.
         """
         if messages and messages[-1]['role'] == 'assistant':
-            return self.encode_chat(messages[:-1]) + self.encode(messages[-1]['content'].strip())
+            begun = self.encode(messages[-1]['content'].strip())
+            return self.encode_chat(messages[:-1]) + begun
 
         # A template that drops or changes what somebody says would do so silently. So we try it with a
         # content that is easy to find.
@@ -167,8 +162,10 @@ class Tokenizer:
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json, for get_tokenizer and for transformers."""
         self.hf.save(f'{folder}/tokenizer.json')
-        config = {'tokenizer_class': 'PreTrainedTokenizerFast', **self.config, **self.names}
-        config['chat_template'] = self.template or None
+        config = {
+            'tokenizer_class': 'PreTrainedTokenizerFast',
+            'chat_template': self.template or None,
+            **self.names}
         Path(folder, 'tokenizer_config.json').write_text(json.dumps(config, indent=1))
 
     def fingerprint(self):
@@ -200,7 +197,8 @@ def compile_template(source):
 def get_tokenizer(spec, complete=True):
     """Return the Tokenizer of 'bytes', a tiktoken name, a tokenizer.json, or a folder that holds one."""
     if spec == 'bytes':
-        return Tokenizer(byte_level({symbol: byte for byte, symbol in byte_symbols().items()}))
+        vocab = {symbol: byte for byte, symbol in byte_symbols().items()}
+        return Tokenizer(byte_level(vocab))
     if spec in tiktoken.list_encoding_names():
         return from_tiktoken(tiktoken.get_encoding(spec))
 
@@ -247,8 +245,13 @@ def check_same(tok, other, where, elsewhere):
 
 def byte_symbols():
     """Return byte -> character: GPT-2's printable ones, in which vocabularies spell their tokens."""
+    symbols = {}
     others = count(256)
-    return {b: chr(b if chr(b).isprintable() and b != 32 else next(others)) for b in range(256)}
+    for byte in range(256):
+        # those that leave no ink are replaced by the first characters behind the 256
+        visible = chr(byte).isprintable() and byte != 32
+        symbols[byte] = chr(byte if visible else next(others))
+    return symbols
 
 
 def byte_level(vocab, merges=(), words=WORDS):
@@ -337,12 +340,9 @@ def docs_text():
 
 
 def shakespeare_text():
-    """Yield the 1.1 MB of tiny Shakespeare, downloaded and checked."""
+    """Yield the 1.1 MB of tiny Shakespeare, downloaded."""
     url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-    raw = urlopen(url).read()
-    if hashlib.sha256(raw).hexdigest() != '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed':
-        raise UserError(f'{url}: this is not the file that was expected')
-    yield url, {'text': raw.decode()}
+    yield url, {'text': urlopen(url).read().decode()}
 
 
 DATASETS = {
@@ -399,21 +399,22 @@ def read_rows(path):
 def as_record(row):
     """Return a row as a record with "messages", "text" or "response", or raise ValueError."""
     # the two sides of an example become messages, whatever they are called (TRL, Alpaca, ShareGPT)
-    messages = value_of(row, 'messages conversations conversation')
-    asked = [row[key] for key in ('prompt', 'question', 'instruction') if key in row]
-    answers = [row[key] for key in ('response', 'answer', 'completion', 'output') if key in row]
-    if asked and answers and not isinstance(messages, list):
+    talks = values_of(row, 'messages conversations conversation')
+    talks = [talk for talk in talks if talk and isinstance(talk, list)]
+    asked = values_of(row, 'prompt question instruction')
+    answers = values_of(row, 'response answer completion output')
+    if asked and answers:
         # what Alpaca's instruction is about
         if row.get('input'):
             asked[0] = as_text(asked[0]) + '\n\n' + as_text(row['input'])
-        messages = [
+        talks.append([
             {'role': 'user', 'content': asked[0]},
-            {'role': 'assistant', 'content': answers[0]}]
+            {'role': 'assistant', 'content': answers[0]}])
 
     # messages come first, because public data sets carry the same text beside them
     record = {key: row[key] for key in row if key != 'text'}
-    if messages and isinstance(messages, list):
-        record['messages'] = list(map(as_message, messages))
+    if talks:
+        record['messages'] = list(map(as_message, talks[0]))
         if record['messages'][-1]['role'] != 'assistant':
             raise ValueError('the last message must be by the assistant')
         return record
@@ -425,15 +426,15 @@ def as_record(row):
     return record
 
 
-def value_of(row, keys):
-    """Return the value of the first of these keys that a row has, or None."""
-    return next((row[key] for key in keys.split() if key in row), None)
+def values_of(row, keys):
+    """Return the values of those of the keys that a row has."""
+    return [row[key] for key in keys.split() if key in row]
 
 
 def as_message(message):
     """Return a message as {"role", "content"}, two texts that are not empty, or raise ValueError."""
-    role = as_text(value_of(message, 'role from'))
-    content = value_of(message, 'content value')
+    role = as_text(message.get('role', message.get('from')))
+    content = message.get('content', message.get('value'))
     # in parts, as OpenAI has them
     if isinstance(content, list):
         content = ''.join(part['text'] for part in content)
@@ -462,16 +463,13 @@ SPLITS = ('train', 'val')
 PIECE = re.compile(r'(?s).{4096,8191}?\n|.{4096,8191}?(?= )|.{1,8192}')
 
 
-def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=0):
+def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
     """Tokenize sources (files, or lists of (where, record)) into the folder `out` -> its manifest.
 
     val: sources to hold out. If there are none, one piece in val_every is held out of the others.
     tokenizer: what get_tokenizer takes, or bpe-N to learn N tokens from the training pieces.
-    workers: number of threads that tokenize documents, 0 for one per core. The text must fit into memory.
+    workers: number of processes. The text must fit into memory.
     """
-    # the library reads this when it first encodes several texts
-    if workers:
-        os.environ['RAYON_NUM_THREADS'] = str(workers)
     # refuse before there is anything to lose
     out = Path(out).resolve()
     check_out(out, [*sources, *val])
@@ -485,25 +483,31 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=0):
 
     size = str(tokenizer).removeprefix('bpe-')
     if size.isdecimal():
-        tok = learn_tokenizer([text_of(record) for split, record in parts if split == 'train'], int(size))
+        texts = [text_of(record) for split, record in parts if split == 'train']
+        tok = learn_tokenizer(texts, int(size))
     else:
         tok = get_tokenizer(tokenizer)
     # in uint16, id 126336 would silently become 60800
     dtype = 'uint16' if tok.vocab_size <= 2 ** 16 else 'uint32'
+    manifest = {'format': FORMAT, 'vocab_size': tok.vocab_size, 'dtype': dtype, 'splits': {}}
 
     # written under another name and then renamed, so that a data set is complete or absent
     aside = out.with_name(f'.{out.name}.{os.getpid()}')
     aside.mkdir(parents=True)
     try:
         tok.save(aside)
-        splits = {split: write_split(parts, split, tok, dtype, aside) for split in SPLITS}
-        files = sorted(path.name for path in aside.iterdir())
-        manifest = {
-            'format': FORMAT,
-            'vocab_size': tok.vocab_size,
-            'dtype': dtype,
-            'splits': splits,
-            'files': files}
+        for split in SPLITS:
+            records = [record for which, record in parts if which == split]
+            if not records:
+                raise UserError('not enough text to hold out a validation split; give more, or pass '
+                                '--val_input=FILE')
+            # processes take seconds to start, and one thread is this process
+            many = workers > 1 and len(records) > 1000
+            with get_context('spawn').Pool(workers) if many else ThreadPool(1) as pool:
+                turns = pool.map(functools.partial(turns_of, tok=tok), records)
+            manifest['splits'][split] = write_split(records, turns, tok, aside / f'{split}_00000.bin', dtype)
+
+        manifest['files'] = sorted(path.name for path in aside.iterdir())
         (aside / 'manifest.json').write_text(json.dumps(manifest, indent=1))
         shutil.rmtree(out, ignore_errors=True)
         os.replace(aside, out)
@@ -544,9 +548,12 @@ def split_source(source, number, every):
         # By a hash of the first question, so that no question is in both splits. If many answers are right
         # ("accept"), there may be too few questions for that.
         asked = [message['content'] for message in record.get('messages', []) if message['role'] == 'user']
-        asked.append(record.get('response'))
-        key = json.dumps(record, sort_keys=True, default=str) if 'accept' in record else asked[0]
-        yield SPLITS[every and zlib.crc32(key.strip().encode()) % every == 0], record
+        asked.append(record.get('response', ''))
+        key = asked[0].strip()
+        if 'accept' in record:
+            key = json.dumps(record, sort_keys=True, default=str)
+        held_out = every and zlib.crc32(key.encode()) % every == 0
+        yield SPLITS[held_out], record
 
 
 def text_of(record):
@@ -556,28 +563,30 @@ def text_of(record):
 
 
 def turns_of(record, tok):
-    """Yield (prompt ids, response ids) for each answer of an example. A document is a response by itself."""
+    """Tokenize a record -> [(prompt ids, response ids), ...], one pair for each answer."""
     if 'text' in record:
-        yield [], tok.encode_document(record['text'])
-    elif 'messages' in record:
+        # a document is a response without a prompt
+        pieces = PIECE.findall(record['text'])
+        return [([], list(chain(*map(tok.encode, pieces))))]
+    if 'messages' in record:
         # the prompt of an answer is all that was said before (LLaDA, App. B.1)
-        messages = record['messages']
-        for i, message in enumerate(messages):
+        turns = []
+        for i, message in enumerate(record['messages']):
             if i and message['role'] == 'assistant':
-                yield tok.encode_chat(messages[:i]), tok.encode(message['content'].strip())
-    else:
-        # a canvas of masks alone looks the same everywhere, so positions need an edge to count from
-        yield [tok.bos_id], tok.encode(record['response'].strip())
+                prompt = tok.encode_chat(record['messages'][:i])
+                turns.append((prompt, tok.encode(message['content'].strip())))
+        return turns
+    # a canvas of masks alone looks the same everywhere, so positions need an edge to count from
+    return [([tok.bos_id], tok.encode(record['response'].strip()))]
 
 
-def write_split(parts, split, tok, dtype, folder):
-    """Tokenize and write the parts of a split -> how many {'tokens', 'bytes', 'examples'} it has."""
+def write_split(records, turns, tok, path, dtype):
+    """Write the turns of the records of a split -> {'tokens', 'bytes', 'examples'}, how many it has."""
     ids = array('I')
     rows = []
     n_bytes = 0
-    records = [record for which, record in parts if which == split]
-    for dialogue, record in enumerate(records):
-        for prompt, response in turns_of(record, tok):
+    for dialogue, pairs in enumerate(turns):
+        for prompt, response in pairs:
             start = len(ids)
             ids.extend([*prompt, *response, tok.eos_id])
             n_bytes += len(tok.decode(ids[start:], skip_special_tokens=True).encode())
@@ -585,17 +594,14 @@ def write_split(parts, split, tok, dtype, folder):
             if prompt:
                 rows.append((start, start + len(prompt), len(ids), dialogue))
 
-    if not records:
-        raise UserError(f'not enough text to hold out a validation split (nothing is left for {split}); '
-                        'give more, or pass --val_input=FILE')
-    np.array(ids, dtype).tofile(folder / f'{split}_00000.bin')
+    np.array(ids, dtype).tofile(path)
     if rows:
         # where the examples are
-        np.save(folder / f'{split}_00000.rows.npy', rows)
-    if rows and split == 'val':
+        np.save(path.with_suffix('.rows.npy'), rows)
+    if rows and path.name.startswith('val'):
         # evaluate.py asks these questions again
         lines = [json.dumps(record, default=str) + '\n' for record in records]
-        (folder / 'val_00000.jsonl').write_text(''.join(lines))
+        path.with_suffix('.jsonl').write_text(''.join(lines))
     return {'tokens': len(ids), 'bytes': n_bytes, 'examples': len(rows)}
 
 
@@ -646,15 +652,12 @@ def open_dataset(name):
     if ':' not in name or Path(name).is_dir():
         return Dataset([Corpus(name)], [1.])
 
-    try:
-        names, weights = zip(*(part.rsplit(':', 1) for part in name.split(',')))
-        weights = list(map(float, weights))
-    except ValueError:
-        raise UserError(f'dataset {name!r}: a mixture is written name:weight,name:weight') from None
+    names, weights = zip(*(part.rsplit(':', 1) for part in name.split(',')))
     parts = list(map(Corpus, names))
+    first = parts[0]
     for corpus in parts[1:]:
-        check_same(corpus.tokenizer(), parts[0].tokenizer(), corpus.folder, parts[0].folder)
-    return Dataset(parts, weights)
+        check_same(corpus.tokenizer(), first.tokenizer(), corpus.folder, first.folder)
+    return Dataset(parts, list(map(float, weights)))
 
 
 def open_source(dataset, split, masking, tok, seq_len, seed=0, **options):
@@ -708,7 +711,8 @@ class Windows(Source):
     def window(self, sample):
         """Return window number `sample` of an endless stream: (T,) int64."""
         # of a mixture each window draws its part; a single part is always drawn
-        part = default_rng([self.seed, sample, MIXTURE]).choice(len(self.share), p=self.share)
+        rng = default_rng([self.seed, sample, MIXTURE])
+        part = rng.choice(len(self.share), p=self.share)
         # as many windows as fit behind any offset
         n = max(1, (self.n_tokens[part] - self.T + 1) // self.T)
         room = min(self.T, self.n_tokens[part] - n * self.T + 1)
@@ -723,7 +727,8 @@ class Windows(Source):
         rows: a range of the `size` rows of iteration `it`. cu_seqlens: the limits, in the flattened batch, of
         segments that attend only to themselves.
         """
-        x0 = torch.stack([self.window((it * size + row) // self.copies) for row in rows])
+        windows = [self.window((it * size + row) // self.copies) for row in rows]
+        x0 = torch.stack(windows)
         if self.random_length or self.random_split or self.isolate:
             return x0, *self.cut(x0, it, rows, size)
         return x0, torch.ones_like(x0, dtype=torch.bool), None
@@ -732,7 +737,8 @@ class Windows(Source):
         """Cut some windows at random, and others where documents end -> maskable, cu_seqlens of `batch`."""
         T = self.T
         # drawn for all rows, so that it does not depend on how they are divided
-        which, where = default_rng([self.seed, it, CUTS]).random((2, size, 1))[:, rows.start:rows.stop]
+        rng = default_rng([self.seed, it, CUTS])
+        which, where = rng.random((2, size, 1))[:, rows.start:rows.stop]
         short = which < self.random_length
         split = ~short & (which < self.random_length + self.random_split)
         # how much is kept, and where a border is (T: nowhere); what is not kept is a segment of its own
@@ -749,22 +755,21 @@ class Windows(Source):
         limits = np.flatnonzero(ends) + 1
         # empty segments at the end make few different shapes, because each new shape compiles a graph
         n = len(limits) // 64 * 64 + 64 if self.isolate else 2 * len(x0) + 1
-        cu_seqlens = np.pad(limits, (1, n - 1 - len(limits)), constant_values=(0, x0.numel()))
+        around = (1, n - 1 - len(limits))
+        cu_seqlens = np.pad(limits, around, constant_values=(0, x0.numel()))
         return maskable, torch.from_numpy(cu_seqlens).int()
 
     def held_out(self, limit=0):
         """Return ([(x0, maskable)], bytes of text per row) of all windows in order, or `limit`: (n, T)."""
-        # each part of a mixture has its share, so all cannot be meant
-        if len(self.share) > 1:
-            limit = limit or 1000
         x0 = []
-        n_bytes = 0.
+        n_bytes = []
         for corpus, n_tokens, share in zip(self.dataset.parts, self.n_tokens, self.share):
-            n_bytes += share * self.T * corpus.facts[self.split]['bytes'] / n_tokens
+            # each part of a mixture gives its share
             for start in evenly_spaced(n_tokens // self.T, math.ceil(share * limit)) * self.T:
                 x0.append(corpus.read(self.split, start, start + self.T))
+                n_bytes.append(corpus.facts[self.split]['bytes'] / n_tokens * self.T)
         x0 = torch.stack(x0)
-        return [(x0, x0 >= 0)], n_bytes
+        return [(x0, x0 >= 0)], float(np.mean(n_bytes))
 
 
 @dataclass
@@ -772,14 +777,12 @@ class Examples(Source):
     """Fine-tuning (Eq. 5): one example per row. Response, EOS and padding are maskable, the prompt is not."""
 
     def __post_init__(self):
-        self.corpus = self.dataset.parts[0]
-        if len(self.dataset.parts) > 1 or not self.corpus.facts[self.split]['examples']:
-            raise UserError(f"{self.corpus.folder}: masking='response' needs one data set of examples, made "
-                            'of messages, or of prompt and response')
-
+        self.corpus, = self.dataset.parts
+        if not self.corpus.facts[self.split]['examples']:
+            raise UserError(f"{self.corpus.folder}: masking='response' needs examples, got documents")
         rows = np.load(self.corpus.folder / f'{self.split}_00000.rows.npy')
         self.rows = rows[rows[:, 2] - rows[:, 0] <= self.T]
-        if len(self.rows) < len(rows) and os.environ.get('RANK', '0') == '0':
+        if len(self.rows) < len(rows):
             say(f'{self.corpus.folder}: {len(self.rows)} of {len(rows)} examples fit into seq_len={self.T}')
         # where each dialogue begins
         _, first_turns = np.unique(self.rows[:, 3], return_index=True)
@@ -800,7 +803,8 @@ class Examples(Source):
         each = self.pad_group or size
         first = rows.start // each * each
         group = range(first, max(rows.stop, min(first + each, size)))
-        x0, maskable = self.padded([self.drawn((it * size + row) // self.copies) for row in group])
+        examples = [self.drawn((it * size + row) // self.copies) for row in group]
+        x0, maskable = self.padded(examples)
         inside = slice(rows.start - first, rows.stop - first)
         return x0[inside], maskable[inside], None
 
@@ -833,18 +837,15 @@ def files_of(patterns):
     found = []
     for pattern in filter(None, patterns.split(',')):
         # a name that exists is that file, even if it looks like a pattern, as part[1].txt does
-        found += [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern)) or [pattern]
+        matches = [] if Path(pattern).exists() else sorted(glob.glob(pattern))
+        found += matches or [pattern]
     return list(dict.fromkeys(found))
 
 
 def main(cfg):
-    what = ('docs (documentation that comes with Python), shakespeare (1.1 MB, downloaded), '
-            'or your own text: --input=FILE --out=data/my')
-    if not cfg.name and not cfg.input:
-        print(f'data sets: {what}')
-        return
     if cfg.name not in DATASETS and not (cfg.input and cfg.out):
-        raise UserError(f'expected {what}')
+        raise UserError('expected docs (documentation that comes with Python), shakespeare (1.1 MB to '
+                        'download), or your own text: --input=FILE --out=data/my')
 
     # a file may also stand in for the download
     sources = files_of(cfg.input)
@@ -859,7 +860,7 @@ def main(cfg):
         cfg.tokenizer or default,
         val=files_of(cfg.val_input),
         val_every=cfg.val_every,
-        workers=cfg.workers)
+        workers=cfg.workers or os.cpu_count())
 
     for split, n in manifest['splits'].items():
         print(f'{out}/{split}: {n["tokens"]:,} tokens, {n["bytes"] / n["tokens"]:.2f} bytes per token')
