@@ -380,28 +380,19 @@ def canvas(prompts, gen_length, mask_id, pad_id, device='cpu'):
 
 
 def guided_logits(model, x, positions, prompt, cfg_scale, mask_id,
-                  columns=None, **options):
+                  *, kv=(None, None), **options):
     """Return logits (M, V) at positions (B, T) bool of x (B, T), with classifier-free guidance.
 
     The unconditional pass sees the same canvas with the prompt (B or 1, T) bool hidden as well. Without
-    guidance (cfg_scale 0) it is left out. columns: the slice to compute, if options hold `kv`, two caches.
+    guidance (cfg_scale 0) it is left out. kv: a cache for each pass. options: of the model.
     """
-    # the two passes see different canvases, so they cannot share a cache
-    caches = options.pop('kv', None) or (None, None)
-    if columns is not None:
-        every_column = torch.arange(x.shape[1], device=x.device)
-        options['kv_positions'] = every_column[columns]
-        x = x[:, columns]
-        positions = positions[:, columns]
-        prompt = prompt[:, columns]
-    # with the prompt, and (if guided) without it
-    conditional = model(
-        x, positions=positions, kv=caches[0], **options)
+    conditional = model(x, positions=positions, kv=kv[0], **options)
     if not cfg_scale:
         return conditional
+    # the two passes see different canvases, so they cannot share a cache
     without_prompt = torch.where(prompt, mask_id, x)
     unconditional = model(
-        without_prompt, positions=positions, kv=caches[1], **options)
+        without_prompt, positions=positions, kv=kv[1], **options)
     return unconditional + (cfg_scale + 1) * (conditional - unconditional)          # Sec. 2.4
 
 
@@ -518,13 +509,11 @@ def block_plan(x, mask_id, gen_start, params):
 
 
 def columns_to_recompute(cache, step, start, end):
-    """Return which columns' keys and values a step of the block (start, end) recomputes, a slice (None: no cache)."""
-    if cache is None:
-        return None
+    """Return the columns, a slice, that a step of the block (start, end) computes anew."""
     # Attention looks both ways, so every commit changes all keys and values, and a cache is always a little
     # stale. It is renewed when a block begins. After that (Fast-dLLM, arXiv 2505.22618) 'dual' recomputes the
     # block, and 'prefix' also what follows it.
-    if step == 0:
+    if cache is None or step == 0:
         return slice(None)
     return slice(start, end if cache == 'dual' else None)
 
@@ -547,14 +536,13 @@ def generate(model, x, mask_id, params,
     given = x != mask_id if prompt is None else prompt
     if attention_mask is not None and attention_mask.all():
         attention_mask = None                               # nothing is padded
-
     # guidance takes two forward passes, each with its own cache
     kv = [None] * (2 if params.cfg_scale else 1)
     if params.cache:
         kv = [model.new_kv(*x.shape) for _ in kv]
     blocks = block_plan(x, mask_id, gen_start, params)
+    every_column = torch.arange(x.shape[1], device=x.device)
     n_steps = 0
-
     # blocks from left to right, and in each block step by step
     for start, end, steps in blocks:
         written = x[:, blocks[0][0]:start]
@@ -575,8 +563,8 @@ def generate(model, x, mask_id, params,
                 break
             columns = columns_to_recompute(params.cache, step, start, end)
             logits = guided_logits(
-                model, x, masked, given, params.cfg_scale, mask_id, columns,
-                kv=kv, attention_mask=attention_mask)                               # (M, V)
+                model, x[:, columns], masked[:, columns], given[:, columns], params.cfg_scale, mask_id,
+                kv=kv, kv_positions=every_column[columns], attention_mask=attention_mask)   # (M, V)
             if adjust is not None:
                 logits = adjust(logits, x, masked)
             if params.logits_eos_inf:

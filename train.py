@@ -166,12 +166,17 @@ def draw_noise(it, rows, T, cfg):
     u = diffusion.row_noise(cfg.seed, it, drawn, T)
 
     if cfg.complementary:
-        # The second row of a pair gets 1 - t and 1 - u: equally likely, and it hides what the first one
-        # shows. (With fixed_count a token may be hidden in both, because the count is rounded up.)
-        odd = torch.tensor(rows) % 2 == 1
-        t[odd] = 1 + eps - t[odd]
-        u[odd] = 1 - u[odd]
+        complement(t, u, rows, eps)
     return t, u
+
+
+def complement(t, u, rows, eps):
+    """Turn the noise of every second row of t (B,), u (B, T) around, in place: 1 - t and 1 - u."""
+    # equally likely, and it hides what the row before shows (with fixed_count a token may be hidden in both,
+    # because the count is rounded up)
+    odd = torch.tensor(rows) % 2 == 1
+    t[odd] = 1 + eps - t[odd]
+    u[odd] = 1 - u[odd]
 
 
 def autocast(cfg):
@@ -202,9 +207,9 @@ def train_step(net, optimizers, batches, factor, cfg):
     norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
     norm = norm.item()                          # the only point of an update where the host waits for the device
     if not math.isfinite(norm):
-        kept = [str(folder) for folder in models.checkpoints_of(cfg.out_dir)]
+        last = [*map(str, models.checkpoints_of(cfg.out_dir))][-1:]
         raise UserError(f'stopped before an update: loss {float(total)}, gradient norm {norm}; '
-                        f'the last good checkpoint: {(kept or ["none yet"])[-1]}')
+                        f'the last good checkpoint: {last}')
     step(optimizers, factor)
     return float(total), norm
 
