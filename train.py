@@ -105,18 +105,18 @@ WORLD = int(os.environ.get('WORLD_SIZE', 1))
 PEAKS = {'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'H800': 989e12, 'A100': 312e12, 'A800': 312e12}
 
 
-def check(cfg):
+def check(cfg, world=WORLD):
     """Raise UserError for settings that contradict each other."""
     size = cfg.global_batch
     # a pair of rows must not be torn apart
     if cfg.complementary and size % 2:
         raise UserError(f'complementary masks need an even global_batch, got {size} (or pass --complementary=false)')
-    if size % (cfg.batch_size * WORLD):
-        raise UserError(f'global_batch {size} must divide into {WORLD} processes of batch_size {cfg.batch_size}')
+    if size % (cfg.batch_size * world):
+        raise UserError(f'global_batch {size} must divide into {world} processes of batch_size {cfg.batch_size}')
     if (cfg.causal or cfg.masking == 'response') and (cfg.random_length or cfg.random_split or cfg.isolate):
         raise UserError('random_length, random_split and isolate are for diffusion on windows of text')
-    if WORLD % max(cfg.fsdp, 1):
-        raise UserError(f'fsdp groups of {cfg.fsdp} do not divide {WORLD} processes')
+    if world % max(cfg.fsdp, 1):
+        raise UserError(f'fsdp groups of {cfg.fsdp} do not divide {world} processes')
     for name, allowed in (('masking', ('unified', 'response')), ('optimizer', ('adamw', 'muon')),
                           ('schedule', ('wsd', 'cosine', 'points'))):
         if getattr(cfg, name) not in allowed:

@@ -68,8 +68,7 @@ def main(cfg):
     if cfg.gpus < 1:
         raise UserError(f'gpus must be at least 1, got {cfg.gpus}')
     cfg.global_batch = cfg.global_batch or cfg.batch_size
-    train.WORLD = cfg.gpus                                  # so that check refuses what does not divide
-    train.check(cfg)
+    train.check(cfg, world=cfg.gpus)
     shape = {field.name: getattr(cfg, field.name) for field in fields(models.ModelConfig)}
     shape['vocab_size'] = cfg.vocab_size or 2 ** 15
     model = models.empty_model(models.ModelConfig(**shape))
