@@ -43,7 +43,7 @@ def configure(namespace, argv=None, positional=()):
     listed = set()                                          # list settings that a flag or a word has begun
 
     # before anything is checked, so that help is always to be had
-    if '--help' in words or '-h' in words:
+    if '--help' in words:
         print(help_text(namespace, defaults, positional))
         sys.exit(0)
 
@@ -118,7 +118,7 @@ def parse(text, kind, where):
         value = SWITCH.get(text.lower(), text)
     elif kind in (int, float):
         try:
-            value = float(text) if kind is float or not text.lstrip('+-').isdecimal() else int(text)
+            value = float(text) if kind is float or not text.isdecimal() else int(text)
         except ValueError:
             pass                                            # still a text, so convert refuses it
     return convert(value, kind, where)
@@ -138,6 +138,8 @@ def help_text(namespace, defaults, positional):
     # the comments beside the settings are the manual
     path = Path(namespace.get('__file__', ''))
     source = path.read_text(encoding='utf-8') if path.is_file() else ''
+    # a comment may go on in the next lines
+    source = re.sub(r'\n {20,}#', '', source)
     comments = dict(re.findall(r'^(\w+) = .*?  # (.*)', source, re.M))
     words = ''.join(f' [{name}]' for name in positional)
     lines = [(namespace.get('__doc__') or '').strip(), '', f'usage: [config.py ...]{words} [--name=value ...]']

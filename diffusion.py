@@ -30,7 +30,7 @@ def sample_t(batch_size, eps=1e-3,
     """Draw mask ratios t (B,) float32, each uniform on (eps, 1], on the CPU.
 
     stratified: one t in each of B equal slices, for a less noisy loss. False: independent, as in LLaDA.
-    logit_normal: if > 0, t = sigmoid(logit_normal * z) with z ~ N(0, 1) instead, which favours t near 1/2.
+    logit_normal: if > 0, t = sigmoid(logit_normal * z) with z ~ N(0, 1), which up to 1.5 favours t near 1/2.
     """
     # one number per row decides how much of it is hidden
     u = torch.rand(batch_size, generator=generator)
@@ -44,7 +44,7 @@ def sample_t(batch_size, eps=1e-3,
         shift = torch.randint(batch_size, (1,), generator=generator)
         slices = (slices + shift) % batch_size
         u = (slices + u) / batch_size
-    # a normal distribution through a sigmoid has most of its mass in the middle
+    # a uniform number becomes a normal one, and a sigmoid brings it back to (0, 1)
     if logit_normal:
         z = torch.special.ndtri(u)
         u = torch.sigmoid(logit_normal * z)
@@ -146,7 +146,7 @@ def masked_batch(x0, xt, masked, weights, cu_seqlens=None):
 
     Of the M masked positions: positions (M,) int64 in the flattened batch, targets (M,) in x0, weights (M,).
     """
-    # on the CPU, because on a GPU the host would have to wait until the number M is known
+    # train.py calls this on the CPU, because on a GPU the host would wait until the number M is known
     positions = masked.flatten().nonzero()[:, 0]
     targets = x0.flatten()[positions]
     row = positions // x0.shape[1]
@@ -155,7 +155,7 @@ def masked_batch(x0, xt, masked, weights, cu_seqlens=None):
 
 def plain(f):
     """Turn a function ids (B, T) -> logits (B, T, V) into a mask predictor (without padding, packing, cache)."""
-    # called like model.Transformer, but everything that only speed needs is ignored
+    # called like model.Transformer; all other arguments are ignored, so there is no padding and no packing
     def predictor(ids, *, positions=None, targets=None, **unused):
         logits = f(ids)
         if positions is not None and positions.dtype == torch.bool:
@@ -208,10 +208,11 @@ def all_masks(maskable):
 @torch.no_grad()
 def log_likelihood(model, x0, maskable, mask_id,
                    *, mc_num=128, batch_size=16, cfg_scale=0., generator=None):
-    """Estimate Eq. 6 for one sequence, x0 (T,) int64, maskable (T,) bool -> float <= log p(maskable | the rest).
+    """Estimate Eq. 6 for one sequence, a lower bound on log p(maskable | the rest), in nats -> float.
 
-    mc_num: masks to average over. If there are no more than that (2^L - 1), all are used and Eq. 6 is exact.
-    cfg_scale: guidance away from the tokens that are not maskable (the prompt). generator: on the CPU.
+    x0 (T,) int64, maskable (T,) bool. mc_num: masks to average over. If there are no more than that (2^L - 1), all
+    are used, and the bound is computed exactly. cfg_scale: guidance away from the prediction without the tokens
+    that are not maskable (the prompt). generator: on the CPU.
     """
     # an empty sum would be 0, the best of all scores
     if not maskable.any():
@@ -332,10 +333,10 @@ class SamplingParams:
     temperature: float = 0.             # of the guesses. 0 takes the most probable token
     remasking: str = 'low_confidence'   # keep the most probable guesses (Alg. 5), or 'random' ones (Alg. 4)
     cfg_scale: float = 0.               # classifier-free guidance. 0 is none
-    threshold: float | None = None      # if set, a step commits all guesses that are at least this probable
+    threshold: float | None = None      # if set, a step commits all guesses at least this probable; no steps then
     cache: str | None = None            # 'prefix' or 'dual' reuse keys and values, which is fast and inexact
     logits_eos_inf: bool = False        # never write EOS (App. B.4)
-    confidence_eos_eot_inf: bool = False    # write EOS and EoT last (App. B.4)
+    confidence_eos_eot_inf: bool = False    # low_confidence: write EOS and EoT last (App. B.4)
 
     def __post_init__(self):
         # these are often mistyped, and a wrong word would silently be something else
@@ -343,6 +344,8 @@ class SamplingParams:
             raise ValueError(f"remasking must be 'low_confidence' or 'random', got {self.remasking!r}")
         if self.cache not in (None, 'prefix', 'dual'):
             raise ValueError(f"cache must be None, 'prefix' or 'dual', got {self.cache!r}")
+        if self.threshold and self.remasking == 'random':
+            raise ValueError("threshold needs remasking 'low_confidence', because random confidences mean nothing")
         least = dict(
             steps=1, block_length=1,
             temperature=0, cfg_scale=0, threshold=0)
@@ -366,16 +369,12 @@ def canvas(prompts, gen_length, mask_id, pad_id, device='cpu'):
     if pad_id == mask_id:
         raise ValueError(f'pad_id and mask_id are both {mask_id}, so padding would be filled in')
     masks = [mask_id] * gen_length
-    rows = []
-    ones = []
-    for ids in prompts:
-        row = torch.tensor([*ids, *masks], dtype=torch.long)
-        rows.append(row)
-        ones.append(torch.ones_like(row, dtype=torch.bool))
-    # padding on the left, so that all rows end together
-    left = dict(batch_first=True, padding_side='left')
-    x = pad_sequence(rows, padding_value=pad_id, **left).to(device)
-    attention_mask = pad_sequence(ones, **left).to(device)
+    rows = [torch.tensor([*ids, *masks], dtype=torch.long) for ids in prompts]
+    # padding on the left, so that all rows end together; -1 is no token
+    x = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side='left')
+    x = x.to(device)
+    attention_mask = x >= 0
+    x = torch.where(attention_mask, x, pad_id)
     return x, attention_mask, x != mask_id
 
 
@@ -419,9 +418,8 @@ def uniform(positions, n, generator):
 
 def gumbel_argmax(logits, temperature, u):
     """Sample from softmax(logits / temperature), (M, V) -> (M,), with uniform noise u (M, V)."""
-    # In float64 and with logarithms, because in lower precision the tail of the noise is cut off, which
-    # silently lowers the temperature (arXiv 2409.02908).
-    # the largest of logits + Gumbel noise is a sample of their softmax
+    # The largest of logits + Gumbel noise is a sample of their softmax. In float64 and with logarithms, because
+    # in lower precision the tail of the noise is cut off, which silently lowers the temperature (2409.02908).
     gumbel = -(-u.log()).log()
     noisy = logits.to(u.dtype) / temperature + gumbel
     return noisy.argmax(-1)
@@ -526,9 +524,9 @@ def generate(model, x, mask_id, params,
     """Fill every [MASK] of the canvas x (B, T) int64, wherever it stands -> Generated(x, n_forward).
 
     gen_start: the column where blocks begin (default: the first mask).
-    attention_mask (B, T) bool: False on padding. prompt (B, T) bool: what guidance hides (default: all given)
-    suppress: ids that are never written. generator: of `uniform`. until_end: stop once the finished blocks of
-    every row hold EOS or EoT, and fill the rest with EOS.
+    attention_mask (B, T) bool: False on padding. prompt (B, T) bool: what guidance hides (default: what is given).
+    suppress: ids that are never written. generator: see `uniform`. eos_id, eot_id: what ends an answer; until_end:
+    stop once the finished blocks of every row hold one of them, and fill the rest with EOS.
     adjust(logits (M, V), x, masked) -> logits: a hook for other rules. on_step(x, committed): a hook to watch.
     """
     ends = [i for i in (eos_id, eot_id) if i is not None]
@@ -569,7 +567,7 @@ def generate(model, x, mask_id, params,
                 logits = adjust(logits, x, masked)
             if params.logits_eos_inf:
                 logits = forbid(logits, [eos_id])
-            # guess everywhere, keep what is most certain, and look again
+            # guess everywhere, keep some of it, and look again
             guess, confidence = propose(
                 logits, masked, params, [mask_id, *suppress], deferred, generator)  # (M,), (M,)
             x, committed = commit(x, masked, guess, confidence, n, params.threshold)
@@ -635,7 +633,7 @@ def device_of(model):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 7. The autoregressive twin: shift by one, no noise, no 1/t, and that is the whole difference
+# 7. The autoregressive twin. The network has a causal mask (causal=True); here: shift by one, no noise, no 1/t
 
 
 def ar_batch(x0, maskable,

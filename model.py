@@ -36,7 +36,7 @@ torch.set_flush_denormal(True)
 
 @dataclass
 class ModelConfig:
-    """Hold everything that decides the shape of the weights. The field names are settings of train.py."""
+    """Hold the architecture. The field names are settings of train.py."""
 
     vocab_size: int
     seq_len: int                    # longest canvas seen in training; rotary positions set no hard limit
@@ -120,11 +120,11 @@ def attention(q, k, v, *, attn_mask=None, causal=False, cu_seqlens=None):
 
 
 def packed_attention(q, k, v, cu_seqlens):
-    """Attend inside each segment of a packed batch, with CUDA's kernel for segments of varying length."""
+    """Attend inside each segment, with CUDA's kernel for them: shapes as in `attention`, cu_seqlens (n + 1,) int32."""
     from torch.nn.attention.varlen import varlen_attn
-    # grouped queries: every key and value serves several query heads
     B, H, T, D = q.shape
-    if k.shape[1] != H:                                     # the kernel of torch 2.11 has no grouped queries
+    # every key and value serves several query heads, but the kernel of torch 2.11 has no grouped queries
+    if k.shape[1] != H:
         k = k.repeat_interleave(H // k.shape[1], dim=1)
         v = v.repeat_interleave(H // v.shape[1], dim=1)
     # the kernel knows no rows, only B * T tokens in a line
@@ -269,8 +269,7 @@ class Transformer(nn.Module):
     def attention_pattern(self, x, kv, where, attention_mask, cu_seqlens):
         """Return who attends to whom as keyword arguments of `attention`, with padding, segments or a cache."""
         causal = self.config.causal
-        # this also keeps masks out of training on CUDA, where cuDNN's backward can return NaN since torch
-        # 2.11
+        # CUDA's kernel for segments needs no mask, which is slow, and in cuDNN's backward can return NaN
         if cu_seqlens is not None and x.is_cuda and x.dtype == torch.bfloat16 and not causal:
             return dict(cu_seqlens=cu_seqlens)
 
@@ -403,7 +402,6 @@ def pick_device(device, dtype):
         device = available[0]
     if device not in available:
         raise UserError(f'device {device!r} is not available, choose one of: auto, {", ".join(available)}')
-    # bfloat16 pays only where the hardware multiplies it
     if dtype not in ('auto', 'bfloat16', 'float32'):
         raise UserError(f'dtype must be auto, bfloat16 or float32, got {dtype!r}')
     # bfloat16 pays only where the hardware multiplies it: tensor cores, or AVX512-BF16 and AMX on some CPUs
@@ -701,7 +699,7 @@ def read_tensors(folder, tensors):
 def read_state(folder):
     """Return state.json of a checkpoint of train.py ({} for released weights) after comparing all checksums."""
     state = read_json(folder / 'state.json')
-    # a flipped bit in a weight would go unnoticed for the rest of the training
+    # a flipped bit would go unnoticed for the rest of the training
     for name, sha256 in state.get('sha256', {}).items():
         file = folder / name
         if not file.is_file() or file_sha256(file) != sha256:

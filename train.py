@@ -98,6 +98,7 @@ dtype = 'auto'                  # 'bfloat16' or 'float32' for activations; auto 
 compile = False                 # torch.compile each block (on a CPU it needs a C++ compiler and half a minute)
 fsdp = 0                        # 0 = DDP; -1 = shard over all processes; k = shard in groups of k, replicate between
 act_memory = 1.0                # share of a block's activations that is kept for backward; 0 = only its input
+                                # (values in between need --compile)
 
 RANK = int(os.environ.get('RANK', 0))                   # of this process; torchrun sets both
 WORLD = int(os.environ.get('WORLD_SIZE', 1))
@@ -133,6 +134,7 @@ def micro_batches(source, it, cfg, tok):
     if cfg.masking == 'response':
         form = dict(normalize='sequence', normalizer=size)                          # Eq. 5: 1/(b L')
     else:
+        # (a window that random_length has cut counts by its tokens, and L is the full length)
         form = dict(normalize='token', normalizer=size * cfg.seq_len)               # Eq. 3: 1/(b L)
 
     # the rows of this rank, one micro-batch after the other
@@ -171,9 +173,8 @@ def draw_noise(it, rows, T, cfg):
 
 
 def complement(t, u, rows, eps):
-    """Turn the noise of every second row of t (B,), u (B, T) around, in place: 1 - t and 1 - u."""
-    # equally likely, and it hides what the row before shows (with fixed_count a token may be hidden in both,
-    # because the count is rounded up)
+    """Turn the noise of every second row of t (B,), u (B, T) around, in place: 1 + eps - t and 1 - u."""
+    # equally likely, and it hides what the row before shows (but for a token in 1000, by eps or by rounding)
     odd = torch.tensor(rows) % 2 == 1
     t[odd] = 1 + eps - t[odd]
     u[odd] = 1 - u[odd]
@@ -196,7 +197,7 @@ def train_step(net, optimizers, batches, factor, cfg):
     # several micro-batches add up to one update, so that any batch fits into memory
     total = 0.
     for i, batch in enumerate(batches):
-        # DDP sums gradients over ranks in the last micro-batch only
+        # DDP exchanges gradients in the last micro-batch only
         if hasattr(net, 'require_backward_grad_sync'):
             net.require_backward_grad_sync = i == len(batches) - 1
         loss = loss_of(net, batch, cfg)
@@ -293,7 +294,6 @@ def all_reduce(x):
 
 def broadcast(value=None):
     """Return the value of rank 0 on all ranks. This is a barrier as well."""
-    # any Python object, sent by rank 0
     box = [value]
     if WORLD > 1:
         dist.broadcast_object_list(box)
@@ -329,7 +329,7 @@ def build(cfg):
         for part in (*model.blocks, model):
             fully_shard(part, mesh=mesh, mp_policy=policy)
 
-    # 3) or replicate them (DDP)
+    # 3) now the parameters get memory; several processes without shards replicate them (DDP)
     model.to_empty(device=cfg.device)
     if WORLD == 1 or cfg.sharded:
         return model, model
@@ -467,7 +467,7 @@ def save_checkpoint(it, model, optimizers, cfg, tok):
         unfinished.mkdir()
     broadcast()                                             # wait for the folder
 
-    # all ranks write their part
+    # rank 0 writes the weights, and each rank its part of the optimizer's state
     ids = {f'{role}_id': getattr(tok, f'{role}_id') for role in models.ROLES}
     writer = dcp.HuggingFaceStorageWriter(str(unfinished / 'optimizer'), save_distributed=True)
     try:
@@ -529,7 +529,6 @@ def load_checkpoint(model, optimizers, cfg, tok):
 
 def settings_of(cfg):
     """Return the settings as a dict, without what `main` has added and what may differ when a run resumes."""
-    # resume and out_dir may differ each time, device too
     added = ('bf16', 'sharded', 'resume', 'out_dir', 'device')
     return {name: value for name, value in vars(cfg).items() if name not in added}
 
@@ -641,14 +640,13 @@ def main(cfg):
     if net is not model:
         settle_ddp(net, micro_batches(source, it, cfg, tok)[0], cfg)
 
-    # what is counted between two lines of the log
     signals = catch_signals()
     stopping = False
+    # what is counted between two lines of the log
     started = time.perf_counter()
     losses = []
     n_tokens = 0
 
-    # the training loop
     while it < cfg.max_iters and not stopping:
         batches = micro_batches(source, it, cfg, tok)
         loss, norm = train_step(net, optimizers, batches, lr_factor(it, cfg), cfg)

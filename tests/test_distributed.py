@@ -88,7 +88,7 @@ def test_fine_tuning_on_two_processes_equals_one(tmp_path):
 
 
 @pytest.mark.parametrize('n, changes', [(2, dict(fsdp=0)), (4, dict(fsdp=2)),
-                                        (2, dict(fsdp=-1, act_memory=0.0))], ids=str)
+                                        pytest.param(2, dict(fsdp=-1, act_memory=0.0), marks=pytest.mark.slow)], ids=str)
 def test_ddp_and_hsdp_equal_one_process(corpus_folder, one, tmp_path, n, changes):
     said = torchrun(n, settings(corpus_folder, tmp_path / 'run', **SMALL, **changes))
     same_losses(tmp_path / 'run', one)
@@ -144,7 +144,8 @@ def test_resuming_on_the_same_processes_gives_the_same_bits(corpus_folder, shard
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize('fsdp', [pytest.param(0, id='ddp'), pytest.param(-1, id='fsdp', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('fsdp', [pytest.param(0, id='ddp'), pytest.param(-1, id='fsdp')])
 def test_four_processes_resume_to_the_same_bits(corpus_folder, tmp_path, fsdp):
     """Of four summands the order counts: DDP must add up after a restart as it does in the middle of a run."""
     short = {**SMALL, 'max_iters': 8, 'eval_interval': 4, 'fsdp': fsdp}

@@ -60,10 +60,9 @@ def smaller(command, script, argv):
     if script == 'train.py':
         return [*argv, *TINY, *small_data, *(['--max_iters=6'] if '--resume' in argv else [])]
     if script == 'data.py':
-        return [*argv, '--tokenizer=bytes', '--val_every=3']                            # no network here
+        return [*argv, '--tokenizer=bytes', '--val_every=3']                            # no network, no data/docs
     if script == 'evaluate.py':
-        few = {'choice': ['--input=choices.jsonl', '--mc_num=2'], 'exact': ['--gen_length=8', '--limit=3']}
-        argv = [word for word in argv if not word.startswith('--input')]
+        few = {'choice': ['--mc_num=2'], 'exact': ['--gen_length=8', '--limit=3']}
         return [*argv, *few.get(argv[0], ['--draws=1', '--windows=4', *small_data])]
     if 'experiments' in script:
         return [*argv, '--limit=3', '--samples=2', '--draws=1', '--windows=4', *small_data]
@@ -79,7 +78,7 @@ def test_every_command(desk, monkeypatch, capsys):
     monkeypatch.chdir(desk)
     monkeypatch.setattr('builtins.input', nobody)               # --chat ends at once
     commands = sorted(dict.fromkeys(COMMANDS), key=lambda c: (
-        ' data.py' not in c, ' train.py' not in c, '--resume' in c, 'sft' in c))        # prepare first
+        ' data.py' not in c, ' train.py' not in c, '--resume' in c, 'sft' in c or 'talks' in c))     # prepare first
     commands.insert(0, 'python train.py config/docs.py')
     seen = set()
     for command in commands:
