@@ -87,8 +87,9 @@ def test_fine_tuning_on_two_processes_equals_one(tmp_path):
     same_losses(tmp_path / 'two', tmp_path / 'one')
 
 
-@pytest.mark.parametrize('n, changes', [(2, dict(fsdp=0)), (4, dict(fsdp=2)),
-                                        pytest.param(2, dict(fsdp=-1, act_memory=0.0), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize('n, changes', [
+    (2, dict(fsdp=0)), (4, dict(fsdp=2)),
+    pytest.param(2, dict(fsdp=-1, act_memory=0.0), marks=pytest.mark.slow)], ids=str)
 def test_ddp_and_hsdp_equal_one_process(corpus_folder, one, tmp_path, n, changes):
     said = torchrun(n, settings(corpus_folder, tmp_path / 'run', **SMALL, **changes))
     same_losses(tmp_path / 'run', one)
