@@ -4,8 +4,7 @@
     python train.py --help                          # every setting, its default and its comment
 
 A setting is a global variable of the script in lower case. A config file is Python that assigns to the same
-names; it is executed, so run only config files that you trust. (A helper variable in it begins with an
-underscore.)
+names. It is executed, so run only those that you trust. (A helper variable in it begins with an underscore.)
 """
 
 import difflib
@@ -31,8 +30,7 @@ def configure(namespace, argv=None, positional=()):
     """Apply config files and flags to the settings in a script's globals() and return them, name -> value.
 
     A word that ends in .py is a config file. Other bare words go to the settings named in `positional`, one
-    each; if that setting is a list, it takes all that remain. Raises UserError for an unknown name or a wrong
-    type.
+    each; a list takes all that remain. Raises UserError for an unknown name or a wrong type.
     """
     # upper case, underscores and functions are no settings
     defaults = {name: value for name, value in namespace.items()

@@ -100,8 +100,7 @@ def attention(q, k, v, *, attn_mask=None, causal=False, cu_seqlens=None):
     """Return softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, H, T, D).
 
     attn_mask, bool, broadcastable to (B, 1, T, S): True where a query may attend to a key. causal: only to
-    itself and earlier keys. cu_seqlens: see Transformer.forward; here it selects CUDA's kernel for packed
-    segments.
+    itself and earlier keys. cu_seqlens: as in Transformer.forward, for CUDA's kernel for packed segments.
     """
     if cu_seqlens is not None:
         return packed_attention(q, k, v, cu_seqlens)
@@ -417,8 +416,7 @@ def pick_device(device, dtype):
 # ----------------------------------------------------------------------------------------------------------
 # Weights on disk, in the released layouts: config.json and safetensors. train.py writes the same.
 
-# model_type in config.json -> layout, class. A causal model has a type of ours, so that nobody opens it as
-# LLaDA.
+# model_type in config.json -> layout, class. A causal model has a type of ours, so nobody takes it for LLaDA.
 MODEL_TYPES = {
     'llada': ('llada', 'LLaDAModelLM'),
     'illada': ('illada', 'ILLaDAForCausalLM'),
@@ -568,8 +566,7 @@ def open_model(path, device='auto', dtype='auto', compile=False):
 def load_model(path, device='cpu', dtype=None):
     """Load a checkpoint of train.py or released LLaDA or iLLaDA weights -> model in eval mode, meta.
 
-    path: a folder with config.json, or a run of train.py (its newest checkpoint). dtype: None keeps the
-    stored one.
+    path: a folder with config.json, or a run of train.py (its newest checkpoint). dtype: None = as stored.
     meta: mask_id, eos_id, pad_id, bos_id, eot_id (None if the files do not say), folder; of a run of train.py
     also its settings and iteration, else None. Raises UserError if it is not a model that this code computes.
     """
@@ -634,8 +631,7 @@ def config_from(raw, folder):
     if layout == 'illada':
         values['rope_fp32'] = False
 
-    # a guessed rope_theta or norm_eps would make the model a little worse without a word, so nothing is
-    # guessed
+    # nothing is guessed, because a wrong rope_theta makes a model a little worse without a word
     missing = [theirs for ours, theirs in fields.items() if values.get(ours) is None]
     if missing:
         raise UserError(f'{folder}/config.json: {", ".join(missing)} missing')

@@ -90,7 +90,7 @@ eval_interval = 400             # iterations between checkpoints, each with its 
 eval_windows = 256              # validation windows in that bound (all if there are fewer)
 eval_draws = 4                  # masks drawn for each of them
 log_interval = 10               # iterations between lines of the log
-keep_last = 2                   # how many checkpoints to keep
+keep_last = 2                   # how many checkpoints to keep; 0 = all
 sample_tokens = 64              # length of the sample shown with each checkpoint; 0 = none
 # --- machine
 device = 'auto'                 # 'cuda', 'mps' or 'cpu'; auto takes the first that is available
