@@ -193,6 +193,7 @@ def draw_masks(maskable, n_masks, generator=None):
 
 def all_masks(maskable):
     """Return all 2^L - 1 masks of a sequence, (n, T) bool, and their probabilities in Eq. 6, (n,) float64."""
+    # each number from 1 to 2^L - 1 is a mask, by its bits
     L = int(maskable.sum())
     number = torch.arange(1, 2 ** L, device=maskable.device)
     bit = torch.arange(L, device=maskable.device)
@@ -598,6 +599,7 @@ def generate_variable_length(model, prompts, mask_id, eos_id, params,
         pad_id = int(mask_id == 0)                          # padding is never attended to, so any id but mask_id
     device = device_of(model)
     x, attention_mask, _ = canvas(prompts, 0, mask_id, pad_id, device)
+    # a row is what is known of a text so far, without padding
     rows = list(prompts)
     running = set(range(len(rows)))
     n_forward = 0

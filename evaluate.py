@@ -145,6 +145,7 @@ def table(rows, columns, out=''):
     """Print rows of cells under the names of their columns, and write them to the file `out` as well."""
     # a column is as wide as its widest cell
     lines = [columns, *rows]
+    # the widest cell first, so that columns line up
     widths = []
     for cells in zip(*lines):
         widths.append(max(len(str(cell)) for cell in cells))
@@ -212,6 +213,7 @@ def bound(cfg):
         sign = '=' if run.model.config.causal else '<='
         rows.append([run.name, run.meta['iteration'] or '', sign, *numbers])
 
+    # the difference is shown only if there is something to differ from
     columns = ['checkpoint', 'iteration', '', 'nats/token', '+-', 'bits/byte', '+-']
     if len(runs) > 1:
         columns += ['above the first', '+-']
@@ -228,7 +230,9 @@ def as_choice(row):
     context = row.get('context')
     if context is None:
         context = f"Question: {row['question']}\nAnswer:"
+    # texts, in the order of the publisher
     choices = row['choices']
+    # a publisher may count from 0, or write the choice out
     answer = row['answer']
     # the answer may be one of the choices, or its number from 0
     if answer in choices:
@@ -240,6 +244,7 @@ def as_choice(row):
 
 def encode_pair(context, continuation, run):
     """Encode two texts as one -> ids of the first, ids of the second, which gets the blanks in between."""
+    # as one text, because that is how the model has seen text
     ids = run.tok.encode(context + continuation)
     alone = run.tok.encode(context.rstrip())
     n = min(len(alone), len(ids) - 1)
@@ -260,6 +265,7 @@ def score(run, before, after, cfg):
     # what does not fit is the beginning, which matters least
     context = run.start + before[max(0, len(before) - room):]
 
+    # only the continuation is maskable: its score is conditioned on all the rest
     x0 = torch.tensor(context + after + end, device=device)
     maskable = torch.zeros_like(x0, dtype=torch.bool)
     maskable[len(context):len(context) + len(after)] = True

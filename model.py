@@ -84,6 +84,7 @@ def rope_angles(positions, head_dim, theta):
     # low dimensions turn fast and tell neighbours apart, high ones tell distances
     j = torch.arange(0, head_dim, 2, device=positions.device)
     frequency = 1.0 / theta ** (j.float() / head_dim)
+    # float32, because bfloat16 could not tell position 300 from 301
     angle = positions.to(torch.float32)[..., None] * frequency
     return angle.cos(), angle.sin()
 
@@ -316,8 +317,8 @@ class Transformer(nn.Module):
 
 def head_cross_entropy(h, weight, targets):
     """Return cross-entropy of logits h W^T: h (M, C), weight (V, C), targets (M,) -> (M,) float32 or wider."""
-    # With a vocabulary of 126,464 the logits would be the largest tensor by far. So at most 2^28 of them exist
-    # at a time (1 GB), and backward makes them again.
+    # With a vocabulary of 126,464 the logits would be the largest tensor by far. So at most 2^28 of them
+    # exist at a time (1 GB), and backward makes them again.
     size = max(1, 2 ** 28 // len(weight))
     if len(h) > size:
         parts = zip(h.split(size), targets.split(size))
@@ -480,6 +481,7 @@ ROLES = ('mask', 'eos', 'pad', 'bos', 'eot')            # special tokens whose i
 
 def column(table, layout):
     """Return a table as a dict: our name -> the name in this layout, if it has one."""
+    # the first line names the layouts
     heads, *rows = [line.split() for line in table.strip().splitlines()]
     number = heads.index(layout)
     rows = [row for row in rows if len(row) > number]
@@ -530,6 +532,7 @@ def save_model(model, folder, meta):
     model_type = type_of(model.config)
     layout, class_name = MODEL_TYPES[model_type]
     dtype = str(model.embed.weight.dtype).removeprefix('torch.')
+    # what transformers looks at first
     raw = {'model_type': model_type, 'architectures': [class_name], 'torch_dtype': dtype}
     raw.update(SWITCHES[layout])
     raw.update(OFFICIAL[layout])

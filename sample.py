@@ -84,6 +84,7 @@ def load(name, cfg):
 
 def read_prompts(name):
     """Return the prompts in a file: each is a text, a list of messages, or a list of ids."""
+    # all forms at once, because a file may mix texts, messages and ids
     prompts = []
     for _, found in data.read_records(name, prompts_in):
         prompts += filter(None, found)                      # without empty lines
@@ -133,6 +134,7 @@ def tokens_to_append(prompts, run, cfg):
 
     # By default as much as fits, but at most 64 tokens, because each of them costs a forward pass over the
     # whole canvas.
+    # the longest prompt decides, because all share one canvas
     longest = max(map(len, prompts))
     room = max(1, config.seq_len - longest)
     new = 0 if gaps else cfg.gen_length or min(64, room)
@@ -182,6 +184,7 @@ def generate_text(model, prompts, gen_length, tok, params,
     them alone, so a batch gets the same answers as single prompts. options: of generate_batch.
     """
     device = diffusion.device_of(model)
+    # answers are put back in the order in which the prompts came
     written = list(prompts)
     n_forward = 0
 
@@ -242,6 +245,7 @@ def answer_text(ids, tok, stop=()):
         if end in ids:
             ids = ids[:ids.index(end)]
     text = tok.decode(ids)
+    # whichever stop text comes first ends it
     for mark in stop:
         text = text.partition(mark)[0]
     return text
@@ -253,6 +257,7 @@ def answer_text(ids, tok, stop=()):
 
 def screen(tok, n_steps):
     """Return an on_step that draws the canvas: in place on a terminal, else about ten lines."""
+    # a file gets about ten lines, whatever the number of steps
     every = max(1, n_steps // 8)
     steps = count()
 
@@ -299,6 +304,7 @@ def write(run, prompts, new, cfg, first=0, answers=True, show=False):
 def talk(run, cfg):
     """Chat on the terminal, until /quit or Ctrl-D."""
     messages = []
+    # what has been said is kept here, and sent to the model anew with each question
     say('/reset forgets the conversation, /quit leaves')
     while True:
         try:

@@ -228,6 +228,7 @@ def step(optimizers, factor):
 def lr_factor(it, cfg):
     """Return the learning rate of update `it` (from 0) as a fraction of the peak."""
     if cfg.schedule == 'points':
+        # two points at the same number of tokens are a jump
         tokens, rates = zip(*cfg.lr_points)
         seen = (it + 1) * cfg.global_batch * cfg.seq_len
         return float(np.interp(seen, tokens, rates)) / cfg.learning_rate
@@ -302,6 +303,7 @@ def broadcast(value=None):
 
 def build(cfg):
     """Make the model, its weights still empty, and spread it over the ranks -> model, what to call in training."""
+    # the settings of the model have the names of its fields
     shape = {field.name: getattr(cfg, field.name) for field in fields(models.ModelConfig)}
     model = models.empty_model(models.ModelConfig(**shape))
 
