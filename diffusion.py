@@ -572,10 +572,10 @@ def generate(model, x, mask_id, params,
             guess, confidence = propose(
                 logits, masked, params, [mask_id, *suppress], deferred, generator)  # (M,), (M,)
             x, committed = commit(x, masked, guess, confidence, n, params.threshold)
-            masked = masked & ~committed
             n_steps += 1
             if on_step is not None:
                 on_step(x, committed)
+            masked = masked & (x == mask_id)
     return Generated(x, n_steps * len(kv))
 
 

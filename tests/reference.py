@@ -19,12 +19,13 @@ def log_likelihood_bernoulli(model, x0, maskable, mask_id, *, mc_num=128, genera
     weight fits that number, here a small t may hide many tokens, and all of them get the weight 1/t.
     """
     t = 1 - torch.rand(mc_num, generator=generator)                                     # (N,) in (0, 1]
-    masked = maskable & (torch.rand(mc_num, len(x0), generator=generator) < t[:, None])     # (N, T)
+    hide = torch.rand(mc_num, len(x0), generator=generator) < t[:, None]
+    masked = maskable & hide.to(x0.device)                                              # (N, T)
 
     logits = model(torch.where(masked, mask_id, x0))                                    # (N, T, V)
     logp = logits.log_softmax(-1).gather(-1, x0.expand_as(masked)[..., None])[..., 0]   # (N, T)
     per_mask = torch.where(masked, logp, 0.).sum(1)                                     # (N,)
-    return float((per_mask / t).mean())                                                 # Eq. 5
+    return float((per_mask.cpu() / t).mean())                                           # Eq. 5
 
 
 @torch.no_grad()

@@ -358,3 +358,11 @@ def test_ar_generate():
     assert not (other.x[0, 3:] == first).any()
     with pytest.raises(TypeError, match='temprature'):
         diffusion.ar_generate(model, prompt, 2, temprature=0.)
+
+
+def test_a_token_that_on_step_writes_is_not_overwritten():
+    def on_step(x, committed):
+        x[:, 5] = 7
+
+    out = generate(MODEL, masks_after([1], 8, MASK), MASK, SamplingParams(), on_step=on_step)
+    assert out.x[0, 5] == 7 and not (out.x == MASK).any()
