@@ -107,7 +107,8 @@ def attention(q, k, v, *, attn_mask=None, causal=False, cu_seqlens=None):
         return packed_attention(q, k, v, cu_seqlens)
     # torch picks the kernel: flash attention on a GPU, if nothing needs a mask
     sdpa = partial(
-        F.scaled_dot_product_attention, attn_mask=attn_mask, is_causal=causal,
+        F.scaled_dot_product_attention,
+        attn_mask=attn_mask, is_causal=causal,
         enable_gqa=q.shape[1] != k.shape[1])
     if q.device.type != 'cpu':
         return sdpa(q, k, v)
@@ -298,12 +299,8 @@ class Transformer(nn.Module):
 
     def num_params(self, non_embedding=False):
         """Count all parameters, or those outside embedding and head (N in the papers' 6ND)."""
-        n = sum(p.numel() for p in self.parameters())
-        if non_embedding:
-            n -= self.embed.weight.numel()
-        if non_embedding and self.head is not None:
-            n -= self.head.weight.numel()
-        return n
+        parts = [self.blocks, self.norm] if non_embedding else [self]
+        return sum(p.numel() for part in parts for p in part.parameters())
 
     def flops_per_token(self, masked_fraction=1.0):
         """Return FLOPs per token of a forward and backward pass, with the head on the masked fraction only."""
@@ -317,21 +314,23 @@ class Transformer(nn.Module):
 
 def head_cross_entropy(h, weight, targets):
     """Return cross-entropy of logits h W^T: h (M, C), weight (V, C), targets (M,) -> (M,) float32 or wider."""
-    # With a vocabulary of 126,464 the logits would be the largest tensor by far. So at most 2^28 of them
-    # exist at a time (1 GB), and backward makes them again.
+    # With a vocabulary of 126,464 the logits would be the largest tensor by far. So at most 2^28 exist (1 GB).
     size = max(1, 2 ** 28 // len(weight))
     if len(h) > size:
-        parts = zip(h.split(size), targets.split(size))
-        ce = []
-        for few_h, few_targets in parts:
-            ce.append(checkpoint(
-                head_cross_entropy, few_h, weight, few_targets, use_reentrant=False))
-        return torch.cat(ce)
-
+        return chunked_cross_entropy(h, weight, targets, size)
     # in float32, because the loss weight 1/t multiplies its rounding error by up to 1000
     logits = F.linear(h, weight)
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.to(wide), targets, reduction='none')
+
+
+def chunked_cross_entropy(h, weight, targets, size):
+    """Do the same for `size` positions at a time. Backward makes their logits again."""
+    ce = []
+    for few_h, few_targets in zip(h.split(size), targets.split(size)):
+        ce.append(checkpoint(
+            head_cross_entropy, few_h, weight, few_targets, use_reentrant=False))
+    return torch.cat(ce)
 
 
 def segments_of(shape, cu_seqlens):
@@ -378,7 +377,8 @@ def init_weights(model, seed=0, emb_std=None, device=None):
             key = zlib.crc32(f'{seed} {name}'.encode())
             generator = torch.Generator(full.device).manual_seed(key)
             nn.init.trunc_normal_(
-                full, 0.0, std, -3 * std, 3 * std, generator=generator)
+                full, 0.0, std, -3 * std, 3 * std,
+                generator=generator)
         copy_full(p, full)
     return model
 
@@ -390,7 +390,8 @@ def copy_full(p, full):
         from torch.distributed.tensor import distribute_tensor
         # src_data_rank=None sends nothing, because every rank has the tensor
         full = distribute_tensor(
-            full.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+            full.to(p.device), p.device_mesh, p.placements,
+            src_data_rank=None)
     p.copy_(full)
 
 
