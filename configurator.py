@@ -68,6 +68,10 @@ def configure(namespace, argv=None, positional=()):
         else:
             settings[name] = parse(text, type(defaults[name]), f'--{name}')
 
+    # a script may list the words that a setting can be
+    for name, words in namespace.get('ALLOWED', {}).items():
+        if settings[name] not in words:
+            raise UserError(f'{name} must be one of {", ".join(words)}, got {settings[name]!r}')
     namespace.update(settings)
     return settings
 
@@ -102,8 +106,9 @@ def split_flag(word, words, defaults):
 def known_name(name, defaults, where):
     """Raise UserError if no setting has this name, with the names that come close."""
     if name not in defaults:
-        # most mistakes are a letter or two
+        # most mistakes are a letter or two, or the initials of a name, such as --lr
         near = difflib.get_close_matches(name, defaults, n=3)
+        near += [known for known in defaults if re.sub('(?<=[a-z])[a-z]*_?', '', known) == name]
         hint = f' (did you mean {" or ".join(near)}?)' if near else ''
         raise UserError(f'{where}: unknown setting {name!r}{hint}')
 
@@ -151,7 +156,7 @@ def run(main, namespace, positional=()):
     try:
         main(SimpleNamespace(**configure(namespace, positional=positional)))
         sys.stdout.flush()
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:
         die(error)
     except KeyboardInterrupt:
         die('interrupted', 130)

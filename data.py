@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import time
 import zlib
@@ -27,8 +28,6 @@ from array import array
 from collections import namedtuple
 from dataclasses import dataclass
 from itertools import chain, count, groupby
-from multiprocessing import get_context
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -51,7 +50,6 @@ input = ''                      # your files or patterns, with commas between: .
 val_input = ''                  # files to hold out, likewise. Default: hold out a part of the input
 out = ''                        # folder to write, default data/NAME. A data set that is there is replaced
 tokenizer = ''                  # bytes, bpe-N (learned), gpt2 or another tiktoken name, or a tokenizer.json
-workers = 0                     # number of processes that tokenize. 0: one per core
 val_every = 10                  # hold out every N-th piece of a document, or one in N examples
 
 # ----------------------------------------------------------------------------------------------------------
@@ -120,6 +118,11 @@ class Tokenizer:
         """Return the ids of a text. special_names: the name of a special token is that token."""
         self.hf.encode_special_tokens = not special_names
         return self.hf.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts):
+        """Return the ids of each of many texts, encoded by all processors."""
+        self.hf.encode_special_tokens = True
+        return [encoding.ids for encoding in self.hf.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids, skip_special_tokens=False):
         """Return the text of ids. Half a character becomes U+FFFD, an id without a token nothing."""
@@ -374,6 +377,8 @@ def read_records(source, accept=None):
         # a .txt is one row of many lines
         if isinstance(error, UnicodeDecodeError):
             number += error.object.count(b'\n', 0, error.start)
+        if isinstance(error, json.JSONDecodeError):
+            error = 'this is not JSON'
         raise UserError(f'{source}:{number}: {error}') from None
 
 
@@ -463,12 +468,12 @@ SPLITS = ('train', 'val')
 PIECE = re.compile(r'(?s).{4096,8191}?\n|.{4096,8191}?(?= )|.{1,8192}')
 
 
-def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
+def prepare(sources, out, tokenizer, *, val=(), val_every=10):
     """Tokenize sources (files, or lists of (where, record)) into the folder `out` -> its manifest.
 
     val: sources to hold out. If there are none, one piece in val_every is held out of the others.
-    tokenizer: what get_tokenizer takes, or bpe-N to learn N tokens from the training pieces.
-    workers: number of processes. The text must fit into memory.
+    tokenizer: what get_tokenizer takes, or bpe-N to learn N tokens from the training pieces. The text must fit
+    into memory.
     """
     # refuse before there is anything to lose
     out = Path(out).resolve()
@@ -501,11 +506,7 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10, workers=1):
             if not records:
                 raise UserError('not enough text to hold out a validation split; give more, or pass '
                                 '--val_input=FILE')
-            # processes take seconds to start, and one thread is this process
-            many = workers > 1 and len(records) > 1000
-            with get_context('spawn').Pool(workers) if many else ThreadPool(1) as pool:
-                turns = pool.map(functools.partial(turns_of, tok=tok), records)
-            manifest['splits'][split] = write_split(records, turns, tok, aside / f'{split}_00000.bin', dtype)
+            manifest['splits'][split] = write_split(records, tok, aside / f'{split}_00000.bin', dtype)
 
         manifest['files'] = sorted(path.name for path in aside.iterdir())
         (aside / 'manifest.json').write_text(json.dumps(manifest, indent=1))
@@ -567,7 +568,7 @@ def turns_of(record, tok):
     if 'text' in record:
         # a document is a response without a prompt
         pieces = PIECE.findall(record['text'])
-        return [([], list(chain(*map(tok.encode, pieces))))]
+        return [([], list(chain(*tok.encode_batch(pieces))))]
     if 'messages' in record:
         # the prompt of an answer is all that was said before (LLaDA, App. B.1)
         turns = []
@@ -580,13 +581,13 @@ def turns_of(record, tok):
     return [([tok.bos_id], tok.encode(record['response'].strip()))]
 
 
-def write_split(records, turns, tok, path, dtype):
-    """Write the turns of the records of a split -> {'tokens', 'bytes', 'examples'}, how many it has."""
+def write_split(records, tok, path, dtype):
+    """Tokenize and write the records of a split -> {'tokens', 'bytes', 'examples'}, how many it has."""
     ids = array('I')
     rows = []
     n_bytes = 0
-    for dialogue, pairs in enumerate(turns):
-        for prompt, response in pairs:
+    for dialogue, record in enumerate(records):
+        for prompt, response in turns_of(record, tok):
             start = len(ids)
             ids.extend([*prompt, *response, tok.eos_id])
             n_bytes += len(tok.decode(ids[start:], skip_special_tokens=True).encode())
@@ -631,8 +632,6 @@ class Corpus:
             # mapped into memory, not read
             path = self.folder / f'{split}_00000.bin'
             self.tokens[split] = np.memmap(path, manifest['dtype'], 'r')
-            if len(self.tokens[split]) != self.facts[split]['tokens']:
-                raise UserError(f'{path}: not as long as the manifest says; prepare the data again')
 
     def tokenizer(self):
         """Return the Tokenizer that made it."""
@@ -859,13 +858,14 @@ def main(cfg):
         out,
         cfg.tokenizer or default,
         val=files_of(cfg.val_input),
-        val_every=cfg.val_every,
-        workers=cfg.workers or os.cpu_count())
+        val_every=cfg.val_every)
 
     for split, n in manifest['splits'].items():
         print(f'{out}/{split}: {n["tokens"]:,} tokens, {n["bytes"] / n["tokens"]:.2f} bytes per token')
-    how = ' --masking=response' if n['examples'] else ''
-    print(f'train on it: python train.py --dataset={out}{how} --out_dir=out/{Path(out).name}')
+    train = ['python', 'train.py', f'--dataset={out}', f'--out_dir=out/{Path(out).name}']
+    if n['examples']:
+        train.append('--masking=response')
+    print(f'train on it: {shlex.join(train)}')
 
 
 if __name__ == '__main__':

@@ -130,15 +130,14 @@ def loss_weights(maskable, masked, t,
     """
     L = maskable.sum(1)                                                             # (B,)
     if fixed_count:
-        weights = L / masked.sum(1).clamp(min=1)                                    # Eq. 14: L / l
+        weights = L / masked.sum(1).clamp(min=1)                                    # Eq. 14: L / l (config/docs.py)
     else:
         weights = 1 / t                                                             # Eq. 3: 1 / t
     # then divide, so that the loss is per token
     if normalize == 'token':
         return weights / (normalizer or L.sum())                                    # Eq. 3: 1 / (b L)
-    if normalize == 'sequence':
-        return weights / L.clamp(min=1) / (normalizer or len(L))                    # Eq. 5: 1 / (b L')
-    raise ValueError(f"normalize must be 'token' or 'sequence', got {normalize!r}")
+    assert normalize == 'sequence', normalize
+    return weights / L.clamp(min=1) / (normalizer or len(L))                        # Eq. 5: 1 / (b L')
 
 
 def masked_batch(x0, xt, masked, weights, cu_seqlens=None):
@@ -252,8 +251,8 @@ def nats_and_bits(logp, n_tokens, n_bytes):
     nats = -logp / n_tokens
     bits = -logp / n_bytes / math.log(2)
     for values in (nats, bits):
-        standard_error = values.std() / len(values) ** 0.5
-        numbers += [values.mean().item(), standard_error.item()]
+        std, mean = torch.std_mean(values)
+        numbers += [mean.item(), std.item() / len(values) ** 0.5]
     return numbers
 
 
@@ -436,6 +435,9 @@ def forbid(logits, ids):
 
 def draw(logits, positions, never=(), temperature=1., generator=None):
     """Draw a token for each True position of (B, T) from logits (M, V), none of them in `never` -> (M,)."""
+    # (a float16 release can overflow)
+    if not logits.max().isfinite():
+        raise FloatingPointError('the logits are not finite; try --dtype=bfloat16 or float32')
     logits = forbid(logits, never)
     # without noise the most probable token
     if temperature == 0:
@@ -584,7 +586,7 @@ def generate(model, x, mask_id, params,
 
 
 def generate_variable_length(model, prompts, mask_id, eos_id, params,
-                             *, max_length, pad_id=None, stop=None, **options):
+                             *, max_length, stop=None, **options):
     """Continue prompts (lists of ids) block by block -> (lists of ids, prompt included), n_forward.
 
     Each block has params.block_length masks and gets params.steps steps. Nothing exists yet behind the block.
@@ -595,10 +597,9 @@ def generate_variable_length(model, prompts, mask_id, eos_id, params,
     block_length = params.block_length
     if not block_length or block_length > max_length:
         raise ValueError(f'block_length must lie in 1..{max_length} (max_length), got {block_length}')
-    if pad_id is None:
-        pad_id = int(mask_id == 0)                          # padding is never attended to, so any id but mask_id
-    device = device_of(model)
-    x, attention_mask, _ = canvas(prompts, 0, mask_id, pad_id, device)
+    # padding is never attended to, so any id but mask_id will do
+    pad_id = int(mask_id == 0)
+    x, attention_mask, _ = canvas(prompts, 0, mask_id, pad_id, device_of(model))
     # a row is what is known of a text so far, without padding
     rows = list(prompts)
     running = set(range(len(rows)))

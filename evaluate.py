@@ -12,7 +12,6 @@ read the two as the same kind of number. The experiments of the papers are in te
 
 import csv
 import json
-import math
 import re
 from collections import Counter, defaultdict
 from itertools import groupby
@@ -99,10 +98,9 @@ def dataset_of(runs, cfg):
 
     # ids of another tokenizer would give a number, and it would mean nothing
     dataset = data.open_dataset(name)
-    fingerprint = dataset.parts[0].tokenizer().fingerprint()
+    tok = dataset.parts[0].tokenizer()
     for run in runs:
-        if run.tok.fingerprint() != fingerprint:
-            raise UserError(f'{run.name} and {name} have different tokenizers')
+        data.check_same(run.tok, tok, run.name, name)
     return dataset
 
 
@@ -118,13 +116,8 @@ def read_items(files, accept, cfg):
 
 def percent(hits):
     """Return the mean of booleans and its standard error, in per cent, as texts."""
-    n = len(hits)
-    mean = sum(hits) / n
-    # the standard deviation of 0 and 1 with this mean, over sqrt(n)
-    error = math.nan
-    if n > 1:
-        error = math.sqrt(mean * (1 - mean) / (n - 1))
-    return [f'{100 * mean:.1f}', f'{100 * error:.1f}']
+    std, mean = torch.std_mean(100 * torch.tensor(hits).double())
+    return [f'{mean:.1f}', f'{std / len(hits) ** 0.5:.1f}']
 
 
 SHARES = ['checkpoint', 'task', 'questions', 'right %', '+-']
@@ -145,10 +138,7 @@ def table(rows, columns, out=''):
     """Print rows of cells under the names of their columns, and write them to the file `out` as well."""
     # a column is as wide as its widest cell
     lines = [columns, *rows]
-    # the widest cell first, so that columns line up
-    widths = []
-    for cells in zip(*lines):
-        widths.append(max(len(str(cell)) for cell in cells))
+    widths = [max(map(len, map(str, cells))) for cells in zip(*lines)]
     for line in lines:
         print('  '.join(str(cell).ljust(width) for cell, width in zip(line, widths)))
     if out:
@@ -325,7 +315,9 @@ def value(text):
     >>> value('$1,080.00'), value('1080.'), value('1/2')
     (1080.0, 1080.0, '1/2')
     """
-    text = text.strip().replace('−', '-')                   # Unicode has a minus sign of its own
+    # people write a minus sign in many ways, and a currency behind it
+    text = re.sub('[−–—‐‑﹣－]', '-', text.strip())
+    text = re.sub('-[\\s$€£]+', '-', text)
     number = re.fullmatch(r'[^\w.-]*(-?[\d,]*\.?\d+)\D*', text)
     return float(number[1].replace(',', '')) if number else text
 
@@ -454,10 +446,10 @@ class Harness:
             results += answers(self.run, prompts, cfg)
         return results
 
-    def sampler(self, until=(), do_sample=False, temperature=0.0, max_gen_toks=256, **unknown):
+    def sampler(self, until=(), do_sample=False, temperature=0.0, max_gen_toks=256, num_beams=1, **unknown):
         """Return the settings with the generation arguments of a task. Our gen_length, if set, overrides."""
-        if unknown:
-            raise UserError(f'a task asks the sampler for {sorted(unknown)}, which it does not have')
+        if unknown or num_beams > 1:
+            raise UserError(f'a task asks the sampler for {sorted(unknown) or "num_beams"}, which it does not have')
         cfg = SimpleNamespace(**vars(self.cfg))
         cfg.stop = [*cfg.stop, *([until] if isinstance(until, str) else until)]
         # half of a small context at most, so that there is room for a prompt
@@ -509,14 +501,10 @@ def lm_eval(cfg):
 # ----------------------------------------------------------------------------------------------------------
 
 TASKS = {f.__name__: f for f in (bound, exact, choice, lm_eval)}
-WORDS = {'task': TASKS, 'split': ('val', 'train'), 'method': ('likelihood', 'confidence')}
+ALLOWED = {'task': TASKS, 'split': ('val', 'train'), 'method': ('likelihood', 'confidence')}
 
 
 def main(cfg):
-    for name, words in WORDS.items():
-        chosen = getattr(cfg, name)
-        if chosen not in words:
-            raise UserError(f'{name} must be one of {", ".join(words)}, got {chosen!r}')
     if not cfg.checkpoints:
         raise UserError('name at least one checkpoint:  python evaluate.py bound out/docs')
     # a missing checkpoint is found now, and not after the others have been measured

@@ -55,8 +55,6 @@ class ModelConfig:
         # rotary positions turn pairs of dimensions
         if self.d_model % (2 * self.n_head):
             raise UserError(f'd_model / n_head must be an even number, got {self.d_model} / {self.n_head}')
-        if self.n_head % self.n_kv_head:
-            raise UserError(f'n_kv_head must divide n_head, got {self.n_kv_head} and {self.n_head}')
         self.head_dim = self.d_model // self.n_head
 
 
@@ -305,8 +303,7 @@ class Transformer(nn.Module):
     def flops_per_token(self, masked_fraction=1.0):
         """Return FLOPs per token of a forward and backward pass, with the head on the masked fraction only."""
         c = self.config
-        norms = (2 * c.n_layer + 1) * c.d_model
-        matrices = self.num_params(non_embedding=True) - norms
+        matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
         attention = 2 * c.n_layer * c.d_model * c.seq_len       # the full square, also under a causal mask
         head = c.d_model * c.vocab_size * masked_fraction
         return 6 * (matrices + attention + head)
@@ -580,7 +577,7 @@ def load_model(path, device='cpu', dtype=None):
     raw = read_json(folder / 'config.json')
     config, layout = config_from(raw, folder)
     names = released_names(config, layout)
-    stored = check_tensors(folder, config, names)
+    stored = read_headers(folder, config, names)
     # the parameters get their memory on the device, and then their values
     model = empty_model(config).to(dtype or stored)
     model = model.to_empty(device=device)
@@ -598,16 +595,18 @@ def newest_checkpoint(path):
     path = Path(path)
     if (path / 'config.json').is_file():
         return path
-    folders = checkpoints_of(path)
+    folders = list_checkpoints(path)
     if folders:
         return folders[-1]
     # what torch.distributed.checkpoint wrote before
     if any(path.rglob('.metadata')):
         raise UserError(f'{path}: a run of an older version of nanoLLaDA, which cannot be read; train it again')
-    raise UserError(f'{path}: no checkpoint here; train.py writes one every eval_interval iterations')
+    runs = sorted({str(found.parents[1]) for found in Path('out').glob('*/iter_*/state.json')})
+    raise UserError(f'{path}: no checkpoint here; there are: {", ".join(runs) or "none"} '
+                    '(python train.py config/docs.py makes out/docs)')
 
 
-def checkpoints_of(run):
+def list_checkpoints(run):
     """Return the checkpoint folders of a run, oldest first. (An unfinished one has another name.)"""
     states = Path(run).glob('iter_*/state.json')
     return sorted(state.parent for state in states)
@@ -648,41 +647,33 @@ def config_from(raw, folder):
     return ModelConfig(**values, causal=model_type == 'nanollada_ar'), layout
 
 
-def check_tensors(folder, config, names):
-    """Compare names and shapes of the stored tensors with the configuration -> dtype of the embedding."""
-    # only the headers of the files are read here
+def read_headers(folder, config, names):
+    """Compare names and shapes of the stored tensors with config.json -> dtype of the stored embedding."""
+    # rotary frequencies follow from rope_theta, and a tied head may be stored twice
+    ignored = ('.inv_freq', 'lm_head.weight', 'transformer.ff_out.weight')
+    expected = {}
+    for ours, p in empty_model(config).named_parameters():
+        expected[names[ours]] = list(p.shape)
+
     stored = {}
     for file in sorted(folder.glob('model*.safetensors')):
         try:
             with safetensors.safe_open(file, 'pt') as opened:
                 for name in opened.keys():
-                    stored[name] = opened.get_slice(name).get_shape()
+                    tensor = opened.get_slice(name)         # its header, not its values
+                    if name in expected or not name.endswith(ignored):
+                        stored[name] = tensor.get_shape()
                     if name == names['embed.weight']:
-                        dtype = opened.get_slice(name)[:1].dtype
+                        dtype = tensor[:1].dtype
         except safetensors.SafetensorError as error:
             raise UserError(f'{file}: damaged or incomplete ({error})') from None
 
-    # what the configuration expects, by the names on disk
-    model = empty_model(config)
-    expected = {}
-    for ours, theirs in names.items():
-        expected[theirs] = list(model.get_parameter(ours).shape)
-    wrong = [name for name, shape in expected.items() if stored.get(name) != shape]
-
-    # rotary frequencies follow from rope_theta, and a tied head may be stored twice
-    ignored = ['.inv_freq']
-    if config.tied:
-        ignored += ['lm_head.weight', 'transformer.ff_out.weight']
-    extra = stored.keys() - expected.keys()
-    extra = [name for name in sorted(extra) if not name.endswith(tuple(ignored))]
-
     # one example says more than a list of hundreds
+    names = sorted(expected.keys() | stored.keys())
+    wrong = [name for name in names if stored.get(name) != expected.get(name)]
     if wrong:
-        name = wrong[0]
-        raise UserError(f'{folder}: {len(wrong)} tensors do not fit: {name} is {stored.get(name, "missing")}, '
-                        f'by config.json it is {expected[name]}')
-    if extra:
-        raise UserError(f'{folder}: {len(extra)} tensors belong to another architecture, such as {extra[0]}')
+        has, wants = (shapes.get(wrong[0], 'missing') for shapes in (stored, expected))
+        raise UserError(f'{folder}: {len(wrong)} tensors do not fit: {wrong[0]} is {has}, by config.json {wants}')
     return dtype
 
 

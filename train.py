@@ -100,6 +100,7 @@ fsdp = 0                        # 0 = DDP; -1 = shard over all processes; k = sh
 act_memory = 1.0                # share of a block's activations that is kept for backward; 0 = only its input
                                 # (values in between need --compile)
 
+ALLOWED = {'masking': ('unified', 'response'), 'optimizer': ('adamw', 'muon'), 'schedule': ('wsd', 'cosine', 'points')}
 RANK = int(os.environ.get('RANK', 0))                   # of this process; torchrun sets both
 WORLD = int(os.environ.get('WORLD_SIZE', 1))
 # dense bfloat16 FLOP/s by the data sheets, for MFU (SXM unless named)
@@ -116,12 +117,6 @@ def check(cfg, world=WORLD):
         raise UserError(f'global_batch {size} must divide into {world} processes of batch_size {cfg.batch_size}')
     if (cfg.causal or cfg.masking == 'response') and (cfg.random_length or cfg.random_split or cfg.isolate):
         raise UserError('random_length, random_split and isolate are for diffusion on windows of text')
-    if world % max(cfg.fsdp, 1):
-        raise UserError(f'fsdp groups of {cfg.fsdp} do not divide {world} processes')
-    for name, allowed in (('masking', ('unified', 'response')), ('optimizer', ('adamw', 'muon')),
-                          ('schedule', ('wsd', 'cosine', 'points'))):
-        if getattr(cfg, name) not in allowed:
-            raise UserError(f'{name} must be one of {", ".join(allowed)}, got {getattr(cfg, name)!r}')
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -208,7 +203,7 @@ def train_step(net, optimizers, batches, factor, cfg):
     norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
     norm = norm.item()                          # the only point of an update where the host waits for the device
     if not math.isfinite(norm):
-        last = [*map(str, models.checkpoints_of(cfg.out_dir))][-1:]
+        last = [*map(str, models.list_checkpoints(cfg.out_dir))][-1:]
         raise UserError(f'stopped before an update: loss {float(total)}, gradient norm {norm}; '
                         f'the last good checkpoint: {last}')
     step(optimizers, factor)
@@ -251,7 +246,8 @@ def make_optimizers(model, cfg):
     weight_decay = cfg.weight_decay
     rest = list(model.parameters())
     if cfg.optimizer == 'muon':
-        matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+        # (nor can a matrix be divided that has fewer rows than there are ranks)
+        matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and len(p) >= WORLD]
         optimizers.append(torch.optim.Muon(
             matrices, lr=cfg.muon_lr, momentum=0.95, weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw'))
         weight_decay = 0.0
@@ -306,6 +302,10 @@ def build(cfg):
     # the settings of the model have the names of its fields
     shape = {field.name: getattr(cfg, field.name) for field in fields(models.ModelConfig)}
     model = models.empty_model(models.ModelConfig(**shape))
+    # a model that does not fit into memory may take minutes to fail, so this is said first
+    if RANK == 0:
+        print(f'{model.num_params():,} parameters ({model.num_params(non_embedding=True):,} outside embedding and '
+              f'head), {cfg.device}, {"bfloat16" if cfg.bf16 else "float32"}, {WORLD} processes', flush=True)
 
     # 1) compile the blocks; a share of the activations can be kept only by the compiler
     if cfg.compile:
@@ -352,7 +352,7 @@ def settle_ddp(net, batch, cfg):
 
 
 @torch.no_grad()
-def validate(model, held_out, cfg, tok):
+def held_out_bound(model, held_out, cfg, tok):
     """Measure the bound (causal: the exact value) on held-out rows, shared among the ranks -> dict for the log."""
     # rows of equal length come as a group, but each is scored by itself
     groups, n_bytes = held_out
@@ -401,7 +401,7 @@ def sample_text(model, it, cfg, tok):
 
 def report(model, it, held_out, cfg, tok):
     """Log and print the validation bound and a sample."""
-    entry = validate(model, held_out, cfg, tok)
+    entry = held_out_bound(model, held_out, cfg, tok)
     entry['sample'] = sample_text(model, it, cfg, tok) if cfg.sample_tokens else ''
     log(cfg, iter=it, **entry)
     if RANK == 0:
@@ -489,7 +489,7 @@ def save_checkpoint(it, model, optimizers, cfg, tok):
         (unfinished / 'state.json').write_text(json.dumps(state, indent=1), encoding='utf-8')
         shutil.rmtree(final, ignore_errors=True)            # a damaged one that was passed over
         unfinished.rename(final)
-        for old in models.checkpoints_of(cfg.out_dir)[:-cfg.keep_last]:
+        for old in models.list_checkpoints(cfg.out_dir)[:-cfg.keep_last]:
             shutil.rmtree(old)
     broadcast()
 
@@ -497,7 +497,7 @@ def save_checkpoint(it, model, optimizers, cfg, tok):
 def newest_undamaged(out_dir):
     """Return the newest checkpoint of a run whose checksums are right, and its state.json."""
     # a damaged one is written again when the run gets there
-    for folder in reversed(models.checkpoints_of(out_dir)):
+    for folder in reversed(models.list_checkpoints(out_dir)):
         try:
             return folder, models.read_state(folder)
         except UserError as error:
@@ -551,7 +551,7 @@ def init_or_resume(model, optimizers, cfg, tok):
     """Fill the model from a checkpoint, from other weights, or at random -> the iteration to continue from."""
     # torchrun replaces a process that died (--max-restarts), and all of them start again
     restarted = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
-    exists = broadcast(bool(models.checkpoints_of(cfg.out_dir)))
+    exists = broadcast(bool(models.list_checkpoints(cfg.out_dir)))
     if cfg.resume or (exists and restarted):
         return load_checkpoint(model, optimizers, cfg, tok)
     if exists:
@@ -571,7 +571,7 @@ def init_or_resume(model, optimizers, cfg, tok):
 
 
 def catch_signals():
-    """Return a list that receives Ctrl-C and SIGTERM, so that the loop can save before it ends."""
+    """Return a list that receives Ctrl-C, SIGTERM and SIGHUP, so that the loop can save before it ends."""
     # only noted here: the loop must not end in the middle of an update
     received = []
 
@@ -580,9 +580,15 @@ def catch_signals():
         # the next one ends the process at once (but under torchrun it may be the same one, repeated)
         if WORLD == 1:
             signal.signal(number, signal.SIG_DFL)
+        # the terminal was closed, so printing would fail
+        if number == getattr(signal, 'SIGHUP', None):
+            sys.stdout = sys.stderr = open(os.devnull, 'w')
 
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
+    for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+        number = getattr(signal, name, None)                # Windows has no SIGHUP
+        # what is ignored stays so, as SIGHUP under nohup
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
     return received
 
 
@@ -595,13 +601,11 @@ def announce(it, model, cfg):
     lines = [f'{name} = {value!r}\n' for name, value in settings.items()]
     Path(cfg.out_dir, 'config.py').write_text(''.join(lines), encoding='utf-8')
     # the first line of the log says what it takes to repeat the run
-    n = model.num_params()
-    inner = model.num_params(non_embedding=True)
     kind = torch.cuda.get_device_name() if cfg.device == 'cuda' else platform.processor()
-    log(cfg, resumed=it, config=settings, parameters=n, device=f'{cfg.device} {kind}',
+    log(cfg, resumed=it, config=settings, parameters=model.num_params(), device=f'{cfg.device} {kind}',
         processes=WORLD, torch=torch.__version__, python=platform.python_version())
-    print(f'{n:,} parameters ({inner:,} outside embedding and head), {cfg.device}, '
-          f'{"bfloat16" if cfg.bf16 else "float32"}, {WORLD} processes; writing to {cfg.out_dir}/', flush=True)
+    begun = f'resumed from iteration {it}; ' if it else ''
+    print(f'{begun}writing to {cfg.out_dir}/', flush=True)
 
 
 def open_data(cfg):
@@ -656,24 +660,22 @@ def main(cfg):
         losses.append(loss)
         n_tokens += sum(batch.xt.numel() for batch in batches)
 
-        # a line of the log
-        last = it == cfg.max_iters
-        if it % cfg.log_interval == 0 or last:
-            seconds = time.perf_counter() - started
-            progress(it, losses, norm, n_tokens, seconds, model, cfg)
-            started = time.perf_counter()
-            losses = []
-            n_tokens = 0
-
         # all ranks stop after the same update, whichever of them got the signal
         stopping = bool(all_reduce(torch.tensor(len(signals))))
-        paused = time.perf_counter()
-        if stopping or it % cfg.eval_interval == 0 or last:
+        due = it % cfg.eval_interval == 0 or it == cfg.max_iters
+        # the first update has a line of the log, too, so that a slow run does not seem to hang
+        if it > 1 and it % cfg.log_interval and not due and not stopping:
+            continue
+        seconds = time.perf_counter() - started
+        progress(it, losses, norm, n_tokens, seconds, model, cfg)
+        if due or stopping:
             save_checkpoint(it, model, optimizers, cfg, tok)
-        if it % cfg.eval_interval == 0 or last:
+        if due:
             # after the save, because FSDP leaves some parameters gathered when no backward pass follows
             report(model, it, held_out, cfg, tok)
-        started += time.perf_counter() - paused             # not part of the training speed
+        started = time.perf_counter()
+        losses = []
+        n_tokens = 0
 
     finish(it, signals, cfg)
 

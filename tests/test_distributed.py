@@ -218,7 +218,7 @@ def test_all_processes_stop_together_and_save(corpus_folder, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
-    assert 'saved iteration' in said and len(M.checkpoints_of(run)) == 1
+    assert 'saved iteration' in said and len(M.list_checkpoints(run)) == 1
     M.load_model(run)
 
 

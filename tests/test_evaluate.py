@@ -297,7 +297,7 @@ def test_mistakes_get_one_line(at_desk, capsys, argv, message):
 
 def test_tokenizers_must_agree(at_desk, capsys):
     small_corpus(Path('other'), 60, 'bpe-300')
-    with pytest.raises(UserError, match='different tokenizers'):
+    with pytest.raises(UserError, match='its tokenizer is not the one of'):
         evaluate.bound(settings(checkpoints=['diffusion'], dataset='./other'))
 
 

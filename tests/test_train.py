@@ -233,7 +233,7 @@ def test_the_loss_falls_and_the_run_is_complete(straight):
     losses = [entry['loss'] for entry in log.values() if 'loss' in entry]
     bounds = [entry['val_nats'] for entry in log.values() if 'val_nats' in entry]
     assert len(losses) == 40 and len(bounds) == 4 and bounds[-1] < bounds[0] < 6
-    assert [folder.name for folder in M.checkpoints_of(straight)] == ['iter_0000030', 'iter_0000040']
+    assert [folder.name for folder in M.list_checkpoints(straight)] == ['iter_0000030', 'iter_0000040']
     first = json.loads((straight / 'log.jsonl').read_text().splitlines()[0])
     assert first['config']['max_iters'] == 40 and first['torch'] == torch.__version__ and first['parameters'] > 0
 
