@@ -1,5 +1,6 @@
 """Settings: globals, then config files, then flags; and a mistake is one line that says what was expected."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -49,6 +50,20 @@ def test_settings_are_the_lower_case_globals_of_simple_types():
 def test_flags_have_the_type_of_their_default(argv, name, value):
     got = settings(*argv)[name]
     assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize('script, name, wrong, says', [
+    ('train', 'optimizer', 'sgd', 'optimizer must be one of adamw, muon'), ('train', 'schedule', 'poly', 'wsd, cosine'),
+    ('train', 'masking', 'all', 'unified, response'), ('evaluate', 'task', 'score', 'bound, exact, choice, lm_eval'),
+    ('evaluate', 'method', 'elo', 'likelihood, confidence')])
+def test_settings_that_are_one_of_a_few_words(script, name, wrong, says):
+    with pytest.raises(UserError, match=says):
+        configure(dict(vars(importlib.import_module(script))), [f'--{name}={wrong}'])
+
+
+def test_initials_suggest_a_name():
+    with pytest.raises(UserError, match='did you mean learning_rate'):
+        configure(dict(vars(importlib.import_module('train'))), ['--lr=1e-3'])
 
 
 def test_a_list_collects_its_flags():
