@@ -730,45 +730,46 @@ class Windows(Source):
         x0 = torch.stack(windows)
         if self.random_length or self.random_split or self.isolate:
             return x0, *self.cut(x0, it, rows, size)
-        return x0, torch.ones_like(x0, dtype=torch.bool), None
+        return x0, x0 >= 0, None                            # all are maskable
 
     def cut(self, x0, it, rows, size):
         """Cut some windows at random, and others where documents end -> maskable, cu_seqlens of `batch`."""
-        T = self.T
         # drawn for all rows, so that it does not depend on how they are divided
-        rng = default_rng([self.seed, it, CUTS])
-        which, where = rng.random((2, size, 1))[:, rows.start:rows.stop]
-        short = which < self.random_length
-        split = ~short & (which < self.random_length + self.random_split)
-        # how much is kept, and where a border is (T: nowhere); what is not kept is a segment of its own
-        keep = np.where(short, 1 + where * T // 1, T)
-        border = np.where(split, 1 + where * (T - 1) // 1, keep)
-        end = np.arange(1, T + 1)
-        maskable = torch.from_numpy(end <= keep)
-        if not self.isolate and border.min() == T:
+        draws = default_rng([self.seed, it, CUTS]).random((2, size))
+        which, where = draws[:, rows.start:rows.stop]
+        maskable = x0 >= 0                                  # all
+        limits = [0]
+        for b in range(len(x0)):
+            ends = {self.T}
+            if which[b] < self.random_length:
+                # what is not kept is a segment of its own
+                keep = 1 + int(where[b] * self.T)
+                maskable[b, keep:] = False
+                ends.add(keep)
+            elif which[b] < self.random_length + self.random_split:
+                ends.add(1 + int(where[b] * (self.T - 1)))
+            if self.isolate:
+                is_end = x0[b] == self.tok.eos_id
+                ends.update((is_end.nonzero()[:, 0] + 1).tolist())
+            limits += [b * self.T + end for end in sorted(ends)]
+        if len(limits) == len(x0) + 1 and not self.isolate:
             return maskable, None
 
-        ends = (end == border) | (end == T)
-        if self.isolate:
-            ends |= x0.numpy() == self.tok.eos_id
-        limits = np.flatnonzero(ends) + 1
         # empty segments at the end make few different shapes, because each new shape compiles a graph
         n = len(limits) // 64 * 64 + 64 if self.isolate else 2 * len(x0) + 1
-        around = (1, n - 1 - len(limits))
-        cu_seqlens = np.pad(limits, around, constant_values=(0, x0.numel()))
-        return maskable, torch.from_numpy(cu_seqlens).int()
+        limits += [x0.numel()] * (n - len(limits))
+        return maskable, torch.tensor(limits, dtype=torch.int32)
 
     def held_out(self, limit=0):
-        """Return ([(x0, maskable)], bytes of text per row) of all windows in order, or `limit`: (n, T)."""
-        x0 = []
+        """Return [(x0 (T,), maskable (T,)), ...] of all windows in order, or `limit`, and bytes of text per row."""
+        rows = []
         n_bytes = []
         for corpus, n_tokens, share in zip(self.dataset.parts, self.n_tokens, self.share):
-            # each part of a mixture gives its share
             for start in evenly_spaced(n_tokens // self.T, math.ceil(share * limit)) * self.T:
-                x0.append(corpus.read(self.split, start, start + self.T))
+                x0 = corpus.read(self.split, start, start + self.T)
+                rows.append((x0, x0 >= 0))
                 n_bytes.append(corpus.facts[self.split]['bytes'] / n_tokens * self.T)
-        x0 = torch.stack(x0)
-        return [(x0, x0 >= 0)], float(np.mean(n_bytes))
+        return rows, float(np.mean(n_bytes))
 
 
 @dataclass
@@ -819,13 +820,15 @@ class Examples(Source):
         return x0, torch.arange(T) >= torch.from_numpy(response - start)[:, None]
 
     def held_out(self, limit=0):
-        """Return ([(x0 (n, T), maskable (n, T)), ...] for several T, bytes of text per row)."""
-        rows = self.rows[evenly_spaced(len(self.rows), limit)]
-        # multiples of 32, so that the loss of an example does not depend on which others there are
-        size = (rows[:, 2] - rows[:, 0] + 31) // 32
-        groups = [self.padded(rows[size == n], 32) for n in np.unique(size)]
-        answers = [self.tok.decode(x0[maskable], skip_special_tokens=True) for x0, maskable in groups]
-        return groups, len(''.join(answers).encode()) / len(rows)
+        """Return [(x0 (T,), maskable (T,)), ...] of several T, and bytes of text per row."""
+        rows = []
+        n_bytes = 0
+        for i in evenly_spaced(len(self.rows), limit):
+            # a multiple of 32, so that the loss of an example does not depend on which others there are
+            (x0,), (maskable,) = self.padded(self.rows[i:i + 1], 32)
+            rows.append((x0, maskable))
+            n_bytes += len(self.tok.decode(x0[maskable], skip_special_tokens=True).encode())
+        return rows, n_bytes / len(rows)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -406,14 +406,11 @@ def uniform(positions, n, generator):
     if not isinstance(generator, list):
         counts = [sum(counts)]
         generator = [generator]
-    device = positions.device
-    dtype = torch.float32 if device.type == 'mps' else torch.float64
+    dtype = torch.float32 if positions.is_mps else torch.float64
     # each generator draws for its own row
-    noise = []
-    for m, g in zip(counts, generator):
-        noise.append(
-            torch.rand(m, n, generator=g, dtype=dtype, device=device))
-    return torch.cat(noise)
+    return torch.cat([
+        torch.rand(m, n, generator=g, dtype=dtype, device=positions.device)
+        for m, g in zip(counts, generator)])
 
 
 def gumbel_argmax(logits, temperature, u):
@@ -564,7 +561,8 @@ def generate(model, x, mask_id, params,
                 break
             columns = columns_to_recompute(params.cache, step, start, end)
             logits = guided_logits(
-                model, x[:, columns], masked[:, columns], given[:, columns], params.cfg_scale, mask_id,
+                model, x[:, columns], masked[:, columns], given[:, columns],
+                params.cfg_scale, mask_id,
                 kv=kv, kv_positions=every_column[columns], attention_mask=attention_mask)   # (M, V)
             if adjust is not None:
                 logits = adjust(logits, x, masked)
@@ -673,6 +671,21 @@ def ar_log_likelihood(model, x0, maskable, *, bos_id=None):
     ce = model(
         batch.xt, positions=batch.positions, targets=batch.targets)                 # (M,)
     return -ce.double().sum().item()
+
+
+def score_row(model, x0, maskable, mask_id, eos_id,
+              *, key, **options):
+    """Return log p(maskable | the rest) of a row: exact if the model is causal, else the bound of Eq. 6.
+
+    x0 (T,) int64, maskable (T,) bool. key: integers that decide on the masks. options: of log_likelihood.
+    """
+    x0 = x0.to(device_of(model))
+    maskable = maskable.to(device_of(model))
+    if model.config.causal:
+        # EOS in front, as in training, so that the first token has something before it
+        return ar_log_likelihood(model, x0, maskable, bos_id=eos_id)
+    return log_likelihood(
+        model, x0, maskable, mask_id, generator=keyed_generator(*key), **options)
 
 
 @torch.no_grad()

@@ -155,16 +155,10 @@ def score_row(run, x0, maskable, cfg, n_masks, key):
 
     It is exact for a causal model, and otherwise the bound of Eq. 6. key: integers that decide on the masks.
     """
-    device = diffusion.device_of(run.model)
-    x0 = x0.to(device)
-    maskable = maskable.to(device)
-    if run.model.config.causal:
-        # EOS in front, as in training, so that the first token has something before it
-        return diffusion.ar_log_likelihood(run.model, x0, maskable, bos_id=run.tok.eos_id)
     # masks depend on the key alone, so all models get the same
-    return diffusion.log_likelihood(
-        run.model, x0, maskable, run.tok.mask_id, cfg_scale=cfg.cfg_scale, mc_num=n_masks,
-        batch_size=cfg.batch_size, generator=diffusion.keyed_generator(cfg.seed, *key))
+    return diffusion.score_row(
+        run.model, x0, maskable, run.tok.mask_id, run.tok.eos_id, key=(cfg.seed, *key),
+        cfg_scale=cfg.cfg_scale, mc_num=n_masks, batch_size=cfg.batch_size)
 
 
 def bound(cfg):
@@ -176,12 +170,7 @@ def bound(cfg):
     # all see the same windows, so these must fit into the shortest context
     seq_len = cfg.seq_len or min(run.model.config.seq_len for run in runs)
     source = data.open_source(dataset_of(runs, cfg), cfg.split, masking, runs[0].tok, seq_len)
-    groups, n_bytes = source.held_out(cfg.windows)
-
-    # rows of one length come as a group, but here they are scored one by one
-    pairs = []
-    for x0, maskable in groups:
-        pairs += zip(x0, maskable)
+    pairs, n_bytes = source.held_out(cfg.windows)
     n_tokens = torch.tensor([int(maskable.sum()) for _, maskable in pairs])
     say(f'{cfg.split}: {len(pairs)} rows of {n_tokens.float().mean():.0f} tokens, {cfg.draws} masks each')
 

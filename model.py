@@ -32,6 +32,8 @@ from configurator import UserError, read_json
 # Some processors need a hundred times as long for numbers below 1e-38, which AdamW's moments of rare tokens
 # and peaked attention reach. Threads inherit this, so it stands before the first operation.
 torch.set_flush_denormal(True)
+# no need to say that a single process saves and loads as a single process
+warnings.filterwarnings('ignore', 'torch.distributed is disabled')
 
 
 @dataclass
@@ -278,7 +280,8 @@ class Transformer(nn.Module):
             mask = attention_mask.bool()[:, None, None, :]                          # (B, 1, 1, S)
         if cu_seqlens is not None:
             segment, _ = segments_of(x.shape[:2], cu_seqlens)                       # (B, 1, T)
-            mask = mask & (segment[..., :, None] == segment[..., None, :])          # (B, 1, T, T)
+            same = segment[..., :, None] == segment[..., None, :]
+            mask = mask & same                                                      # (B, 1, T, T)
         if causal:
             S = x.shape[1] if kv is None else kv.shape[-2]
             keys = torch.arange(S, device=x.device)
@@ -303,10 +306,11 @@ class Transformer(nn.Module):
     def flops_per_token(self, masked_fraction=1.0):
         """Return FLOPs per token of a forward and backward pass, with the head on the masked fraction only."""
         c = self.config
-        matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
+        matrices = [p for p in self.blocks.parameters() if p.dim() == 2]
+        weights = sum(p.numel() for p in matrices)
         attention = 2 * c.n_layer * c.d_model * c.seq_len       # the full square, also under a causal mask
         head = c.d_model * c.vocab_size * masked_fraction
-        return 6 * (matrices + attention + head)
+        return 6 * (weights + attention + head)
 
 
 def head_cross_entropy(h, weight, targets):
@@ -601,8 +605,9 @@ def newest_checkpoint(path):
     # what torch.distributed.checkpoint wrote before
     if any(path.rglob('.metadata')):
         raise UserError(f'{path}: a run of an older version of nanoLLaDA, which cannot be read; train it again')
-    runs = sorted({str(found.parents[1]) for found in Path('out').glob('*/iter_*/state.json')})
-    raise UserError(f'{path}: no checkpoint here; there are: {", ".join(runs) or "none"} '
+    found = Path('out').glob('*/iter_*/state.json')
+    runs = {str(state.parents[1]) for state in found}
+    raise UserError(f'{path}: no checkpoint here; there are: {", ".join(sorted(runs)) or "none"} '
                     '(python train.py config/docs.py makes out/docs)')
 
 
@@ -672,8 +677,9 @@ def read_headers(folder, config, names):
     names = sorted(expected.keys() | stored.keys())
     wrong = [name for name in names if stored.get(name) != expected.get(name)]
     if wrong:
-        has, wants = (shapes.get(wrong[0], 'missing') for shapes in (stored, expected))
-        raise UserError(f'{folder}: {len(wrong)} tensors do not fit: {wrong[0]} is {has}, by config.json {wants}')
+        name = wrong[0]
+        raise UserError(f'{folder}: {len(wrong)} tensors do not fit: {name} is {stored.get(name, "missing")}, '
+                        f'by config.json {expected.get(name, "missing")}')
     return dtype
 
 
@@ -681,10 +687,8 @@ def read_tensors(folder, tensors):
     """Fill tensors (name -> tensor or DTensor) from the safetensors files of a folder; each rank reads its part."""
     import torch.distributed.checkpoint as dcp
     # each rank reads only its part of a sharded tensor
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                     # that a single process is a single process
-        reader = dcp.HuggingFaceStorageReader(str(folder))
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def read_state(folder):

@@ -343,8 +343,8 @@ def reply(messages, run, cfg):
 
 
 def main(cfg):
-    if Path(cfg.out).is_file():
-        raise UserError(f'{cfg.out} already exists, choose another name')
+    if cfg.out:
+        Path(cfg.out).touch(exist_ok=False)                 # fails if there is such a file
     run = load(cfg.checkpoint, cfg)
     if cfg.chat:
         talk(run, cfg)

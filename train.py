@@ -17,7 +17,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -354,22 +353,16 @@ def settle_ddp(net, batch, cfg):
 @torch.no_grad()
 def held_out_bound(model, held_out, cfg, tok):
     """Measure the bound (causal: the exact value) on held-out rows, shared among the ranks -> dict for the log."""
-    # rows of equal length come as a group, but each is scored by itself
-    groups, n_bytes = held_out
-    rows = [row for x0, maskable in groups for row in zip(x0, maskable)]
+    rows, n_bytes = held_out
     logp = torch.zeros(len(rows), dtype=torch.float64)
 
     # FSDP needs all ranks in each forward pass, so a rank that has run out of rows repeats the last one
     for start in range(0, len(rows), WORLD):
         i = min(start + RANK, len(rows) - 1)
-        x0, maskable = (z.to(cfg.device) for z in rows[i])
         with autocast(cfg):
-            if cfg.causal:
-                value = diffusion.ar_log_likelihood(model, x0, maskable, bos_id=tok.eos_id)
-            else:
-                value = diffusion.log_likelihood(
-                    model, x0, maskable, tok.mask_id, mc_num=cfg.eval_draws,
-                    batch_size=cfg.eval_draws, generator=diffusion.keyed_generator(0, i))
+            value = diffusion.score_row(
+                model, *rows[i], tok.mask_id, tok.eos_id, key=(0, i),
+                mc_num=cfg.eval_draws, batch_size=cfg.eval_draws)
         if start + RANK < len(rows):
             logp[i] = value
 
@@ -474,9 +467,7 @@ def save_checkpoint(it, model, optimizers, cfg, tok):
     writer = dcp.HuggingFaceStorageWriter(str(unfinished / 'optimizer'), save_distributed=True)
     try:
         models.save_model(model, unfinished, ids)
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')                 # that a single process is a single process
-            dcp.save(optimizer_state(model, optimizers), storage_writer=writer, no_dist=WORLD == 1)
+        dcp.save(optimizer_state(model, optimizers), storage_writer=writer, no_dist=WORLD == 1)
     except (OSError, SafetensorError, CheckpointException) as error:
         raise UserError(f'{unfinished} could not be written: {error}') from None
     broadcast()                                             # wait for all files

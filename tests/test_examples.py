@@ -185,19 +185,18 @@ def test_the_canvas_of_a_held_out_example_does_not_depend_on_the_others(tmp_path
     for name, more in (('without', []), ('with', [{'prompt': 'a long one', 'response': 'word ' * 50}])):
         records = [list(enumerate(map(data.as_record, rows))) for rows in (short, [*short, *more])]
         data.prepare(records[:1], tmp_path / name, 'bytes', val=records[1:])
-        groups, _ = examples(data.Corpus(tmp_path / name), 400, 'val').held_out()
-        assert all(x0.shape[1] % 32 == 0 for x0, _ in groups)
-        found[name] = {tuple(x.tolist()) for x0, _ in groups for x in x0}
+        rows, _ = examples(data.Corpus(tmp_path / name), 400, 'val').held_out()
+        assert all(len(x0) % 32 == 0 for x0, _ in rows)
+        found[name] = {tuple(x0.tolist()) for x0, _ in rows}
     assert found['without'] < found['with'] and len(found['with']) == 41
 
 
 def test_bytes_of_held_out_answers(corpora):
     source = examples(corpora['pairs'], 200, 'val')
     answers = [rest.replace('<|endoftext|>', '') for _, rest in rows_of(corpora['pairs'], 'val')]
-    groups, n_bytes = source.held_out()
+    rows, n_bytes = source.held_out()
     assert n_bytes == np.mean(list(map(len, answers)))
-    assert sum(len(x0) for x0, _ in source.held_out(5)[0]) == 5
-    assert sum(len(x0) for x0, _ in groups) == len(answers)
+    assert len(source.held_out(5)[0]) == 5 and len(rows) == len(answers)
 
 
 def test_what_is_too_long_is_left_out(tmp_path, capsys):

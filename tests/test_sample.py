@@ -190,7 +190,7 @@ def test_prompts_from_files(run, tmp_path, capsys):
     texts(capsys, run, f'--prompt_file={tmp_path / "p.jsonl"}', '--gen_length=8', '--batch_size=1', f'--out={again}')
     others = [json.loads(line) for line in again.read_text(encoding='utf-8').splitlines()]
     assert others[0]['ids'] == lines[0]['ids'] and others[1]['ids'][:3] == [97, 32, 116] and len(others) == 3
-    assert 'already exists' in refused(capsys, run, '--prompt=a', f'--out={out}')
+    assert 'File exists' in refused(capsys, run, '--prompt=a', f'--out={out}')
 
 
 @pytest.mark.parametrize('content, message', [
