@@ -189,9 +189,7 @@ def compile_template(source):
         raise jinja2.TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=['jinja2.ext.loopcontrols'])
+        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
     environment.filters['tojson'] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
     return environment.from_string(source)
@@ -297,10 +295,8 @@ def learn_tokenizer(texts, vocab_size):
     hf = byte_level({})
     # the single bytes come first, then what is learned, and special tokens last
     hf.train_from_iterator(texts, BpeTrainer(
-        vocab_size=vocab_size - len(set(ROLES.values())),
-        min_frequency=2,
-        initial_alphabet=ByteLevel.alphabet(),
-        show_progress=False))
+        vocab_size=vocab_size - len(set(ROLES.values())), min_frequency=2,
+        initial_alphabet=ByteLevel.alphabet(), show_progress=False))
     return Tokenizer(hf)
 
 
@@ -644,7 +640,6 @@ class Corpus:
 
 def open_dataset(name):
     """Return the Dataset of a name in data/, a folder, or a mixture 'a:0.7,b:0.3'."""
-    # the default data set is made on first use
     if name == 'docs' and not Path('data/docs').exists():
         say('preparing data/docs, once')
         prepare([list(docs_text())], 'data/docs', 'bpe-4096')
@@ -657,6 +652,14 @@ def open_dataset(name):
     for corpus in parts[1:]:
         check_same(corpus.tokenizer(), first.tokenizer(), corpus.folder, first.folder)
     return Dataset(parts, list(map(float, weights)))
+
+
+def a_question(name):
+    """Return the first question of a data set's held-out conversations, None if it has none."""
+    file = Corpus(name.split(':')[0]).folder / 'val_00000.jsonl'
+    if file.is_file():
+        _, record = next(read_records(file))
+        return record.get('messages', [{}])[0].get('content')
 
 
 def open_source(dataset, split, masking, tok, seq_len, seed=0, **options):
@@ -857,11 +860,8 @@ def main(cfg):
         sources = sources or [list(records())]
     out = cfg.out or f'data/{cfg.name}'
     manifest = prepare(
-        sources,
-        out,
-        cfg.tokenizer or default,
-        val=files_of(cfg.val_input),
-        val_every=cfg.val_every)
+        sources, out, cfg.tokenizer or default,
+        val=files_of(cfg.val_input), val_every=cfg.val_every)
 
     for split, n in manifest['splits'].items():
         print(f'{out}/{split}: {n["tokens"]:,} tokens, {n["bytes"] / n["tokens"]:.2f} bytes per token')

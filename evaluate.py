@@ -271,14 +271,12 @@ def choice(cfg):
         for item in tqdm(items, name, disable=None):
             space = ' ' if item['context'] else ''
             scores = []
-            relative = []
             for text in item['choices']:
                 before, after = encode_pair(item['context'], space + text, run)
                 scores.append(score(run, before, after, cfg))
-                # a long choice is less likely just because it is long
-                relative.append(scores[-1] / len(text.encode()))
 
-            # of equal scores the first counts
+            # a long choice is less likely just because it is long; of equal scores the first counts
+            relative = [value / len(text.encode()) for value, text in zip(scores, item['choices'])]
             plain.append(scores.index(max(scores)) == item['answer'])
             per_byte.append(relative.index(max(relative)) == item['answer'])
 

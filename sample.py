@@ -36,7 +36,7 @@ prompt = []                     # text to continue, or with ___ to fill in (repe
 prompt_file = ''                # more prompts: a .txt (one per line), or a .jsonl (prompt, messages or ids)
 instruct = False                # if True, a prompt is what the user says in a chat
 chat = False                    # talk: /reset forgets, /quit or Ctrl-D leaves, Ctrl-C interrupts an answer
-num_samples = 3                 # how many samples, if there is no prompt
+num_samples = 0                 # how many samples of each prompt; 0 = one, or three if there is no prompt
 gen_length = 0                  # tokens to append; 0 = what the context leaves, at most 64 (in a chat 128)
 gap_length = 3                  # tokens in each ___ (tests/lab/hooks.py looks for the best length)
 stop = []                       # an answer ends before this text (repeat for more)
@@ -139,8 +139,8 @@ def tokens_to_append(prompts, run, cfg):
     room = max(1, config.seq_len - longest)
     new = 0 if gaps else cfg.gen_length or min(64, room)
     if longest + new > config.seq_len:
-        raise UserError(f'the context holds {config.seq_len} tokens, not {longest} of a prompt and {new} more'
-                        '; shorten the prompt or gen_length')
+        raise UserError(f'the context holds {config.seq_len} tokens, but the longest prompt has {longest}, and {new} '
+                        'are to be written; shorten the prompt or gen_length')
     return new
 
 
@@ -255,16 +255,13 @@ def answer_text(ids, tok, stop=()):
 # The script
 
 
-def screen(tok, n_steps):
-    """Return an on_step that draws the canvas: in place on a terminal, else about ten lines."""
-    # a file gets about ten lines, whatever the number of steps
-    every = max(1, n_steps // 8)
-    steps = count()
+def screen(tok):
+    """Return an on_step that draws the canvas after every step, on a terminal in place."""
+    steps = count(1)
 
     def draw(x, committed):
-        step = next(steps)
         in_place = sys.stdout.isatty()
-        text = f'{step + 1:4d} | '
+        text = f'{next(steps):4d} | '
         # The last row of a batch has no padding. Its tokens are decoded in runs, because half a character
         # cannot be shown.
         pairs = zip(x[-1].tolist(), committed[-1].tolist())
@@ -273,12 +270,9 @@ def screen(tok, n_steps):
             piece = '░' * len(ids) if hidden else tok.decode(ids).replace('\n', '⏎')
             text += f'\x1b[1;32m{piece}\x1b[0m' if new and in_place else piece
 
-        if in_place:
-            print('\x1b[H\x1b[J' + text)        # on an empty screen
-            # a small model is too fast to watch
-            time.sleep(0.05)
-        elif step % every == 0 or tok.mask_id not in x[-1]:
-            print(text)
+        # on an empty screen, and a small model is too fast to watch
+        print('\x1b[H\x1b[J' + text if in_place else text)
+        time.sleep(0.05 * in_place)
 
     return draw
 
@@ -286,7 +280,7 @@ def screen(tok, n_steps):
 def write(run, prompts, new, cfg, first=0, answers=True, show=False):
     """Call generate_text with the settings of a script -> lists of ids. first: number of prompt 0."""
     params = sampling_params(cfg, new, answers)
-    on_step = screen(run.tok, cfg.steps or new) if show else None
+    on_step = screen(run.tok) if show else None
     seeds = [(cfg.seed, first + k) for k in range(len(prompts))]
     started = time.perf_counter()
     rows, n_forward = generate_text(
@@ -343,8 +337,6 @@ def reply(messages, run, cfg):
 
 
 def main(cfg):
-    if cfg.out:
-        Path(cfg.out).touch(exist_ok=False)                 # fails if there is such a file
     run = load(cfg.checkpoint, cfg)
     if cfg.chat:
         talk(run, cfg)
@@ -353,12 +345,16 @@ def main(cfg):
     given = cfg.prompt
     if cfg.prompt_file:
         given = given + read_prompts(cfg.prompt_file)
-    if not given:
-        given = [run.start] * cfg.num_samples
+    num_samples = cfg.num_samples or (1 if given else 3)
+    given = (given or [run.start]) * num_samples
     prompts = [encode_prompt(prompt, run, cfg) for prompt in given]
+    if run.model.config.causal and (cfg.remasking != 'auto' or cfg.steps or cfg.block_length or cfg.cache):
+        say('an autoregressive model writes from left to right: of the sampler only the temperature counts')
     new = tokens_to_append(prompts, run, cfg)
     answers = cfg.instruct or run.masking != 'unified'
 
+    if cfg.out:
+        Path(cfg.out).touch(exist_ok=False)                 # fails if there is such a file
     # in batches, so that an answer is on the screen and in the file before the next ones are written
     for i in range(0, len(prompts), cfg.batch_size):
         part = prompts[i:i + cfg.batch_size]

@@ -12,7 +12,7 @@ without a break, and any number of processes trains on the same rows and masks.
 import json
 import math
 import os
-import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -112,8 +112,10 @@ def check(cfg, world=WORLD):
     # a pair of rows must not be torn apart
     if cfg.complementary and size % 2:
         raise UserError(f'complementary masks need an even global_batch, got {size} (or pass --complementary=false)')
-    if size % (cfg.batch_size * world):
-        raise UserError(f'global_batch {size} must divide into {world} processes of batch_size {cfg.batch_size}')
+    each = cfg.batch_size * world
+    if size % each:
+        raise UserError(f'global_batch {size} must divide into {world} processes of batch_size {cfg.batch_size}; '
+                        f'{size - size % each or each} would')
     if (cfg.causal or cfg.masking == 'response') and (cfg.random_length or cfg.random_split or cfg.isolate):
         raise UserError('random_length, random_split and isolate are for diffusion on windows of text')
 
@@ -243,15 +245,15 @@ def make_optimizers(model, cfg):
     # Muon is for hidden matrices; embedding, head and norms stay with AdamW
     optimizers = []
     weight_decay = cfg.weight_decay
-    rest = list(model.parameters())
+    matrices = []
     if cfg.optimizer == 'muon':
         # (nor can a matrix be divided that has fewer rows than there are ranks)
         matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and len(p) >= WORLD]
         optimizers.append(torch.optim.Muon(
             matrices, lr=cfg.muon_lr, momentum=0.95, weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw'))
         weight_decay = 0.0
-        taken = set(matrices)
-        rest = [p for p in rest if p not in taken]
+    taken = set(matrices)
+    rest = [p for p in model.parameters() if p not in taken]
     # norms are not decayed
     groups = [{'params': [p for p in rest if p.dim() == 2], 'weight_decay': weight_decay},
               {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
@@ -474,8 +476,8 @@ def save_checkpoint(it, model, optimizers, cfg, tok):
 
     if RANK == 0:
         tok.save(unfinished)
-        files = [file for file in sorted(unfinished.rglob('*')) if file.is_file()]
-        sha256 = {str(file.relative_to(unfinished)): models.file_sha256(file) for file in files}
+        sha256 = {str(file.relative_to(unfinished)): models.file_sha256(file)
+                  for file in unfinished.rglob('*') if file.is_file()}
         state = {'iteration': it, 'settings': settings_of(cfg), 'sha256': sha256}
         (unfinished / 'state.json').write_text(json.dumps(state, indent=1), encoding='utf-8')
         shutil.rmtree(final, ignore_errors=True)            # a damaged one that was passed over
@@ -592,9 +594,9 @@ def announce(it, model, cfg):
     lines = [f'{name} = {value!r}\n' for name, value in settings.items()]
     Path(cfg.out_dir, 'config.py').write_text(''.join(lines), encoding='utf-8')
     # the first line of the log says what it takes to repeat the run
-    kind = torch.cuda.get_device_name() if cfg.device == 'cuda' else platform.processor()
-    log(cfg, resumed=it, config=settings, parameters=model.num_params(), device=f'{cfg.device} {kind}',
-        processes=WORLD, torch=torch.__version__, python=platform.python_version())
+    device = torch.cuda.get_device_name() if cfg.device == 'cuda' else cfg.device
+    log(cfg, resumed=it, config=settings, parameters=model.num_params(), device=device,
+        processes=WORLD, torch=torch.__version__)
     begun = f'resumed from iteration {it}; ' if it else ''
     print(f'{begun}writing to {cfg.out_dir}/', flush=True)
 
@@ -675,7 +677,10 @@ def finish(it, signals, cfg):
     """Say what was saved and what to type next, and end the process."""
     done = it >= cfg.max_iters
     if RANK == 0:
-        hint = f'python sample.py {cfg.out_dir}' if done else 'the same command with --resume'
+        hint = shlex.join(['python', 'sample.py', cfg.out_dir]) if done else 'the same command with --resume'
+        question = data.a_question(cfg.dataset)
+        if done and question:
+            hint += f' --chat    and say, for example: {question}'
         print(f'saved iteration {it} of {cfg.max_iters} in {cfg.out_dir}/; next:  {hint}', flush=True)
     # the exit code says which signal ended it
     number = signals[0] if signals else signal.SIGTERM      # of another rank

@@ -203,7 +203,7 @@ def test_bad_prompt_files(run, tmp_path, capsys, content, message):
 
 @pytest.mark.parametrize('argv, message', [
     (['--prompt='], 'the prompt is empty'),
-    (['--prompt=' + 'x' * 96], 'the context holds 96 tokens, not 96 of a prompt and 1 more'),
+    (['--prompt=' + 'x' * 96], 'the context holds 96 tokens, but the longest prompt has 96, and 1 are'),
     (['--prompt=a', '--gen_length=96'], 'shorten the prompt or gen_length'),
     (['--gen_length=8', '--block_length=3'], 'block_length must divide the 8 tokens'),
     (['--gen_length=8', '--block_length=4', '--steps=1'], 'steps must be at least the number of blocks'),
@@ -282,7 +282,7 @@ def test_the_canvas_is_drawn(run, capsys, monkeypatch, terminal):
         assert frames.count('\x1b[H\x1b[J') == 16 and frames.count('\x1b[1;32m') == 16
     else:
         lines = frames.splitlines()
-        assert '\x1b' not in frames and [line[:4] for line in lines[:2]] == ['   1', '   3'] and len(lines) == 9
+        assert '\x1b' not in frames and [line[:4] for line in lines[:2]] == ['   1', '   2'] and len(lines) == 16
         assert all(line[4:].startswith(' | abc') for line in lines)
         assert lines[0].count('░') == 15 and '░' not in lines[-1]
 
@@ -290,7 +290,7 @@ def test_the_canvas_is_drawn(run, capsys, monkeypatch, terminal):
 def test_characters_of_several_tokens_are_drawn_whole(capsys):
     tok = data.get_tokenizer('bytes')
     x = torch.tensor([[*tok.encode('é\n👍'), tok.mask_id, *tok.encode('b')]])
-    sample.screen(tok, 8)(x, torch.zeros_like(x, dtype=torch.bool))
+    sample.screen(tok)(x, torch.zeros_like(x, dtype=torch.bool))
     assert capsys.readouterr().out == '   1 | é⏎👍░b\n'
 
 
@@ -362,3 +362,18 @@ def test_sampling_params_of_settings():
     assert sample.sampling_params(settings(), 8) == SamplingParams()
     with pytest.raises(UserError, match='at least 0'):
         sample.sampling_params(settings(cfg_scale=-1.0), 8)
+
+
+def test_several_samples_of_a_prompt(run, causal, capsys):
+    argv = ['--prompt=the', '--gen_length=8', '--temperature=1', '--remasking=random']
+    once, = texts(capsys, run, *argv)
+    three = texts(capsys, run, *argv, '--num_samples=3')
+    assert three[0] == once and len(set(three)) == 3 and all(text.startswith('the') for text in three)
+    assert len(texts(capsys, run, '--gen_length=4')) == 3
+
+
+def test_an_autoregressive_model_says_what_it_ignores(causal, capsys):
+    script('sample', causal, '--prompt=a', '--gen_length=2', '--remasking=random')
+    assert 'only the temperature counts' in capsys.readouterr().err
+    script('sample', causal, '--prompt=a', '--gen_length=2')
+    assert 'only the temperature counts' not in capsys.readouterr().err
