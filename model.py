@@ -13,6 +13,7 @@ Letters: B batch, T sequence length, S keys attended to (S = T without a cache),
 
 import hashlib
 import json
+import timeit
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -149,12 +150,12 @@ class Attention(nn.Module):
         """(B, T, H * D) -> (B, H, T, D)."""
         return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def forward(self, x, cos, sin, kv, kv_positions, pattern):
+    def forward(self, x, rope, kv, kv_positions, pattern):
         q = self.heads(self.q(x))                                                   # (B, H, T, D)
         k = self.heads(self.k(x))                                                   # (B, Hkv, T, D)
         v = self.heads(self.v(x))
-        q = apply_rope(q, cos, sin)
-        k = apply_rope(k, cos, sin)
+        q = apply_rope(q, *rope)
+        k = apply_rope(k, *rope)
 
         if kv is not None:
             # overwrite these positions of the cache, then attend to all S of it
@@ -188,9 +189,9 @@ class Block(nn.Module):
         self.ff_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ff = SwiGLU(config)
 
-    def forward(self, x, cos, sin, kv, kv_positions, pattern, positions=None):
+    def forward(self, x, rope, kv, kv_positions, pattern, positions=None):
         h = self.attn_norm(x)
-        x = x + self.attn(h, cos, sin, kv, kv_positions, pattern)
+        x = x + self.attn(h, rope, kv, kv_positions, pattern)
         if positions is not None:
             # the last block: only the positions to predict need its feed-forward part
             x = x.flatten(0, 1)[positions]                                          # (M, C)
@@ -239,10 +240,9 @@ class Transformer(nn.Module):
             _, where = segments_of(ids.shape, cu_seqlens)                           # (B, 1, T)
         elif where is None:
             where = torch.arange(ids.shape[1], device=ids.device)                   # (T,)
-        cos, sin = rope_angles(where, config.head_dim, config.rope_theta)
+        rope = rope_angles(where, config.head_dim, config.rope_theta)
         if not config.rope_fp32:
-            cos = cos.to(x.dtype)
-            sin = sin.to(x.dtype)
+            rope = tuple(z.to(x.dtype) for z in rope)
 
         # who attends to whom: everyone to everyone, or (causal) to what stands before, needs no mask
         pattern = dict(causal=config.causal)
@@ -254,7 +254,7 @@ class Transformer(nn.Module):
             cache = None if kv is None else kv[i]
             is_last = i == len(self.blocks) - 1
             wanted = positions if is_last else None
-            inputs = (x, cos, sin, cache, kv_positions, pattern, wanted)
+            inputs = (x, rope, cache, kv_positions, pattern, wanted)
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -406,14 +406,21 @@ def pick_device(device, dtype):
         raise UserError(f'device {device!r} is not available, choose one of: auto, {", ".join(available)}')
     if dtype not in ('auto', 'bfloat16', 'float32'):
         raise UserError(f'dtype must be auto, bfloat16 or float32, got {dtype!r}')
-    # bfloat16 pays only where the hardware multiplies it: tensor cores, or AVX512-BF16 and AMX on some CPUs
+    # bfloat16 pays only where the hardware multiplies it, and a CPU may have it and be slower with it
     fast = False
     if device == 'cuda':
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device == 'cpu':
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    elif dtype == 'auto' and device == 'cpu':
+        fast = product_seconds(torch.float32) > 1.2 * product_seconds(torch.bfloat16)
     narrow = dtype == 'bfloat16' or dtype == 'auto' and fast
     return device, torch.bfloat16 if narrow else torch.float32
+
+
+def product_seconds(dtype):
+    """Return the seconds that products as large as those of a small model take on the CPU, at best."""
+    x = torch.ones(512, 512, dtype=dtype)
+    # the best of five, because other programs disturb
+    return min(timeit.repeat(partial(F.linear, x, x), number=2))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -634,8 +641,6 @@ def config_from(raw, folder):
     rope = raw.get('rope_parameters') or {}
     values.setdefault('rope_theta', rope.get('rope_theta'))
     values.setdefault('n_kv_head', values.get('n_head'))
-    if raw.get('mlp_ratio') and 'd_model' in values:
-        values.setdefault('d_ff', raw['mlp_ratio'] * values['d_model'])
     if layout == 'illada':
         values['rope_fp32'] = False
 

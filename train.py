@@ -624,11 +624,11 @@ def main(cfg):
     cfg.complementary = cfg.complementary and not cfg.causal
     check(cfg)
     cfg.device, dtype = models.pick_device(cfg.device, cfg.dtype)
-    cfg.bf16 = dtype == torch.bfloat16
     cfg.sharded = WORLD > 1 and cfg.fsdp != 0
 
     # data, model, optimizers, and where they stand
     join_processes(cfg)
+    cfg.bf16 = broadcast(dtype == torch.bfloat16)
     source, held_out, tok = open_data(cfg)
     cfg.vocab_size = cfg.vocab_size or tok.vocab_size
     model, net = build(cfg)

@@ -35,7 +35,7 @@ CEILINGS = {
     'train': (4500, 700, 10.0),                     # goal: 4600, 620
     'sample': (2300, 620, 10.0),
     'evaluate': (3080, 620, 10.0)}
-ALL_TOKENS = 25_370                                 # goal 25,000
+ALL_TOKENS = 25_380                                 # goal 25,000
 ALL_LINES = 4080                                    # goal 3700
 COMMENTS = 0.095            # at least; lines that are a comment, as a share of all lines. Goal 0.10
 GUARDS = 0.055              # raise, assert and except, as a share of the tokens. Goal 0.05
