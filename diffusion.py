@@ -386,6 +386,9 @@ def guided_logits(model, x, positions, prompt, cfg_scale, mask_id,
     guidance (cfg_scale 0) it is left out. kv: a cache for each pass. options: of the model.
     """
     conditional = model(x, positions=positions, kv=kv[0], **options)
+    # weights in float16 can overflow, and then a score or a sample would mean nothing
+    if not conditional.max().isfinite():
+        raise FloatingPointError('the logits are not finite; try --dtype=bfloat16 or --dtype=float32')
     if not cfg_scale:
         return conditional
     # the two passes see different canvases, so they cannot share a cache
@@ -432,9 +435,6 @@ def forbid(logits, ids):
 
 def draw(logits, positions, never=(), temperature=1., generator=None):
     """Draw a token for each True position of (B, T) from logits (M, V), none of them in `never` -> (M,)."""
-    # (a float16 release can overflow)
-    if not logits.max().isfinite():
-        raise FloatingPointError('the logits are not finite; try --dtype=bfloat16 or float32')
     logits = forbid(logits, never)
     # without noise the most probable token
     if temperature == 0:

@@ -1,0 +1,70 @@
+"""What people reported, each with the right behaviour."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import ROOT, tiny_model
+
+import diffusion
+import evaluate
+import train
+
+
+def overflowing():
+    model = tiny_model()
+    with torch.no_grad():
+        model.head.weight[3] = float('nan')
+    return model
+
+
+def test_scores_and_samples_of_numbers_that_are_none_are_refused():
+    model = overflowing()
+    x0 = torch.arange(4, 12)
+    maskable = x0 > 6
+    canvas, _, _ = diffusion.canvas([[5, 6]], 4, mask_id=1, pad_id=0)
+    params = diffusion.SamplingParams()
+    for call in (lambda: diffusion.log_likelihood(model, x0, maskable, 1, mc_num=4),
+                 lambda: diffusion.confidence_score(model, x0, maskable, 1),
+                 lambda: diffusion.generate(model, canvas, 1, params)):
+        with pytest.raises(FloatingPointError, match='not finite'):
+            call()
+
+
+@pytest.mark.parametrize('text', ['-5', '−5', '–5', '- 5', '-$5', '$-5', '−$ 5.0', '－5'])
+def test_a_minus_is_a_minus_however_it_is_written(text):
+    assert evaluate.value(text) == -5
+
+
+def test_plus_and_currency_change_nothing():
+    assert [evaluate.value(text) for text in ('+7', '$7', '7 apples', '7.')] == [7] * 4
+
+
+def test_one_beam_is_greedy_and_several_are_refused():
+    harness = evaluate.Harness.__new__(evaluate.Harness)
+    harness.cfg, harness.run = SimpleNamespace(stop=[], gen_length=8), None
+    assert harness.sampler(num_beams=1).gen_length == 8
+    with pytest.raises(evaluate.UserError, match='num_beams'):
+        harness.sampler(num_beams=4)
+
+
+def test_what_is_ignored_stays_ignored():
+    """Under nohup a closed terminal must not end the run."""
+    code = 'import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); import train; train.catch_signals(); ' \
+           'print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, signal.getsignal(signal.SIGTERM).__name__)'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == 'True note\n', done.stderr
+
+
+def test_muon_leaves_matrices_that_cannot_be_divided_to_adamw(monkeypatch):
+    model = tiny_model()
+    cfg = SimpleNamespace(
+        optimizer='muon', weight_decay=0.1, muon_lr=1e-3, learning_rate=1e-3, beta1=0.9, beta2=0.95, device='cpu')
+    rows = sorted({len(p) for p in model.blocks.parameters() if p.dim() == 2})
+    monkeypatch.setattr(train, 'WORLD', rows[-1])
+    muon, adamw = train.make_optimizers(model, cfg)
+    assert {len(p) for group in muon.param_groups for p in group['params']} == {rows[-1]}
+    others = sum(len(group['params']) for group in adamw.param_groups)
+    assert others + len(muon.param_groups[0]['params']) == len(list(model.parameters()))
