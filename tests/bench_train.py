@@ -50,6 +50,7 @@ def settings(cfg, **changes):
     cfg = SimpleNamespace(**{**vars(cfg), 'fsdp': 0, **changes})
     cfg.global_batch = cfg.batch_size
     cfg.vocab_size = cfg.vocab_size or 4096
+    cfg.complementary = cfg.complementary and not cfg.causal
     train.check(cfg)
     cfg.device, compute = models.pick_device(cfg.device, cfg.dtype)
     cfg.bf16 = compute == torch.bfloat16

@@ -254,9 +254,27 @@ def test_both_families_get_equal_flops(size, flops):
 
 
 @pytest.mark.parametrize('name', [
-    'world', 'sft_toy_unified', 'lab/reversal_facts', 'lab/reversal_poems', 'lab/scaling_s'])
+    'world', 'sft_toy_unified', 'lab/reversal_facts', 'lab/reversal_poems', 'lab/scaling_l'])
 def test_a_config_names_the_experiment_that_it_is_for(name):
     assert 'python tests/lab/experiments.py ' in (ROOT / 'config' / f'{name}.py').read_text(encoding='utf-8')
+
+
+@pytest.mark.parametrize('file', sorted((ROOT / 'config').rglob('*_ar.py')), ids=lambda file: file.stem)
+def test_a_twin_differs_in_the_causal_mask_alone(file):
+    """And where FLOPs are to be equal, in the number of updates."""
+    twin = configure(dict(vars(train)), [str(file)])
+    diffusion_model = configure(dict(vars(train)), [str(file).replace('_ar.py', '.py')])
+    differs = {name for name in twin if twin[name] != diffusion_model[name]}
+    assert differs - {'max_iters'} == {'out_dir', 'causal'} and ('max_iters' in differs) == ('scaling' in file.stem)
+
+
+def test_a_twin_of_a_config_trains_and_resumes_from_its_own_config(desk, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    script('train', ROOT / 'config' / 'lab' / 'reversal_facts_ar.py', *TINY, '--out_dir=out/twin')
+    script('train', 'out/twin/config.py', '--resume', '--max_iters=3')
+    assert 'saved iteration 3 of 3' in capsys.readouterr().out
+    written = configure(dict(vars(train)), ['out/twin/config.py'])
+    assert written['causal'] and written['seq_len'] == 28 and written['optimizer'] == 'muon'
 
 
 def test_the_estimate_runs(capsys):
