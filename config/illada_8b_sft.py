@@ -13,7 +13,7 @@ exec(Path(__file__).with_name('illada_8b.py').read_text())  # its settings; thos
 
 out_dir = 'out/illada_8b_sft'
 init_from = 'iLLaDA-8B-Base'
-dataset = 'data/sft'            # prompt, response, one EOS, all in one stream, in which any token may be hidden
+dataset = 'data/sft'            # prompt, response, EOS, all in one stream, in which any token may be hidden
 random_split = 0.3              # as in pre-training (split windows are packed); unconfirmed for fine-tuning
 isolate = False                 # True: attention does not cross into the next example; unconfirmed too
 

@@ -1,9 +1,14 @@
 """The experiments of tests/lab run, and find what is known."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import estimate
 import experiments
 import pytest
 import torch
@@ -29,6 +34,8 @@ RUNS = {
     'unified': '--dataset=instruct --seq_len=96 --isolate',
     'facts': '--dataset=facts --seq_len=28 --masking=response',
     'facts_ar': '--dataset=facts --seq_len=28 --masking=response --causal'}
+# what may be kept for the backward pass
+KEPT = [dict(act_memory=1.0), dict(act_memory=0.0), dict(act_memory=0.5, compile=True)]
 
 
 def settings(**changes):
@@ -277,10 +284,70 @@ def test_a_twin_of_a_config_trains_and_resumes_from_its_own_config(desk, monkeyp
     assert written['causal'] and written['seq_len'] == 28 and written['optimizer'] == 'muon'
 
 
-def test_the_estimate_runs(capsys):
-    script('tests/lab/estimate', str(ROOT / 'config' / 'llada_8b.py'), '--gpus=320')
-    out = capsys.readouterr().out
-    assert '8,015,581,184' in out and '5,242,880 tokens: 320 GPUs' in out
+# -------------------------------------------------------------------------------------------------- estimates
+
+
+def estimated(argv, capsys):
+    script('tests/lab/estimate', *argv)
+    return capsys.readouterr().out
+
+
+def test_the_estimate_of_the_8b(capsys):
+    """Its parameters and batches are those of the whole model, and the memory here that of two layers of it."""
+    out = estimated([ROOT / 'config' / 'llada_8b.py', '--gpus=320', '--n_layer=2'], capsys)
+    assert '5,242,880 tokens: 320 GPUs x 1 passes x 4 windows' in out and '126,464 (vocab_size is set)' in out
+    assert re.search(r'GB +on each of 320 GPUs at the peak of an update: fits into 80 GiB', out)
+
+
+def test_the_vocabulary_is_set_or_that_of_the_data_or_assumed(desk, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    bytes_and_roles = data.get_tokenizer('bytes').vocab_size
+    for argv, says in ((['--vocab_size=99'], '99 (vocab_size is set)'),
+                       (['--dataset=./text'], f'{bytes_and_roles} (that of text)'),
+                       (['--dataset=facts:0.5,none:0.5'], f'{bytes_and_roles} (that of data/facts)'),
+                       (['--dataset=none'], '4,096 (assumed, because none is not prepared; --vocab_size=N sets it)')):
+        assert says in estimated([*TINY, *argv], capsys)
+
+
+def shape_of_a_run(**changes):
+    """Return the settings of a small sharded run. Each number divides by four."""
+    cfg = configure(dict(vars(train)), ['--d_model=64', '--d_ff=96', '--n_layer=2', '--seq_len=32', '--fsdp=-1'])
+    return SimpleNamespace(**{**cfg, 'vocab_size': 512, 'batch_size': 4, 'keeps_gradients': False, **changes})
+
+
+@pytest.mark.parametrize('keeps_gradients', [False, True])
+def test_four_processes_hold_a_quarter_each(keeps_gradients):
+    cfg = shape_of_a_run(keeps_gradients=keeps_gradients)
+    shape = {field: getattr(cfg, field) for field in models.ModelConfig.__dataclass_fields__}
+    model = models.empty_model(models.ModelConfig(**shape))
+    n_tensors = len(list(model.parameters()))
+    with estimate.fake_machine(4):
+        parts = estimate.peak_memory(cfg)
+    assert parts['Optstate'] == 2 * model.num_params() + 4 * n_tensors      # two moments in float32, and the steps
+    assert parts['Parameter'] > model.num_params()                          # shards, and what is gathered
+    assert (parts['Gradient'] >= model.num_params()) == keeps_gradients
+
+
+@pytest.mark.slow
+def test_the_estimate_equals_what_four_real_processes_hold(tmp_path):
+    """Byte for byte, by the same tracker: eager, recomputed, and as the compiler plans it."""
+    program = tmp_path / 'program.py'
+    program.write_text(f'''
+import sys
+sys.path[:0] = {[str(ROOT), str(ROOT / 'tests'), str(ROOT / 'tests' / 'lab')]!r}
+import estimate, test_lab, train
+train.join_processes(test_lab.shape_of_a_run(device='cpu'))
+for changes in test_lab.KEPT:
+    parts = estimate.peak_memory(test_lab.shape_of_a_run(**changes))
+    if train.RANK == 0:
+        print(list(parts.values()), flush=True)
+''')
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=4', program]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert run.returncode == 0, run.stderr[-3000:]
+    for changes, line in zip(KEPT, run.stdout.splitlines(), strict=True):
+        with estimate.fake_machine(4):
+            assert list(estimate.peak_memory(shape_of_a_run(**changes)).values()) == json.loads(line), changes
 
 
 # ------------------------------------------------------------------------------------------------ their data
