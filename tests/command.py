@@ -14,9 +14,10 @@ def run(main, namespace, *bases, positional=()):
         merged.update(vars(base))
     merged.update(namespace)
     if '--help' in sys.argv:
-        print(help_text(merged, namespace, bases, positional))
-    else:
-        configurator.run(main, merged, positional)
+        text = help_text(merged, namespace, bases, positional)
+        main, merged, positional = lambda cfg: print(text), {}, ()
+        sys.argv[1:] = []
+    configurator.run(main, merged, positional)
 
 
 def help_text(merged, namespace, bases, positional):

@@ -85,6 +85,7 @@ def test_every_experiment_runs(desk, monkeypatch, capsys, words, column):
     ('flood out/facts_ar', 'no canvas'),
     ('scaling out/no*', 'no checkpoint here'),
     ('curves out/text_ar', 'the model is autoregressive'),
+    ('reversal out/facts --poems=data/world/manifest.json', 'manifest.json: expected [{"first"'),
     ('gaps out/facts', 'no held-out story')])
 def test_a_wrong_request_gets_one_line(desk, monkeypatch, capsys, words, message):
     monkeypatch.chdir(desk)
@@ -92,6 +93,55 @@ def test_a_wrong_request_gets_one_line(desk, monkeypatch, capsys, words, message
         script('tests/lab/experiments', *words.split())
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and message in err and 'Traceback' not in err
+
+
+SCRIPTS = ('lab/estimate', 'lab/experiments', 'lab/hooks', 'lab/trace', 'lab/worlds',
+           'bench_kernels', 'bench_sample', 'bench_train')
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_help_says_what_a_script_does_and_what_each_setting_means(name, capsys):
+    try:
+        script(f'tests/{name}', '--help')
+    except SystemExit as stopped:
+        assert not stopped.code
+    out = capsys.readouterr().out
+    assert f'python tests/{name}.py' in out and '\nusage: ' in out
+    settings = re.findall(r'^  --(\w+)=(.*)', out, re.M)
+    names = [name for name, _ in settings]
+    assert len(names) == len(set(names)) > 1
+    for name, value_and_comment in settings:
+        assert re.search(r' \w', value_and_comment), name
+
+
+@pytest.mark.parametrize('command, message', [
+    ('lab/hooks choice out/text', 'task must be one of gaps, exact, lm_eval'), ('lab/hooks gaps out/text', 'a gap'),
+    ('lab/estimate --gpus=0', 'gpus must be at least 1'), ('lab/estimate --gpu=2', 'did you mean gpus'),
+    ('lab/worlds --poem=x', 'did you mean poems'), ('bench_train --task=x', 'task must be one of speed'),
+    ('bench_kernels --parts=x', 'expected some of products'), ('bench_sample --only=x', 'expected some of plain loop')])
+def test_a_mistyped_word_gets_one_line(command, message, capsys):
+    name, *argv = command.split()
+    with pytest.raises(SystemExit) as stopped:
+        script(f'tests/{name}', *argv)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in err and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('of', ['random weights', 'a checkpoint'])
+def test_the_benchmark_shows_each_row_when_it_is_measured(of, desk, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    argv = ['--gen_length=4', '--block_length=2', '--only=exact;exact, 2 tokens per step', '--rounds=2']
+    if of == 'a checkpoint':
+        argv += ['--checkpoint=out/sft', '--questions=3']
+    else:
+        argv += ['--d_model=32', '--n_layer=1', '--n_head=2', '--d_ff=48', '--vocab_size=99', '--prompt_length=9']
+    script('tests/bench_sample', *argv)
+    out, err = capsys.readouterr()
+    assert [line[:20] for line in err.splitlines() if 'passes' in line] == [
+        f'round {k} of 2 | exact' for k in (1, 1, 2, 2)]
+    head, first, second = out.splitlines()
+    assert head.startswith('sampler ') and first.startswith('exact ') and second.startswith('exact, 2 tokens')
+    assert ('right %' in head) == (of == 'a checkpoint')
 
 
 def test_curves_and_scaling_write_tables_and_figures(desk, monkeypatch):
