@@ -1,14 +1,12 @@
-"""The autoregressive baseline of docs.py: the same Transformer but for the causal mask, same tokens and optimizer.
+"""The autoregressive baseline of docs.py: only the causal mask differs, not tokens or optimizer.
 
-(With the same number of tokens diffusion sees each window twice in an update, under two masks; here none repeats.)
+For the same number of tokens, diffusion sees each window twice in an update under two masks. Here none
+repeats.
 """
 
-out_dir = 'out/docs_ar'
-dataset = 'docs'
-causal = True
+from pathlib import Path
 
-# the recipe of docs.py
-optimizer = 'muon'              # on the matrices of the blocks
-learning_rate = 2e-2            # AdamW's, for embedding, head and norms
-emb_std = 1.0
-decay_iters = 950
+exec(Path(__file__).with_name('docs.py').read_text())       # its settings; those below replace some
+
+out_dir = 'out/docs_ar'
+causal = True                   # so the settings of masks and t have no effect

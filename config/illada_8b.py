@@ -1,6 +1,7 @@
-"""iLLaDA 8B (arXiv 2606.25331): 7,615,025,152 parameters, 12 T tokens, windows of 8192, 30 % of them split and packed.
+"""iLLaDA 8B (arXiv 2606.25331): 7,615,025,152 parameters, 12 T tokens, windows of 8192, 30 % of them split.
 
-Second-hand throughout: the paper's text was not at hand when this was written, only summaries and the model's code.
+Second-hand throughout: the paper's text was not at hand when this was written, only summaries and the code of
+the model.
 """
 
 out_dir = 'out/illada_8b'
@@ -35,8 +36,9 @@ batch_size = 2                  # for each GPU
 global_batch = 640              # unconfirmed: LLaDA's number of tokens
 learning_rate = 2e-4
 max_iters = 12000000000000 // (640 * 8192)          # 12 T tokens
-schedule = 'cosine'             # warm up, hold until the loss plateaus, half a cosine down to 5e-6. That the warm-up
-                                # takes 2000 iterations and the cosine begins at 10 T tokens is unconfirmed
+schedule = 'cosine'             # warm up, hold until the loss plateaus, half a cosine down to 5e-6. That the
+                                # warm-up takes 2000 iterations and the cosine begins at 10 T tokens is
+                                # unconfirmed
 warmup_iters = 2000
 decay_iters = 2000000000000 // (640 * 8192)
 min_lr_ratio = 0.025

@@ -1,11 +1,11 @@
-"""LLaDA 8B (arXiv 2502.09992v3, Sec. 2.2 and App. B.2): 8,015,581,184 parameters, 2.3 T tokens, 0.13 M H800 hours.
+"""LLaDA 8B (arXiv 2502.09992v3, App. B.2): 8,015,581,184 parameters, 2.3 T tokens, 0.13 M H800 hours.
 
     torchrun --nnodes=40 --nproc-per-node=8 ... train.py config/llada_8b.py --dataset=data/my
     python tests/lab/estimate.py config/llada_8b.py --gpus=320
 
 The authors' data are not public; they describe 61 % English, 28 % code, 11 % Chinese, which would be
-dataset = 'data/en:0.61,data/code:0.28,data/zh:0.11'. On 256 GPUs batches of 4 do not divide 1280 windows: use 5,
-or 160 or 320 GPUs. With SLURM (out_dir on a file system that all nodes see):
+dataset = 'data/en:0.61,data/code:0.28,data/zh:0.11'. On 256 GPUs batches of 4 do not divide 1280 windows: use
+5, or 160 or 320 GPUs. With SLURM (out_dir on a file system that all nodes see):
 
     #!/bin/bash
     #SBATCH --nodes=40 --ntasks-per-node=1 --gpus-per-node=8 --signal=TERM@600 --requeue
@@ -16,8 +16,8 @@ or 160 or 320 GPUs. With SLURM (out_dir on a file system that all nodes see):
          --rdzv-endpoint=$HEAD:29500 --max-restarts=3 --shutdown-timeout=500 \\
          train.py config/llada_8b.py --dataset=data/my $RESUME
 
-(torchrun itself ends with code 1 after SIGTERM; look for the line "saved iteration". It kills what has not ended after
-30 s unless --shutdown-timeout says otherwise: a save of 8B may take minutes.)
+(torchrun itself ends with code 1 after SIGTERM, so look for the line "saved iteration". It kills what has not
+ended after 30 s unless --shutdown-timeout says otherwise, and a save of 8B may take minutes.)
 """
 
 out_dir = 'out/llada_8b'
@@ -32,11 +32,11 @@ d_model = 4096
 d_ff = 12288
 rope_theta = 500000.0           # config.json of the release
 norm_eps = 1e-5                 # config.json of the release
-emb_std = 0.0                   # 1/sqrt(d_model), with the scheme named in the released config ("mitchell"): that
-                                # pre-training used it is unconfirmed
+emb_std = 0.0                   # 1/sqrt(d_model), with the scheme named in the released config ("mitchell").
+                                # That pre-training used it is unconfirmed
 
 fixed_count = False             # Bernoulli masks and weight 1/t (Eq. 3, Alg. 1)
-stratified = True               # LLaDA draws t i.i.d.; the same mean with less noise and a steadier number of masks
+stratified = True               # LLaDA draws t i.i.d.; this has the same mean with less noise
 mask_eps = 1e-3                 # the official guideline
 random_length = 0.01            # App. B.1: 1 % of the data have a random length uniform in [1, 4096]
 
@@ -50,8 +50,9 @@ batch_size = 4                  # for each GPU
 global_batch = 1280             # 320 GPUs, or fewer with accumulation
 learning_rate = 4e-4
 max_iters = 2300000000000 // (1280 * 4096)          # 2.3 T tokens: 438,690 updates
-schedule = 'points'             # linear to 4e-4 in 2000 iterations; 1e-4 from 1.2 T tokens; linear to 1e-5 over 0.3 T
-lr_points = [[0, 0], [2000 * 1280 * 4096, 4e-4], [1.2e12, 4e-4], [1.2e12, 1e-4], [2.0e12, 1e-4], [2.3e12, 1e-5]]
+schedule = 'points'             # up to 4e-4 in 2000 iterations; 1e-4 from 1.2 T tokens; from 2 T down to 1e-5
+lr_points = [[0, 0], [2000 * 1280 * 4096, 4e-4], [1.2e12, 4e-4],
+             [1.2e12, 1e-4], [2.0e12, 1e-4], [2.3e12, 1e-5]]
 
 eval_interval = 1000
 eval_windows = 512

@@ -1,4 +1,4 @@
-"""Sampling as the official chat script of LLaDA-8B-Instruct does: 128 tokens, 128 steps, blocks of 32, greedy.
+"""Sampling as the official chat script of LLaDA-8B-Instruct does: 128 tokens and steps, blocks of 32, greedy.
 
     python sample.py FOLDER config/sample_llada.py --chat
 """

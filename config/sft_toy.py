@@ -1,8 +1,8 @@
 """Fine-tuning as LLaDA does it (Eq. 5; Sec. 2.3, App. B.1), on instructions about the made-up world.
 
-One example per row: the prompt is never hidden; EOS pads to the longest row of the update, hidden and counted like the
-answer; one turn of a dialogue is drawn. The learning rate warms up, holds, and falls to a tenth over the last quarter
-(over the last tenth, as in the paper, sorting stayed at 97 %).
+Each row is one example, whose prompt is never hidden. Of a dialogue one turn is drawn. EOS pads to the
+longest row of the update, and is hidden and counted like the answer. The learning rate warms up, holds, and
+falls to a tenth over the last quarter (over the last tenth, as in the paper, sorting stayed at 97 %).
 First:  python train.py config/world.py       Afterwards:  python sample.py out/sft_toy --chat --gen_length=16
 """
 

@@ -1,8 +1,9 @@
 """Fine-tuning as iLLaDA does it, on the data of sft_toy.py: the same masking as in pre-training.
 
-All examples (prompt, answer, one EOS) form one long stream, cut into windows; every token may be hidden and is in the
-loss. An answer given its whole question is then a rare case of many, so it takes more updates than sft_toy.py; one run
-in three still does not learn to sort and reverse well (86 to 88 % of all answers right instead of 95 to 97).
+All examples (prompt, answer, one EOS) form one long stream, which is cut into windows. Every token may be
+hidden, and then it counts. An answer whose whole question is in sight is then a rare case of many, so this
+takes more updates than sft_toy.py. Still one run in three does not learn to sort and reverse well (86 to 88 %
+of all answers right instead of 95 to 97).
 First:  python train.py config/world.py       Afterwards:
 python tests/lab/experiments.py flood out/sft_toy out/sft_toy_unified
 """
@@ -15,7 +16,7 @@ seq_len = 128
 d_model = 128
 d_ff = 384
 batch_size = 24
-logit_normal = 0.5              # not the paper's, whose t is uniform: 60 % right instead of 54 after 3200 updates
+logit_normal = 0.5              # not the paper's uniform t: 60 % right instead of 54 after 3200 updates
 complementary = True            # not the paper's either, but the objective is the same
 max_iters = 12000               # fifteen epochs (iLLaDA: twelve)
 learning_rate = 1e-2

@@ -1,13 +1,11 @@
-"""Tiny Shakespeare, 1.1 MB. Get it first:  python data.py shakespeare  (or with --input=input.txt from elsewhere)."""
+"""Tiny Shakespeare, 1.1 MB, trained like docs.py.
+
+First:  python data.py shakespeare       (or with --input=input.txt, if you have the file)
+"""
+
+from pathlib import Path
+
+exec(Path(__file__).with_name('docs.py').read_text())       # its settings; those below replace some
 
 out_dir = 'out/shakespeare'
 dataset = 'shakespeare'
-
-# the recipe of docs.py
-optimizer = 'muon'
-learning_rate = 2e-2
-emb_std = 1.0
-fixed_count = True
-logit_normal = 0.5
-complementary = True
-decay_iters = 950

@@ -1,4 +1,4 @@
-"""Made-up stories whose exact probability is known (tests/lab/worlds.py): 1 M parameters, fluent in 2.5 minutes.
+"""Made-up stories of known probability (tests/lab/worlds.py): 1 M parameters, fluent in 2.5 minutes.
 
 First:  python tests/lab/worlds.py       One story per row, after BOS.
 Afterwards:  python tests/lab/experiments.py world out/world

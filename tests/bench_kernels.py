@@ -22,9 +22,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import reference  # noqa: E402
 
 import model as models  # noqa: E402
-from configurator import run  # noqa: E402
+from configurator import UserError, run  # noqa: E402
 
-parts = 'products attentions heads'     # what to measure
+parts = 'products attentions heads'     # what to measure, with blanks between
 seq_len = 0             # of attention; 0 = 4096 on a GPU, 128 on a CPU
 head_rows = 0           # masked tokens, for which the head predicts; 0 = 8192 on a GPU, 1024 on a CPU
 vocab_size = 0          # 0 = LLaDA's 126464 on a GPU, 4096 on a CPU
@@ -163,15 +163,21 @@ def backward_of(f, h, weight):
     f(h, weight).mean().backward()
 
 
+PARTS = {f.__name__: f for f in (products, attentions, heads)}
+
+
 def main(cfg):
+    parts = cfg.parts.split()
+    if not set(parts) <= set(PARTS):
+        raise UserError(f'parts: expected some of {", ".join(PARTS)}; got {cfg.parts!r}')
     cfg.seq_len = cfg.seq_len or (4096 if GPU else 128)
     cfg.head_rows = cfg.head_rows or (8192 if GPU else 1024)
     cfg.vocab_size = cfg.vocab_size or (126464 if GPU else 4096)
     name = torch.cuda.get_device_name() if GPU else f'cpu, {torch.get_num_threads()} threads'
     print(f'torch {torch.__version__}, {name}:', *sys.argv[1:])
     print(f'{"":<56} {"ms":>9} {"TFLOP/s":>9} {"GB" if GPU else "":>6}')
-    for part in cfg.parts.split():
-        dict(products=products, attentions=attentions, heads=heads)[part](cfg)
+    for part in parts:
+        PARTS[part](cfg)
 
 
 if __name__ == '__main__':

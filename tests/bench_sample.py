@@ -1,4 +1,4 @@
-"""Measure sampling speed: a plain loop, the exact sampler, and faster, inexact variants, taking turns.
+"""Measure the speed of samplers that take turns: a plain loop, the exact one, and faster, inexact variants.
 
     python tests/bench_sample.py                                    # random weights, d 256, 4 blocks, V 32,768
     python tests/bench_sample.py --prompt_length=900
@@ -28,7 +28,7 @@ import diffusion  # noqa: E402
 import evaluate  # noqa: E402
 import model as models  # noqa: E402
 import sample  # noqa: E402
-from configurator import UserError, configure, run  # noqa: E402
+from configurator import UserError, configure, run, say  # noqa: E402
 
 checkpoint = ''         # a run trained on examples; '' = random weights
 questions = 100         # how many of its held-out questions
@@ -64,9 +64,100 @@ VARIANTS = {
 
 
 def params_of(name, cfg):
+    """Return the SamplingParams of a sampler."""
     settings = dict(VARIANTS.get(name, {}))
     steps = cfg.gen_length // settings.pop('each', 1)
     return diffusion.SamplingParams(steps=steps, block_length=cfg.block_length, **settings)
+
+
+def seconds_of(work):
+    """Call a function -> what it returns, seconds."""
+    started = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - started
+
+
+def random_model(cfg):
+    """Return a model with random weights, on the fastest device."""
+    device, dtype = models.pick_device('auto', 'auto')
+    shape = dict(
+        seq_len=cfg.prompt_length + cfg.gen_length, n_layer=cfg.n_layer, n_head=cfg.n_head, n_kv_head=cfg.n_head,
+        d_model=cfg.d_model, d_ff=cfg.d_ff, vocab_size=cfg.vocab_size)
+    model = models.empty_model(models.ModelConfig(**shape)).to_empty(device=device).eval()
+    models.init_weights(model, emb_std=1.0)
+    if device == 'cuda':
+        model.to(dtype)
+    if cfg.compiled:
+        torch._dynamo.config.recompile_limit = 64           # batches and canvases have many shapes
+        for block in model.blocks:
+            block.compile(mode=cfg.compiled)
+    return model
+
+
+def on_random_weights(cfg, names):
+    """Return a function that runs a sampler on random weights -> passes, seconds, tokens, % of the same tokens."""
+    model = random_model(cfg)
+    mask_id = cfg.vocab_size - 1
+    size = (cfg.batch_size, cfg.prompt_length)
+    prompts = torch.randint(mask_id, size, generator=torch.Generator().manual_seed(0))
+    x, _, _ = diffusion.canvas(prompts.tolist(), cfg.gen_length, mask_id, 0, diffusion.device_of(model))
+    first = []                                              # the tokens of the first sampler
+
+    def fill(name):
+        params = params_of(name, cfg)
+        if name == PLAIN:
+            with torch.no_grad():
+                filled = reference.plain_generate(
+                    model, x, mask_id, steps=params.steps, block_length=cfg.block_length,
+                    gen_start=cfg.prompt_length)
+            return filled, params.steps
+        return diffusion.generate(model, x, mask_id, params, gen_start=cfg.prompt_length)
+
+    def measure(name):
+        (filled, passes), seconds = seconds_of(lambda: fill(name))
+        first.append(filled)
+        same = (filled == first[0])[:, cfg.prompt_length:].double().mean().item()
+        return passes, seconds, cfg.batch_size * cfg.gen_length, f'{100 * same:.0f}'
+
+    # the time of a compiler is not a part of the speed
+    if cfg.compiled or torch.cuda.is_available():
+        for name in names:
+            fill(name)
+    return measure
+
+
+def on_a_checkpoint(cfg):
+    """Return a function that runs a sampler on held-out questions -> passes, seconds, tokens, % of the same answers,
+    % that are right, its standard error.
+    """
+    settings = configure(dict(vars(evaluate)), [])
+    settings.update(limit=cfg.questions)
+    model = evaluate.load(cfg.checkpoint, SimpleNamespace(**settings))
+    items, prompts = evaluate.questions_of(model, SimpleNamespace(**settings))
+    seeds = [(k,) for k in range(len(prompts))]             # (at temperature 0 there is no noise)
+    original = diffusion.generate
+    first = []                                              # the answers of the first sampler
+
+    def to_the_last_mask(*args, **options):
+        return original(*args, **{**options, 'until_end': False})
+
+    def measure(name):
+        diffusion.generate = to_the_last_mask if name == TO_THE_LAST else original
+        (written, passes), seconds = seconds_of(lambda: sample.generate_text(
+            model.model, prompts, cfg.gen_length, model.tok, params_of(name, cfg),
+            seeds=seeds, batch_size=cfg.batch_size))
+        diffusion.generate = original
+
+        texts = [sample.answer_text(row[len(ids):], model.tok) for row, ids in zip(written, prompts)]
+        tokens = sum(len(model.tok.encode(text)) + 1 for text in texts)                 # with the end token
+        hits = [evaluate.right(text, item) for text, item in zip(texts, items)]
+        first.append(texts)
+        same = sum(a == b for a, b in zip(texts, first[0])) / len(texts)
+        return passes, seconds, tokens, f'{100 * same:.0f}', *evaluate.percent(hits)
+
+    return measure
 
 
 def summary(rows):
@@ -84,97 +175,6 @@ def summary(rows):
     return table
 
 
-def synchronize():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def random_model(cfg):
-    device, dtype = models.pick_device('auto', 'auto')
-    shape = dict(
-        seq_len=cfg.prompt_length + cfg.gen_length, n_layer=cfg.n_layer, n_head=cfg.n_head, n_kv_head=cfg.n_head,
-        d_model=cfg.d_model, d_ff=cfg.d_ff, vocab_size=cfg.vocab_size)
-    model = models.empty_model(models.ModelConfig(**shape)).to_empty(device=device).eval()
-    models.init_weights(model, emb_std=1.0)
-    if device == 'cuda':
-        model.to(dtype)
-    if cfg.compiled:
-        torch._dynamo.config.recompile_limit = 64           # batches and canvases have many shapes
-        for block in model.blocks:
-            block.compile(mode=cfg.compiled)
-    return model
-
-
-def on_random_weights(cfg, names):
-    """Measure the samplers on random weights -> table rows."""
-    model = random_model(cfg)
-    mask_id = cfg.vocab_size - 1
-    size = (cfg.batch_size, cfg.prompt_length)
-    prompts = torch.randint(mask_id, size, generator=torch.Generator().manual_seed(0))
-    x, _, _ = diffusion.canvas(prompts.tolist(), cfg.gen_length, mask_id, 0, diffusion.device_of(model))
-
-    def fill(name):
-        params = params_of(name, cfg)
-        if name == PLAIN:
-            with torch.no_grad():
-                filled = reference.plain_generate(
-                    model, x, mask_id, steps=params.steps, block_length=cfg.block_length,
-                    gen_start=cfg.prompt_length)
-            return filled, params.steps
-        return diffusion.generate(model, x, mask_id, params, gen_start=cfg.prompt_length)
-
-    # the time of a compiler is not a part of the speed
-    if cfg.compiled or torch.cuda.is_available():
-        for name in names:
-            fill(name)
-
-    rows = []
-    expected = None
-    for _ in range(cfg.rounds):
-        for name in names:
-            started = time.perf_counter()
-            filled, passes = fill(name)
-            synchronize()
-            seconds = time.perf_counter() - started
-            expected = filled if expected is None else expected
-            same = (filled == expected)[:, cfg.prompt_length:].double().mean().item()
-            rows.append([name, passes, seconds, cfg.batch_size * cfg.gen_length, f'{100 * same:.0f}'])
-    return summary(rows)
-
-
-def on_a_checkpoint(cfg, names):
-    """Measure the samplers on held-out questions -> table rows."""
-    settings = configure(dict(vars(evaluate)), [])
-    settings.update(limit=cfg.questions)
-    model = evaluate.load(cfg.checkpoint, SimpleNamespace(**settings))
-    items, prompts = evaluate.questions_of(model, SimpleNamespace(**settings))
-    seeds = [(k,) for k in range(len(prompts))]             # (at temperature 0 there is no noise)
-    original = diffusion.generate
-
-    def to_the_last_mask(*args, **options):
-        return original(*args, **{**options, 'until_end': False})
-
-    rows = []
-    expected = None
-    for _ in range(cfg.rounds):
-        for name in names:
-            diffusion.generate = to_the_last_mask if name == TO_THE_LAST else original
-            started = time.perf_counter()
-            written, passes = sample.generate_text(
-                model.model, prompts, cfg.gen_length, model.tok, params_of(name, cfg),
-                seeds=seeds, batch_size=cfg.batch_size)
-            seconds = time.perf_counter() - started
-            diffusion.generate = original
-
-            texts = [sample.answer_text(row[len(ids):], model.tok) for row, ids in zip(written, prompts)]
-            tokens = sum(len(model.tok.encode(text)) + 1 for text in texts)             # with the end token
-            hits = [evaluate.right(text, item) for text, item in zip(texts, items)]
-            expected = expected or texts
-            same = sum(a == b for a, b in zip(texts, expected)) / len(texts)
-            rows.append([name, passes, seconds, tokens, f'{100 * same:.0f}', *evaluate.percent(hits)])
-    return summary(rows)
-
-
 def main(cfg):
     torch.set_num_threads(cfg.threads)
     names = [PLAIN, *VARIANTS]
@@ -187,10 +187,15 @@ def main(cfg):
         wanted = [name for name in wanted if name != PLAIN]
 
     columns = ['sampler', 'passes', 'ms per pass', 'tokens/s', 'tokens per pass', 'x the first', 'as the first %']
-    if cfg.checkpoint:
-        evaluate.table(on_a_checkpoint(cfg, wanted), [*columns, 'right %', '+-'])
-    else:
-        evaluate.table(on_random_weights(cfg, wanted), columns)
+    measure = on_a_checkpoint(cfg) if cfg.checkpoint else on_random_weights(cfg, wanted)
+    rows = []
+    for k in range(cfg.rounds):
+        for name in wanted:
+            passes, seconds, tokens, *more = measure(name)
+            rows.append((name, passes, seconds, tokens, *more))
+            # the table needs all rounds, which take minutes
+            say(f'round {k + 1} of {cfg.rounds} | {name:<26} {passes:5d} passes {tokens / seconds:8.1f} tokens/s')
+    evaluate.table(summary(rows), [*columns, 'right %', '+-'] if cfg.checkpoint else columns)
 
 
 if __name__ == '__main__':

@@ -28,15 +28,16 @@ import numpy as np
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+import command  # noqa: E402
 import reference  # noqa: E402
 
 import data  # noqa: E402
 import diffusion  # noqa: E402
 import model as models  # noqa: E402
 import train  # noqa: E402
-from configurator import UserError, run  # noqa: E402
+from configurator import UserError, say  # noqa: E402
 
-task = 'speed'          # 'speed', 'memory', 'packing' or 'saving'
+task = 'speed'          # speed, memory, packing or saving
 seconds = 4.0           # how long each variant runs in each round
 rounds = 3              # how many rounds
 nanogpt = ''            # a checkout of karpathy/nanoGPT
@@ -44,12 +45,15 @@ compiled = True         # if True, also measure with torch.compile
 only = ''               # only variants whose name contains this
 child = ''              # (memory: which variant this process measures)
 
+TASKS = ('speed', 'memory', 'packing', 'saving')
+
 
 def settings(cfg, **changes):
     """Return the settings as train.main completes them, with some changes. An update is one micro-batch."""
     cfg = SimpleNamespace(**{**vars(cfg), 'fsdp': 0, **changes})
     cfg.global_batch = cfg.batch_size
     cfg.vocab_size = cfg.vocab_size or 4096
+    cfg.complementary = cfg.complementary and not cfg.causal
     train.check(cfg)
     cfg.device, compute = models.pick_device(cfg.device, cfg.dtype)
     cfg.bf16 = compute == torch.bfloat16
@@ -163,7 +167,7 @@ def fastest_product(device, dtype):
 
 
 def alternate(variants, cfg):
-    """Run the variants in turn after a warm-up, and print their speed -> {name: median of tokens per second}."""
+    """Run the variants in turn after a warm-up, and print their speeds -> {name: median tokens per second}."""
     steps = {name: make() for name, make in variants.items() if cfg.only in name}
     if not steps:
         raise UserError(f'only: no variant has {cfg.only!r} in its name, there are: {"; ".join(variants)}')
@@ -172,7 +176,7 @@ def alternate(variants, cfg):
             step()
 
     speeds = {name: [] for name in steps}
-    for _ in range(cfg.rounds):
+    for k in range(cfg.rounds):
         for name, step in steps.items():
             n = 0
             synchronize()
@@ -181,7 +185,9 @@ def alternate(variants, cfg):
                 step()
                 n += 1
             synchronize()
-            speeds[name].append(n * cfg.batch_size * cfg.seq_len / (time.perf_counter() - start))
+            speed = n * cfg.batch_size * cfg.seq_len / (time.perf_counter() - start)
+            speeds[name].append(speed)
+            say(f'round {k + 1} of {cfg.rounds} | {name:<40} {speed:9.0f} tok/s')
 
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     first = next(iter(medians.values()))
@@ -246,10 +252,10 @@ def memory_task(cfg):
     if not cfg.child:
         peaks = {}
         for name in ('guideline', 'ours'):
-            command = [sys.executable, __file__, '--task=memory', f'--child={name}']
-            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            argv = [sys.executable, __file__, '--task=memory', f'--child={name}']
+            printed = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
             peaks[name] = float(printed.split()[-1])
-            print(f'{name:<10} {peaks[name] / 2 ** 20:8.0f} MiB')
+            print(f'{name:<10} {peaks[name] / 2 ** 20:8.0f} MiB', flush=True)
         print(f"ratio      {peaks['ours'] / peaks['guideline']:8.2f}")
         return
 
@@ -320,10 +326,13 @@ def saving_task(cfg, dataset, folder):
                 start = time.perf_counter()
         synchronize()
         taken = time.perf_counter() - start
-        print(f'{name:<24} {model.num_params() / 1e6:.1f} M parameters, {taken:6.1f} s for 100 updates')
+        millions = model.num_params() / 1e6
+        print(f'{name:<24} {millions:.1f} M parameters, {taken:6.1f} s for 100 updates', flush=True)
 
 
 def main(cfg):
+    if cfg.task not in TASKS:
+        raise UserError(f'task must be one of {", ".join(TASKS)}, got {cfg.task!r}')
     if cfg.task == 'memory':
         memory_task(cfg)
         return
@@ -340,4 +349,4 @@ def main(cfg):
 
 
 if __name__ == '__main__':
-    run(main, {**vars(train), **globals()})
+    command.run(main, globals(), train)

@@ -1,9 +1,14 @@
 """The experiments of tests/lab run, and find what is known."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import estimate
 import experiments
 import pytest
 import torch
@@ -29,6 +34,8 @@ RUNS = {
     'unified': '--dataset=instruct --seq_len=96 --isolate',
     'facts': '--dataset=facts --seq_len=28 --masking=response',
     'facts_ar': '--dataset=facts --seq_len=28 --masking=response --causal'}
+# what may be kept for the backward pass
+KEPT = [dict(act_memory=1.0), dict(act_memory=0.0), dict(act_memory=0.5, compile=True)]
 
 
 def settings(**changes):
@@ -78,6 +85,7 @@ def test_every_experiment_runs(desk, monkeypatch, capsys, words, column):
     ('flood out/facts_ar', 'no canvas'),
     ('scaling out/no*', 'no checkpoint here'),
     ('curves out/text_ar', 'the model is autoregressive'),
+    ('reversal out/facts --poems=data/world/manifest.json', 'manifest.json: expected [{"first"'),
     ('gaps out/facts', 'no held-out story')])
 def test_a_wrong_request_gets_one_line(desk, monkeypatch, capsys, words, message):
     monkeypatch.chdir(desk)
@@ -85,6 +93,55 @@ def test_a_wrong_request_gets_one_line(desk, monkeypatch, capsys, words, message
         script('tests/lab/experiments', *words.split())
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and message in err and 'Traceback' not in err
+
+
+SCRIPTS = ('lab/estimate', 'lab/experiments', 'lab/hooks', 'lab/trace', 'lab/worlds',
+           'bench_kernels', 'bench_sample', 'bench_train')
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_help_says_what_a_script_does_and_what_each_setting_means(name, capsys):
+    try:
+        script(f'tests/{name}', '--help')
+    except SystemExit as stopped:
+        assert not stopped.code
+    out = capsys.readouterr().out
+    assert f'python tests/{name}.py' in out and '\nusage: ' in out
+    settings = re.findall(r'^  --(\w+)=(.*)', out, re.M)
+    names = [name for name, _ in settings]
+    assert len(names) == len(set(names)) > 1
+    for name, value_and_comment in settings:
+        assert re.search(r' \w', value_and_comment), name
+
+
+@pytest.mark.parametrize('command, message', [
+    ('lab/hooks choice out/text', 'task must be one of gaps, exact, lm_eval'), ('lab/hooks gaps out/text', 'a gap'),
+    ('lab/estimate --gpus=0', 'gpus must be at least 1'), ('lab/estimate --gpu=2', 'did you mean gpus'),
+    ('lab/worlds --poem=x', 'did you mean poems'), ('bench_train --task=x', 'task must be one of speed'),
+    ('bench_kernels --parts=x', 'expected some of products'), ('bench_sample --only=x', 'expected some of plain loop')])
+def test_a_mistyped_word_gets_one_line(command, message, capsys):
+    name, *argv = command.split()
+    with pytest.raises(SystemExit) as stopped:
+        script(f'tests/{name}', *argv)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in err and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('of', ['random weights', 'a checkpoint'])
+def test_the_benchmark_shows_each_row_when_it_is_measured(of, desk, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    argv = ['--gen_length=4', '--block_length=2', '--only=exact;exact, 2 tokens per step', '--rounds=2']
+    if of == 'a checkpoint':
+        argv += ['--checkpoint=out/sft', '--questions=3']
+    else:
+        argv += ['--d_model=32', '--n_layer=1', '--n_head=2', '--d_ff=48', '--vocab_size=99', '--prompt_length=9']
+    script('tests/bench_sample', *argv)
+    out, err = capsys.readouterr()
+    assert [line[:20] for line in err.splitlines() if 'passes' in line] == [
+        f'round {k} of 2 | exact' for k in (1, 1, 2, 2)]
+    head, first, second = out.splitlines()
+    assert head.startswith('sampler ') and first.startswith('exact ') and second.startswith('exact, 2 tokens')
+    assert ('right %' in head) == (of == 'a checkpoint')
 
 
 def test_curves_and_scaling_write_tables_and_figures(desk, monkeypatch):
@@ -254,15 +311,93 @@ def test_both_families_get_equal_flops(size, flops):
 
 
 @pytest.mark.parametrize('name', [
-    'world', 'sft_toy_unified', 'lab/reversal_facts', 'lab/reversal_poems', 'lab/scaling_s'])
+    'world', 'sft_toy_unified', 'lab/reversal_facts', 'lab/reversal_poems', 'lab/scaling_l'])
 def test_a_config_names_the_experiment_that_it_is_for(name):
     assert 'python tests/lab/experiments.py ' in (ROOT / 'config' / f'{name}.py').read_text(encoding='utf-8')
 
 
-def test_the_estimate_runs(capsys):
-    script('tests/lab/estimate', str(ROOT / 'config' / 'llada_8b.py'), '--gpus=320')
-    out = capsys.readouterr().out
-    assert '8,015,581,184' in out and '5,242,880 tokens: 320 GPUs' in out
+@pytest.mark.parametrize('file', sorted((ROOT / 'config').rglob('*_ar.py')), ids=lambda file: file.stem)
+def test_a_twin_differs_in_the_causal_mask_alone(file):
+    """And where FLOPs are to be equal, in the number of updates."""
+    twin = configure(dict(vars(train)), [str(file)])
+    diffusion_model = configure(dict(vars(train)), [str(file).replace('_ar.py', '.py')])
+    differs = {name for name in twin if twin[name] != diffusion_model[name]}
+    assert differs - {'max_iters'} == {'out_dir', 'causal'} and ('max_iters' in differs) == ('scaling' in file.stem)
+
+
+def test_a_twin_of_a_config_trains_and_resumes_from_its_own_config(desk, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    script('train', ROOT / 'config' / 'lab' / 'reversal_facts_ar.py', *TINY, '--out_dir=out/twin')
+    script('train', 'out/twin/config.py', '--resume', '--max_iters=3')
+    assert 'saved iteration 3 of 3' in capsys.readouterr().out
+    written = configure(dict(vars(train)), ['out/twin/config.py'])
+    assert written['causal'] and written['seq_len'] == 28 and written['optimizer'] == 'muon'
+
+
+# -------------------------------------------------------------------------------------------------- estimates
+
+
+def estimated(argv, capsys):
+    script('tests/lab/estimate', *argv)
+    return capsys.readouterr().out
+
+
+def test_the_estimate_of_the_8b(capsys):
+    """Its parameters and batches are those of the whole model, and the memory here that of two layers of it."""
+    out = estimated([ROOT / 'config' / 'llada_8b.py', '--gpus=320', '--n_layer=2'], capsys)
+    assert '5,242,880 tokens: 320 GPUs x 1 passes x 4 windows' in out and '126,464 (vocab_size is set)' in out
+    assert re.search(r'GB +on each of 320 GPUs at the peak of an update: fits into 80 GiB', out)
+
+
+def test_the_vocabulary_is_set_or_that_of_the_data_or_assumed(desk, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    bytes_and_roles = data.get_tokenizer('bytes').vocab_size
+    for argv, says in ((['--vocab_size=99'], '99 (vocab_size is set)'),
+                       (['--dataset=./text'], f'{bytes_and_roles} (that of text)'),
+                       (['--dataset=facts:0.5,none:0.5'], f'{bytes_and_roles} (that of data/facts)'),
+                       (['--dataset=none'], '4,096 (assumed, because none is not prepared; --vocab_size=N sets it)')):
+        assert says in estimated([*TINY, *argv], capsys)
+
+
+def shape_of_a_run(**changes):
+    """Return the settings of a small sharded run. Each number divides by four."""
+    cfg = configure(dict(vars(train)), ['--d_model=64', '--d_ff=96', '--n_layer=2', '--seq_len=32', '--fsdp=-1'])
+    return SimpleNamespace(**{**cfg, 'vocab_size': 512, 'batch_size': 4, 'keeps_gradients': False, **changes})
+
+
+@pytest.mark.parametrize('keeps_gradients', [False, True])
+def test_four_processes_hold_a_quarter_each(keeps_gradients):
+    cfg = shape_of_a_run(keeps_gradients=keeps_gradients)
+    shape = {field: getattr(cfg, field) for field in models.ModelConfig.__dataclass_fields__}
+    model = models.empty_model(models.ModelConfig(**shape))
+    n_tensors = len(list(model.parameters()))
+    with estimate.fake_machine(4):
+        parts = estimate.peak_memory(cfg)
+    assert parts['Optstate'] == 2 * model.num_params() + 4 * n_tensors      # two moments in float32, and the steps
+    assert parts['Parameter'] > model.num_params()                          # shards, and what is gathered
+    assert (parts['Gradient'] >= model.num_params()) == keeps_gradients
+
+
+@pytest.mark.slow
+def test_the_estimate_equals_what_four_real_processes_hold(tmp_path):
+    """Byte for byte, by the same tracker: eager, recomputed, and as the compiler plans it."""
+    program = tmp_path / 'program.py'
+    program.write_text(f'''
+import sys
+sys.path[:0] = {[str(ROOT), str(ROOT / 'tests'), str(ROOT / 'tests' / 'lab')]!r}
+import estimate, test_lab, train
+train.join_processes(test_lab.shape_of_a_run(device='cpu'))
+for changes in test_lab.KEPT:
+    parts = estimate.peak_memory(test_lab.shape_of_a_run(**changes))
+    if train.RANK == 0:
+        print(list(parts.values()), flush=True)
+''')
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=4', program]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert run.returncode == 0, run.stderr[-3000:]
+    for changes, line in zip(KEPT, run.stdout.splitlines(), strict=True):
+        with estimate.fake_machine(4):
+            assert list(estimate.peak_memory(shape_of_a_run(**changes)).values()) == json.loads(line), changes
 
 
 # ------------------------------------------------------------------------------------------------ their data

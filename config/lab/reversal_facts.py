@@ -1,7 +1,7 @@
 """The reversal experiment on made-up facts ("Nilo is the mother of Rasi"): memorise, then fill in either end.
 
-Half of the 64 pairs are stated in both directions, a quarter in each direction only; diffusion is asked for the later
-and for the earlier name of the statements it has seen, and for the statements it has not seen.
+Half of the 64 pairs are stated in both directions, and a quarter in each direction only. Diffusion is asked
+for the later and for the earlier name of the statements it has seen, and for the statements it has not seen.
 First:  python tests/lab/worlds.py       Afterwards:
 python tests/lab/experiments.py reversal out/reversal_facts out/reversal_facts_ar
 """

@@ -6,20 +6,12 @@ Afterwards:
 python tests/lab/experiments.py reversal out/reversal_poems out/reversal_poems_ar --poems=poem_data.json
 """
 
+from pathlib import Path
+
+exec(Path(__file__).with_name('reversal_facts.py').read_text())# its settings; those below replace some
+
 out_dir = 'out/reversal_poems'
 dataset = 'data/poems'
-masking = 'response'
 seq_len = 32
-d_model = 128
-d_ff = 384
-batch_size = 64
 max_iters = 2000
-schedule = 'cosine'
-eval_interval = 500
 sample_tokens = 20
-
-# the recipe of docs.py
-optimizer = 'muon'              # on the matrices of the blocks
-learning_rate = 2e-2            # AdamW's, for embedding, head and norms
-emb_std = 1.0
-fixed_count = True              # Eq. 14

@@ -1,19 +1,8 @@
-"""The autoregressive baseline of reversal_poems.py: the same but for the causal mask, same updates and tokens."""
+"""The autoregressive baseline of reversal_poems.py: only the causal mask differs."""
+
+from pathlib import Path
+
+exec(Path(__file__).with_name('reversal_poems.py').read_text())# its settings; those below replace some
 
 out_dir = 'out/reversal_poems_ar'
-dataset = 'data/poems'
-masking = 'response'
-causal = True
-seq_len = 32
-d_model = 128
-d_ff = 384
-batch_size = 64
-max_iters = 2000
-schedule = 'cosine'
-eval_interval = 500
-sample_tokens = 20
-
-# the recipe of docs.py
-optimizer = 'muon'              # on the matrices of the blocks
-learning_rate = 2e-2            # AdamW's, for embedding, head and norms
-emb_std = 1.0
+causal = True                   # so the settings of masks and t have no effect

@@ -1,7 +1,7 @@
-"""Scaling at equal FLOPs, the largest of three sizes, diffusion.
+"""Scaling at equal FLOPs: the largest of three sizes, diffusion. The other files say how they differ from it.
 
-Each of scaling_s, _m, _l gets the same training FLOPs as its _ar twin, counted by Transformer.flops_per_token,
-on less than three epochs of the data. Afterwards:
+Each of scaling_s, _m and _l gets the same training FLOPs as its _ar twin, as counted by
+Transformer.flops_per_token, on less than three epochs of the data. Afterwards:
 python tests/lab/experiments.py scaling 'out/scaling_*' --out=scaling.csv
 """
 

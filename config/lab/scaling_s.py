@@ -1,26 +1,13 @@
-"""Scaling at equal FLOPs, the smallest of three sizes, diffusion.
+"""Scaling at equal FLOPs: the smallest of the three sizes, diffusion. See scaling_l.py."""
 
-Each of scaling_s, _m, _l gets the same training FLOPs as its _ar twin, counted by Transformer.flops_per_token,
-on less than three epochs of the data. Afterwards:
-python tests/lab/experiments.py scaling 'out/scaling_*' --out=scaling.csv
-"""
+from pathlib import Path
+
+exec(Path(__file__).with_name('scaling_l.py').read_text())  # its settings; those below replace some
 
 out_dir = 'out/scaling_s'
-dataset = 'docs'
 n_layer = 2
 n_head = 2
 n_kv_head = 2
 d_model = 64
 d_ff = 192
 max_iters = 301                 # 1e12 FLOPs
-schedule = 'cosine'
-eval_interval = 100000          # at the end only
-sample_tokens = 0
-
-# the recipe of docs.py
-optimizer = 'muon'              # on the matrices of the blocks
-learning_rate = 2e-2            # AdamW's, for embedding, head and norms
-emb_std = 1.0
-fixed_count = True              # Eq. 14
-logit_normal = 0.5              # see docs.py
-complementary = True

@@ -29,11 +29,11 @@ import torch
 LAB = Path(__file__).resolve().parent
 sys.path[:0] = [str(LAB.parents[1]), str(LAB.parent), str(LAB)]
 
+import command  # noqa: E402
 import hooks  # noqa: E402
 import reference  # noqa: E402
 import worlds  # noqa: E402
 
-import configurator  # noqa: E402
 import data  # noqa: E402
 import diffusion  # noqa: E402
 import evaluate  # noqa: E402
@@ -95,7 +95,14 @@ def answer(run, items, prompts, new, cfg, **changes):
     return rows, hits, seconds
 
 
+def add(table, row):
+    """Append a row to a table, and show it at once, because the whole table may take an hour."""
+    table.append(row)
+    say(' | '.join(map(str, row)))
+
+
 def refuse_causal(run, why):
+    """Raise UserError if a model is autoregressive."""
     if run.model.config.causal:
         raise UserError(f'{run.name}: {why}')
 
@@ -120,7 +127,7 @@ def world(cfg):
 
         parse, consistent, seconds = grade_stories(run, cfg)
         sign = '=' if run.model.config.causal else '<='
-        table.append([
+        add(table, [
             name, f'{-source:.2f}', f'{sign} {-model:.2f}', f'{sign} {model / source:.3f}', len(parse),
             *evaluate.percent(parse), *evaluate.percent(consistent), round(seconds, 1)])
     columns = ['checkpoint', 'source, nats', 'model, nats', 'x the source', 'samples', 'parse %', '+-',
@@ -171,7 +178,7 @@ def gaps(cfg):
                 for how, filled in zip(hits, kept):
                     hits[how].append(run.tok.decode(filled[len(run.start):]) == text)
             for how, right in hits.items():
-                table.append([name, n, how, len(right), *evaluate.percent(right)])
+                add(table, [name, n, how, len(right), *evaluate.percent(right)])
     evaluate.table(table, ['checkpoint', 'tokens left out', 'length', 'gaps', 'exact %', '+-'], cfg.out)
 
 
@@ -244,7 +251,7 @@ def ahead(cfg):
             seconds = time.perf_counter() - started
             expected = expected or written
             same = [torch.equal(a, b) for a, b in zip(written, expected)]
-            table.append([name, n, len(rows), passes, *evaluate.percent(same), round(seconds, 1)])
+            add(table, [name, n, len(rows), passes, *evaluate.percent(same), round(seconds, 1)])
     columns = ['checkpoint', 'guessed ahead', 'rows', 'passes', 'same tokens %', '+-', 'seconds']
     evaluate.table(table, columns, cfg.out)
 
@@ -378,7 +385,7 @@ def commit(cfg):
             expected = expected or written
             same = sum(int((x == y)[masked].sum()) for x, y, masked in zip(written, expected, masks))
             hits = right([x[0].tolist() for x in written])
-            table.append([
+            add(table, [
                 name, label, most, len(hits), passes, f'{n_tokens / passes:.2f}', f'{100 * same / n_tokens:.1f}',
                 *evaluate.percent(hits)])
     columns = ['checkpoint', 'rule', 'at', 'rows', 'passes', 'tokens per pass', 'same tokens %', 'right %', '+-']
@@ -399,7 +406,7 @@ def flood(cfg):
         for new in [cfg.gen_length] if cfg.gen_length else (16, 32, 64, 128):
             rows, hits, _ = answer(run, items, prompts, new, cfg)
             ends = sum(row.count(run.tok.eos_id) for row in rows) / len(rows) / new
-            table.append([name, new, f'{100 * ends:.1f}', *evaluate.percent(hits)])
+            add(table, [name, new, f'{100 * ends:.1f}', *evaluate.percent(hits)])
     evaluate.table(table, ['checkpoint', 'gen_length', 'EOS % of canvas', 'right %', '+-'], cfg.out)
 
 
@@ -482,7 +489,7 @@ def reversal(cfg):
         if run.model.config.causal:
             some = [seen[i] for i in data.evenly_spaced(len(seen), 128)]
             ranked = ' +- '.join(evaluate.percent(rank_first_halves(run, some, cfg)))
-        table.append([*row, ranked])
+        add(table, [*row, ranked])
 
     say('earlier half: diffusion fills it in; an autoregressive model is given the later half and the join, which is '
         'no true statement\none way: the same where no other statement has the two in the opposite order\nunstated: '
@@ -530,7 +537,7 @@ def curves(cfg):
                 _, hits, seconds = grade_stories(run, cfg, **settings)
             else:
                 continue
-            table.append([name, sweep, value, *evaluate.percent(hits), round(len(hits) * new / seconds)])
+            add(table, [name, sweep, value, *evaluate.percent(hits), round(len(hits) * new / seconds)])
         table += likelihood_spread(run, cfg)
 
     evaluate.table(table, ['checkpoint', 'sweep', 'setting', '%', '+-', 'tokens/s'], cfg.out)
@@ -557,7 +564,8 @@ def likelihood_spread(run, cfg, repeats=16):
             rate = repeats * n * len(x0) / (time.perf_counter() - started)
             spread = torch.tensor(values).std().item()
             error = spread / math.sqrt(2 * repeats - 2)
-            table.append([run.name, f'draws, {label}: sd of log p', n, round(spread, 3), round(error, 3), round(rate)])
+            sweep = f'draws, {label}: sd of log p'
+            add(table, [run.name, sweep, n, round(spread, 3), round(error, 3), round(rate)])
     return table
 
 
@@ -672,7 +680,7 @@ def by_t(cfg):
             nats = torch.tensor(nats)
             mean = nats.mean().item()
             error = nats.std().item() / len(nats) ** 0.5
-            table.append([name, t, len(nats), f'{mean:.3f}', f'{error:.3f}'])
+            add(table, [name, t, len(nats), f'{mean:.3f}', f'{error:.3f}'])
             points.append(('share hidden', name, t, mean, error))
     evaluate.table(table, ['checkpoint', 'share hidden', 'rows', 'nats per hidden token', '+-'], cfg.out)
     draw(cfg, points, 'nats per hidden token')
@@ -722,4 +730,4 @@ def main(cfg):
 
 
 if __name__ == '__main__':
-    configurator.run(main, {**vars(evaluate), **globals()}, positional=('task', 'checkpoints'))
+    command.run(main, globals(), evaluate, positional=('task', 'checkpoints'))

@@ -16,17 +16,20 @@ from types import SimpleNamespace
 import torch
 
 LAB = Path(__file__).resolve().parent
-sys.path[:0] = [str(LAB.parents[1])]
+sys.path[:0] = [str(LAB.parents[1]), str(LAB.parent)]
 
-import configurator  # noqa: E402
+import command  # noqa: E402
+
 import diffusion  # noqa: E402
 import evaluate  # noqa: E402
 import sample  # noqa: E402
 from configurator import UserError  # noqa: E402
 
-task = 'gaps'                   # gaps, or one of evaluate.py that writes answers: exact, lm_eval
+task = 'gaps'                   # gaps, or a task of evaluate.py that writes answers: exact or lm_eval
 think_boost = 100.0             # what "</think>" gains at the end of gen_length
 think_power = 3.0               # how late that sets in
+
+TASKS = ('gaps', 'exact', 'lm_eval')
 
 # ----------------------------------------------------------------------------------------------------------
 # The end of a thought
@@ -126,6 +129,8 @@ def fill_gaps(run, prompt, cfg, lengths=range(1, 9)):
 
 def gaps(cfg):
     """Print the fillings of each prompt with their scores, best first."""
+    if not cfg.checkpoints or not cfg.prompt:
+        raise UserError('expected a checkpoint, and a text with a gap:  gaps out/docs --prompt="If the file ___ exist"')
     for name in cfg.checkpoints:
         run = sample.load(name, cfg)
         if run.model.config.causal:
@@ -138,13 +143,15 @@ def gaps(cfg):
 
 
 def main(cfg):
+    if cfg.task not in TASKS:
+        raise UserError(f'task must be one of {", ".join(TASKS)}, got {cfg.task!r}')
     if cfg.task == 'gaps':
         gaps(cfg)
         return
+    # evaluate.py gets its answers from there
     sample.generate_text = partial(generate_with_end_think, boost=cfg.think_boost, power=cfg.think_power)
     evaluate.main(cfg)
 
 
 if __name__ == '__main__':
-    namespace = {**vars(sample), **vars(evaluate), **globals()}
-    configurator.run(main, namespace, positional=('task', 'checkpoints'))
+    command.run(main, globals(), evaluate, sample, positional=('task', 'checkpoints'))

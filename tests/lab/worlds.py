@@ -23,7 +23,7 @@ from tokenizers.trainers import BpeTrainer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import data  # noqa: E402
-from configurator import run  # noqa: E402
+from configurator import UserError, run  # noqa: E402
 
 poems = ''                      # a file of couplets; '' = the three synthetic data sets
 out = 'data'                    # where the folders go
@@ -287,8 +287,11 @@ def couplet(first, join, second, seen=True, both=False):
 
 def poems_of(path):
     """Return the couplets of a file [{"first", "second"}, ...]."""
-    rows = json.loads(Path(path).read_text(encoding='utf-8'))
-    return [couplet(row['first'], '\n', row['second']) for row in rows]
+    text = Path(path).read_text(encoding='utf-8')
+    try:
+        return [couplet(row['first'], '\n', row['second']) for row in json.loads(text)]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f'{path}: expected [{{"first": ..., "second": ...}}, ...], got {error!r}') from None
 
 
 # ----------------------------------------------------------------------------------------------------------
