@@ -1,4 +1,4 @@
-"""tests/lab/trace.py, the page of a generation, and tests/lab/hooks.py, what else one can do with the sampler."""
+"""The page of a generation (tests/lab/trace.py), and what else the sampler can do (tests/lab/hooks.py)."""
 
 import json
 import re
@@ -19,7 +19,8 @@ import evaluate
 import sample
 from diffusion import SamplingParams
 
-trace = runpy.run_path(str(ROOT / 'tests' / 'lab' / 'trace.py'))            # Python has a module of this name as well
+# by its path, because Python has a module of this name as well
+trace = runpy.run_path(str(ROOT / 'tests' / 'lab' / 'trace.py'))
 
 
 @pytest.fixture(scope='module')
@@ -31,50 +32,83 @@ def run(tmp_path_factory):
 
 
 def read_page(path):
-    """Return tokens and guesses of a page."""
+    """Return the data of a page: facts, steps, tokens, guesses."""
     text = path.read_text(encoding='utf-8')
     assert text.count('</script>') == 1 and 'http' not in text          # no text can end the script
-    return [json.loads(part) for part in re.search('tokens = (.*), guesses = (.*);', text).groups()]
+    return json.loads(re.search('^const data = (.*);', text, re.M)[1])
 
 
 @pytest.mark.parametrize('more', [[], ['--variable_length', '--block_length=4']])
-def test_the_page_holds_every_token_with_the_step_that_wrote_it(run, tmp_path, more):
+def test_the_page_holds_every_token_with_the_step_that_wrote_it(run, tmp_path, capsys, more):
     page = tmp_path / 'new' / 'page.html'
     script('tests/lab/trace', run, '--prompt=a </script> b', '--gen_length=8', f'--out={page}', *more)
-    tokens, guesses = read_page(page)
-    pieces, born, written, sure = zip(*tokens)
-    assert len(tokens) == 13 + 8 and ''.join(pieces[:-8]) == 'a </script> b'
-    assert set(written[:-8]) == {0} and sorted(written[-8:]) == list(range(1, 9))
+    assert capsys.readouterr().out.splitlines()[-1] == f'wrote {page}'
+    data = read_page(page)
+    pieces, born, written, sure = zip(*data['tokens'])
+    assert len(pieces) == 13 + 8 and ''.join(pieces[:-8]) == 'a </script> b'
+    assert set(written[:-8]) == {0} and sorted(written[-8:]) == list(range(1, 9)) and data['steps'] == 8
     assert set(born) == ({0, 4} if more else {0})
     assert all(0 <= percent <= 100 for percent in sure[-8:]) and set(sure[:-8]) == {None}
 
     # before each step there are three guesses for each mask of the block
-    for step, seen in enumerate(guesses):
+    for step, seen in enumerate(data['guesses']):
         block = [i for i, w in enumerate(written) if w > step and (not more or (w > 4) == (step > 3))]
         assert sorted(map(int, seen)) == block and all(len(best) == 3 for best in seen.values())
 
-    with pytest.raises(SystemExit):
-        script('tests/lab/trace', run, f'--out={page}')
-    with pytest.raises(SystemExit):
-        script('tests/lab/trace', run, '--prompt=a', '--prompt=b', f'--out={tmp_path / "b.html"}')
+    # and what was asked for
+    settings = 'temperature 1.0, remasking random, seed 1337'
+    if more:
+        settings = f'block_length 4, {settings}, variable_length True'
+    assert data['facts'] == {'checkpoint': str(run), 'prompt': 'a </script> b', 'settings': settings,
+                             'written': '8 tokens in 8 forward passes'}
 
 
+def test_the_page_explains_itself():
+    """Whatever a reader can do is said on it: keys, pointing, and what each look means."""
+    page = (ROOT / 'tests' / 'lab' / 'trace.html').read_text(encoding='utf-8')
+    legend = re.sub('<[^>]*>', '', page[page.index('</style>'):page.index('<script>')])
+    keys = {'" "': 'space plays', 'ArrowLeft': '←', 'ArrowRight': '→', 'Home': 'Home', 'End': 'End'}
+    for key, said in keys.items():
+        assert f'{key}: ' in page and said in legend
+    looks = {'given': 'given', 'mask': 'still hidden', 'now': 'written in this step'}
+    for look, said in looks.items():
+        assert f'.{look} {{' in page and f'"{look}"' in page and said in legend
+    assert 'Point at a token, or tap it' in page
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--prompt=a', '--prompt=b'], 'one prompt, got 2'), (['--out=tests'], 'tests already exists')])
+def test_a_page_that_cannot_be_written(run, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        script('tests/lab/trace', run, *argv)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+
+
+@pytest.mark.skipif(not BROWSER, reason='no Chromium here')
 def test_the_page_in_a_browser(run, tmp_path):
-    """Drawn by a real one, if there is one: after the last step no mask is left."""
-    browser = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-    if not browser:
-        pytest.skip('no Chromium here')
-    page, changed = tmp_path / 'a.html', tmp_path / 'b.html'
+    """It opens on the finished text, which shows no mask, and whatever step is chosen has the right number of them."""
+    page = tmp_path / 'a.html'
+    changed = tmp_path / 'b.html'
     script('tests/lab/trace', run, '--prompt=a </script> b', '--gen_length=8', f'--out={page}')
     html = page.read_text(encoding='utf-8')
-    for step, masks, about in ((0, 8, 'next guesses: '), (8, 0, 'written in step ')):
-        act = f'at("bar").value = {step}; draw(); document.querySelector("#text").lastChild.click();'
-        changed.write_text(html.replace('draw();\n</script>', f'{act}\n</script>'), encoding='utf-8')
+    last = 'document.querySelector("#text").lastChild.click();'
+    for act, step, masks, about in (
+            ('', 8, 0, 'Point at a token'), (last, 8, 0, 'was written in step '),
+            (f'move(3); {last}', 3, 5, ''), (f'move(0); {last}', 0, 8, 'the next guesses are '),
+            ('document.onkeydown({key: "ArrowLeft", target: document.body, preventDefault() {}});', 7, 1, 'Point at')):
+        changed.write_text(html.replace('draw();\n</script>', f'draw();\n{act}\n</script>'), encoding='utf-8')
         drawn = subprocess.run(
-            [browser, '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom',
+            [BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom',
              f'--user-data-dir={tmp_path / "profile"}', changed.as_uri()],
             capture_output=True, text=True, timeout=60).stdout
-        assert f'step {step} of 8' in drawn and drawn.count('class="mask"') == masks and about in drawn
+        text = re.search('<p id="text">(.*?)</p>', drawn, re.S)[1]
+        assert f'step {step} of 8' in drawn and text.count('class="mask"') == masks, act
+        assert about in re.search('<p id="about"[^>]*>(.*?)</p>', drawn, re.S)[1], act
+        assert 'a &lt;/script&gt; b' in drawn and 'temperature 1.0' in drawn
 
 
 def test_characters_of_several_tokens_appear_with_the_last_one():

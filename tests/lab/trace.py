@@ -1,23 +1,23 @@
-"""Write a page to scrub through the steps of a generation: what was written when, how sure, and what else was likely.
+"""Write a page that replays a generation: what was written when, how sure, and what else was likely.
 
     python tests/lab/trace.py out/docs --prompt="If the file ___ exist" --out=out/trace.html
 
-The settings are those of sample.py, except that there is one prompt, and that `out` is the page: one self-contained
-file, whose text is data and cannot become markup.
+Open the page in a browser. It is one file that loads nothing else, and the text in it is data and cannot become
+markup. The settings are those of sample.py, but there is one prompt at most.
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 
 LAB = Path(__file__).resolve().parent
-sys.path[:0] = [str(LAB.parents[1])]
+sys.path[:0] = [str(LAB.parents[1]), str(LAB.parent)]
 
-import configurator  # noqa: E402
+import command  # noqa: E402
+
 import diffusion  # noqa: E402
 import sample  # noqa: E402
-from configurator import UserError, say  # noqa: E402
+from configurator import UserError  # noqa: E402
 
 out = 'out/trace.html'          # the page to write, a new file
 HIDDEN = '░'                    # how a mask looks
@@ -87,25 +87,30 @@ class Trace:
             self.written[position] = self.step
             self.sure[position] = round(100 * p)
 
-    def page(self, title):
-        """Return the page as a text."""
+    def page(self, facts):
+        """Return the page as a text. facts: what it says of the run, a dict of texts."""
         tokens = list(zip(pieces_of(self.ids, self.tok), self.born, self.written, self.sure))
-        values = {'TITLE': title, 'STEPS': self.step, 'TOKENS': tokens, 'GUESSES': self.guesses}
-
-        def fill_in(match):
-            # so that no text can end the script
-            return json.dumps(values[match[0]]).replace('<', '\\u003c')
-
+        data = dict(facts=facts, steps=self.step, tokens=tokens, guesses=self.guesses)
+        # so that no text can end the script
+        text = json.dumps(data).replace('<', '\\u003c')
         html = (LAB / 'trace.html').read_text(encoding='utf-8')
-        return re.sub('|'.join(values), fill_in, html)
+        return html.replace('DATA', text, 1)
+
+
+def settings_of(params, cfg):
+    """Return the settings of the sampler that are not off, as one line."""
+    used = dict(vars(params), seed=cfg.seed, variable_length=cfg.variable_length)
+    return ', '.join(f'{name} {value}' for name, value in used.items() if value or name == 'temperature')
 
 
 def main(cfg):
     if Path(cfg.out).exists():
         raise UserError(f'{cfg.out} already exists, choose another name')
+    if len(cfg.prompt) > 1:
+        raise UserError(f'a page shows one prompt, got {len(cfg.prompt)}')
     run = sample.load(cfg.checkpoint, cfg)
-    if len(cfg.prompt) > 1 or run.model.config.causal:
-        raise UserError('a page shows one prompt of a diffusion model')
+    if run.model.config.causal:
+        raise UserError(f'{cfg.checkpoint} is autoregressive, and writes from left to right')
 
     prompt = cfg.prompt[0] if cfg.prompt else run.start
     ids = sample.encode_prompt(prompt, run, cfg)
@@ -116,11 +121,16 @@ def main(cfg):
         run.model, [ids], new, run.tok, params, seeds=[(cfg.seed, 0)], variable_length=cfg.variable_length,
         stop=cfg.stop, adjust=trace.look, on_step=trace)
 
-    page = trace.page(f'{cfg.checkpoint}, {n_forward} forward passes')
+    n_tokens = len(trace.ids) - len(ids) + ids.count(run.tok.mask_id)
+    page = trace.page({
+        'checkpoint': cfg.checkpoint,
+        'prompt': cfg.prompt[0] if cfg.prompt else '(none)',
+        'written': f'{n_tokens} tokens in {n_forward} forward passes',
+        'settings': settings_of(params, cfg)})
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     Path(cfg.out).write_text(page, encoding='utf-8')
-    say(f'written to {cfg.out}')
+    print(f'wrote {cfg.out}')
 
 
 if __name__ == '__main__':
-    configurator.run(main, {**vars(sample), 'out': out, '__doc__': __doc__}, positional=('checkpoint',))
+    command.run(main, globals(), sample, positional=('checkpoint',))
