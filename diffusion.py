@@ -9,7 +9,8 @@ the tests check every formula to machine precision.
     >>> generate(plain(abc), torch.tensor([[7, 7, 7]]), mask_id=7, params=SamplingParams(steps=3))
     Generated(x=tensor([[0, 1, 2]]), n_forward=3)
 
-Letters: B batch, T sequence length, V vocabulary, M masked positions, L maskable tokens of a sequence.
+Letters: B batch (b in the papers), T sequence length, V vocabulary, P prompt length, M masked positions,
+L maskable tokens of a sequence (L' if it has a prompt), l of them hidden.
 """
 
 import math
