@@ -209,9 +209,7 @@ def as_choice(row):
     context = row.get('context')
     if context is None:
         context = f"Question: {row['question']}\nAnswer:"
-    # texts, in the order of the publisher
     choices = row['choices']
-    # a publisher may count from 0, or write the choice out
     answer = row['answer']
     # the answer may be one of the choices, or its number from 0
     if answer in choices:

@@ -151,7 +151,7 @@ class Attention(nn.Module):
         return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(self, x, rope, kv, kv_positions, pattern):
-        """Attend: x (B, T, C), rope (cos, sin), kv one layer of the cache or None -> (B, T, C)."""
+        # x (B, T, C), rope (cos, sin), kv: one layer of the cache, or None
         q = self.heads(self.q(x))                                                   # (B, H, T, D)
         k = self.heads(self.k(x))                                                   # (B, Hkv, T, D)
         v = self.heads(self.v(x))

@@ -112,6 +112,7 @@ def check(cfg, world=WORLD):
     # a pair of rows must not be torn apart
     if cfg.complementary and size % 2:
         raise UserError(f'complementary masks need an even global_batch, got {size} (or pass --complementary=false)')
+    # every process makes whole micro-batches
     each = cfg.batch_size * world
     if size % each:
         raise UserError(f'global_batch {size} must divide into {world} processes of batch_size {cfg.batch_size}; '
