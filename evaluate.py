@@ -111,6 +111,8 @@ def read_items(files, accept, cfg):
     for path in data.files_of(','.join(files)):
         for _, item in data.read_records(path, accept):
             items.append(item | {'file': Path(path).stem})
+    if not items:
+        raise UserError('no questions; give --input=FILE')
     return [items[i] for i in data.evenly_spaced(len(items), cfg.limit)]
 
 
@@ -258,9 +260,6 @@ def score(run, before, after, cfg):
 def choice(cfg):
     """Print accuracy on multiple choice, by score (acc) and by score per byte (acc_norm)."""
     items = read_items(cfg.input, as_choice, cfg)
-    if not items:
-        raise UserError('choice needs --input=FILE')
-
     rows = []
     for name in cfg.checkpoints:
         run = load(name, cfg)
@@ -331,8 +330,6 @@ def questions_of(run, cfg):
     if not files:
         folder = dataset_of([run], cfg).parts[0].folder
         files = sorted(map(str, folder.glob('val_*.jsonl')))
-        if not files:
-            raise UserError(f'{folder} holds out no examples; give --input=FILE')
     items = read_items(files, as_question, cfg)
 
     # A model that was trained on conversations gets one. Otherwise a question has the form that is usual for
