@@ -473,7 +473,7 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10):
     """
     # refuse before there is anything to lose
     out = Path(out).resolve()
-    check_out(out, [*sources, *val])
+    check_out(out)
     parts = []
     for number, source in enumerate([*sources, *val]):
         every = val_every
@@ -513,12 +513,8 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10):
     return manifest
 
 
-def check_out(out, sources):
-    """Raise UserError if `out` holds an input, or anything but a data set that prepare has made."""
-    for source in sources:
-        if isinstance(source, (str, Path)) and out in Path(source).resolve().parents:
-            raise UserError(f'{source} lies inside of {out}, which would be replaced; choose another --out')
-
+def check_out(out):
+    """Raise UserError if `out` holds anything but a data set that prepare has made (such as the input)."""
     # other programs have a manifest.json, too, so we look whether it is ours, and lists all that is there
     manifest = read_json(out / 'manifest.json')
     others = {path.name for path in out.glob('*')}

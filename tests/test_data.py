@@ -175,7 +175,7 @@ def test_nothing_of_the_user_is_removed(tmp_path):
 def test_an_input_inside_of_the_output_is_refused(tmp_path):
     small_corpus(tmp_path / 'my')
     (tmp_path / 'my' / 'input.txt').write_text('text\n' * 9000)
-    with pytest.raises(UserError, match='input.txt lies inside of'):
+    with pytest.raises(UserError, match='holds files that are no data set, such as input.txt'):
         data.prepare([tmp_path / 'my' / 'input.txt'], tmp_path / 'my', 'bytes')
     assert (tmp_path / 'my' / 'input.txt').exists()
 

@@ -280,7 +280,7 @@ def test_every_task_runs(at_desk, capsys, argv, word):
 
 @pytest.mark.parametrize('argv, message', [
     ('nonsense diffusion', 'task must be one of bound, exact, choice, lm_eval'), ('bound', 'at least one checkpoint'),
-    ('choice diffusion', 'needs --input'), ('choice diffusion --input=no.jsonl', 'no.jsonl'),
+    ('choice diffusion', 'no questions; give --input'), ('choice diffusion --input=no.jsonl', 'no.jsonl'),
     ('choice diffusion --input=choices.jsonl --method=guess', 'method must be one of likelihood, confidence'),
     ('bound diffusion --split=test', 'split must be one of'), ('exact diffusion', 'no questions'),
     ('bound none', 'none: no checkpoint here'), ('bound released', 'give --dataset'),
