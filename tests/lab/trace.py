@@ -2,8 +2,8 @@
 
     python tests/lab/trace.py out/docs --prompt="If the file ___ exist" --out=out/trace.html
 
-Open the page in a browser. It is one file that loads nothing else, and the text in it is data and cannot become
-markup. The settings are those of sample.py, but there is one prompt at most.
+Open the page in a browser. It is one file that loads nothing else, and the text in it is data and cannot
+become markup. The settings are those of sample.py, but there is one prompt at most.
 """
 
 import json
@@ -24,7 +24,7 @@ HIDDEN = '░'                    # how a mask looks
 
 
 def pieces_of(ids, tok):
-    """Return what each id adds to the text. A character that consists of several tokens appears with its last one."""
+    """Return what each id adds to the text. A character of several tokens appears with its last one."""
     pieces = []
     waiting = []
     for i, token in enumerate(ids):
@@ -54,7 +54,7 @@ class Trace:
         self.born = []                                      # for each position: the step before it appeared,
         self.written = []                                   # the step that wrote it (0: it was given),
         self.sure = []                                      # and how probable it was then, in per cent
-        self.guesses = []                                   # for each step: position -> [[text, per cent], ...]
+        self.guesses = []                                   # of each step: position -> [[text, per cent]]
         self.probabilities = {}                             # position -> (V,), of the step that is going on
 
     def look(self, logits, x, masked):
