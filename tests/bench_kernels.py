@@ -137,7 +137,7 @@ def both_directions(name, work, flops, cfg):
 
 
 def heads(cfg):
-    """Print loss and gradients of the masked rows, one half of all."""
+    """Predict the masked rows, one half of all, and compute the gradients."""
     M, V = cfg.head_rows, cfg.vocab_size
     dtype = torch.bfloat16 if GPU else torch.float32
     masked = torch.arange(2 * M, device=DEVICE) % 2 == 0

@@ -186,8 +186,9 @@ def test_an_infill_is_scored_with_its_neighbours(monkeypatch):
     model = tiny_model()
     prompt = [39, 1, 2, 3, 4, 39, 39, 5, 6, 7]
     filled = [9, 1, 2, 3, 4, 9, 9, 5, 6, 7]
-    score = hooks.infill_score(model, prompt, filled, 39)
-    assert seen == [[0, 1, 2, 3, 4, 5, 6, 7, 8]] and score < 0
+    assert hooks.infill_score(model, prompt, filled, 39) < 0
+    assert hooks.infill_score(model, prompt, filled, 39, neighbours=0) < 0
+    assert seen == [[0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 5, 6]]
 
 
 def test_all_lengths_that_fit_are_tried_and_the_best_comes_first(run, monkeypatch, capsys):

@@ -184,23 +184,15 @@ def gaps(cfg):
             for text, prompt in questions:
                 found = hooks.fill_gaps(run, prompt, cfg)               # (score, ids, filled), best first
                 fillings = {ids.count(mask_id): filled for _, ids, filled in found}
-                alone = [score_filling(run, ids, filled) for _, ids, filled in found]
+                alone = []
+                for _, ids, filled in found:
+                    alone.append(hooks.infill_score(run.model, ids, filled, mask_id, neighbours=0))
                 kept = (fillings[n], found[0][2], found[alone.index(max(alone))][2])
                 for how, filled in zip(hits, kept):
                     hits[how].append(run.tok.decode(filled[len(run.start):]) == text)
             for how, right in hits.items():
                 add(table, [run.name, n, how, len(right), *evaluate.percent(right)])
     evaluate.table(table, ['checkpoint', 'tokens left out', 'length', 'gaps', 'exact %', '+-'], cfg.out)
-
-
-def score_filling(run, prompt, filled):
-    """Return the mean log-probability per token of a filling, without its neighbours."""
-    device = diffusion.device_of(run.model)
-    gap = torch.tensor(prompt, device=device) == run.tok.mask_id
-    x0 = torch.tensor(filled, device=device)
-    noise = diffusion.keyed_generator(0)
-    log_p = diffusion.log_likelihood(run.model, x0, gap, run.tok.mask_id, mc_num=64, generator=noise)
-    return log_p / int(gap.sum())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -338,7 +330,7 @@ def generate_by_rule(rule, most, model, x, mask_id, never=()):
         masked = x == mask_id
         logits = model(x, positions=masked)
         guess, _ = diffusion.propose(logits, masked, SamplingParams(), never, [], None)
-        # (what is never written keeps its share of the softmax, as in the sampler)
+        # what is never written keeps its share of the softmax, as in the sampler; by_change takes logarithms
         p = logits.float().softmax(-1).clamp_min(1e-30)                                 # (M, V)
         p[:, never] = 1e-30
         confidence, n = rule(p, None if before is None else before[masked[0]], most)

@@ -92,17 +92,17 @@ def generate_with_end_think(model, prompts, gen_length, tok, params,
 # Gaps of unknown length
 
 
-def infill_score(model, prompt, filled, mask_id, *, mc_num=64, seed=0):
+def infill_score(model, prompt, filled, mask_id, *, neighbours=2, mc_num=64, seed=0):
     """Score an infill, both lists of ids: its bound on log p in nats per token -> float.
 
-    The likelihood of a filling by itself hardly depends on whether its length is right, so the two tokens on
-    each side are scored as well. A wrong length shows there.
+    The likelihood of a filling by itself hardly depends on whether its length is right, so `neighbours`
+    tokens on each side are scored as well. A wrong length shows there.
     """
     device = diffusion.device_of(model)
     gap = [i for i, token in enumerate(prompt) if token == mask_id]
     scored = torch.zeros(len(prompt), dtype=torch.bool, device=device)
     for i in gap:
-        scored[max(0, i - 2):i + 3] = True
+        scored[max(0, i - neighbours):i + neighbours + 1] = True
     logp = diffusion.log_likelihood(
         model, torch.tensor(filled, device=device), scored, mask_id, mc_num=mc_num,
         generator=diffusion.keyed_generator(seed))

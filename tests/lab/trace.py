@@ -21,6 +21,7 @@ from configurator import UserError  # noqa: E402
 
 out = 'out/trace.html'          # the page to write, a new file
 HIDDEN = '░'                    # how a mask looks
+NEVER = 10 ** 9                 # the step that writes what was not written
 
 
 def pieces_of(ids, tok):
@@ -73,13 +74,14 @@ class Trace:
         return logits
 
     def __call__(self, x, committed):
+        """Note which tokens of the row a step has written."""
         self.step += 1
         self.ids = x[0].tolist()
         # a new block, or in the first step the whole canvas
         for position in range(len(self.born), len(self.ids)):
             hidden = position in self.probabilities or self.ids[position] == self.tok.mask_id
             self.born.append(self.step - 1)
-            self.written.append(10 ** 9 if hidden else 0)
+            self.written.append(NEVER if hidden else 0)
             self.sure.append(None)
 
         for position in committed[0].nonzero()[:, 0].tolist():

@@ -319,6 +319,7 @@ def characters_of(records, folder):
 
 
 def save(tok, folder):
+    """Write a tokenizer to a folder, which need not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     tok.save(folder)
 
