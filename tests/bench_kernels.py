@@ -1,10 +1,11 @@
 """Measure the kernels of a training step one by one: matrix products, attention, the head.
 
-    python tests/bench_kernels.py                               # shapes of LLaDA 8B and 1B on a GPU, of docs on a CPU
+    python tests/bench_kernels.py                               # shapes of LLaDA on a GPU, docs on a CPU
     python tests/bench_kernels.py --parts=attentions --seq_len=8192
 
-Each row has milliseconds (median of ten, after three), TFLOP/s, and for the head on a GPU the peak memory beyond its
-inputs. The FLOPs of attention are those of the full square. The data are random, because on zeros a GPU is faster.
+Each row has milliseconds (median of ten, after three), TFLOP/s, and for the head on a GPU the peak memory
+beyond its inputs. The FLOPs of attention are those of the full square. The data are random, because on zeros
+a GPU is faster.
 """
 
 import statistics
@@ -75,16 +76,18 @@ def row(name, work, flops, cfg, memory=False):
 
 
 def random(*shape, dtype=torch.bfloat16, grad=False):
+    """Return normal noise on the device."""
     return torch.randn(*shape, device=DEVICE, dtype=dtype).requires_grad_(grad)
 
 
 def products(cfg):
+    """Multiply matrices (m, k) and (k, n)."""
     shapes = [(2048, 192, 512), (2048, 512, 192), (2048, 192, 192), (cfg.head_rows, 192, cfg.vocab_size)]
     if GPU:
         shapes = [
-            (8192, 8192, 8192), (16384, 4096, 12288), (16384, 12288, 4096), (16384, 4096, 4096), (16384, 2048, 5632),
-            (16384, 2048, 5634), (cfg.head_rows, 4096, cfg.vocab_size), (356, 4096, 12288), (160, 4096, 12288),
-            (32, 4096, 12288)]
+            (8192, 8192, 8192), (16384, 4096, 12288), (16384, 12288, 4096), (16384, 4096, 4096),
+            (16384, 2048, 5632), (16384, 2048, 5634), (cfg.head_rows, 4096, cfg.vocab_size),
+            (356, 4096, 12288), (160, 4096, 12288), (32, 4096, 12288)]
     for dtype in (torch.bfloat16,) if GPU else (torch.bfloat16, torch.float32):
         for m, k, n in shapes:
             work = partial(F.linear, random(m, k, dtype=dtype), random(n, k, dtype=dtype))
@@ -92,6 +95,7 @@ def products(cfg):
 
 
 def attentions(cfg):
+    """Attend to all T positions, by each of torch's kernels on a GPU."""
     T = cfg.seq_len
     if not GPU:
         # model.attention computes in float32 on a CPU, because this was faster. Is it here?
@@ -99,8 +103,9 @@ def attentions(cfg):
             shape = f'({B}, {H}/{kv}, {T}, {D})'
             for dtype in (torch.bfloat16, torch.float32):
                 q, k, v = (random(B, heads, T, D, dtype=dtype, grad=True) for heads in (H, kv, kv))
-                for name, f in ((f'torch, {dtype}', reference.plain_attention), (f'ours, {dtype}', models.attention)):
-                    both_directions(f'{name}, {shape}', partial(f, q, k, v), 4 * B * H * T * T * D, cfg)
+                for name, f in (('torch', reference.plain_attention), ('ours', models.attention)):
+                    work = partial(f, q, k, v)
+                    both_directions(f'{name}, {dtype}, {shape}', work, 4 * B * H * T * T * D, cfg)
         return
 
     backends = {'default': None, 'cudnn': SDPBackend.CUDNN_ATTENTION, 'flash': SDPBackend.FLASH_ATTENTION,
@@ -132,7 +137,7 @@ def both_directions(name, work, flops, cfg):
 
 
 def heads(cfg):
-    """Print loss and gradients of the masked rows, one half of all."""
+    """Predict the masked rows, one half of all, and compute the gradients."""
     M, V = cfg.head_rows, cfg.vocab_size
     dtype = torch.bfloat16 if GPU else torch.float32
     masked = torch.arange(2 * M, device=DEVICE) % 2 == 0
@@ -160,6 +165,7 @@ def heads(cfg):
 
 
 def backward_of(f, h, weight):
+    """Compute the mean loss and its gradients."""
     f(h, weight).mean().backward()
 
 

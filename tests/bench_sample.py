@@ -1,16 +1,18 @@
 """Measure the speed of samplers that take turns: a plain loop, the exact one, and faster, inexact variants.
 
-    python tests/bench_sample.py                                    # random weights, d 256, 4 blocks, V 32,768
+    python tests/bench_sample.py                    # random weights, d 256, 4 blocks, V 32,768
     python tests/bench_sample.py --prompt_length=900
-    python tests/bench_sample.py --checkpoint=out/sft_toy --gen_length=16 --block_length=8      # are answers right?
+    python tests/bench_sample.py --d_model=4096 --n_layer=32 --n_head=32 --d_ff=12288 --vocab_size=126464
+    python tests/bench_sample.py --checkpoint=out/sft_toy --gen_length=16 --block_length=8
+                                                    # are the answers right?
     python tests/bench_sample.py --checkpoint=out/sft_toy --questions=200 --gen_length=64 --block_length=8 \\
-        --batch_size=16 --only='exact, to the last mask;exact'      # does it pay to stop at the end token?
-    python tests/bench_sample.py --d_model=4096 --n_layer=32 --n_head=32 --d_ff=12288 --vocab_size=126464   # on a GPU
+        --batch_size=16 --only='exact, to the last mask;exact'
+                                                    # does it pay to stop at the end token?
 
-With random weights: milliseconds per forward pass, tokens per second, tokens per pass, the speed relative to the first
-sampler, and the share of tokens that agree with it. (The first one is the plain loop of reference.py, with every logit
-at every step.) With a checkpoint: the same for answers to held-out questions, and how many of them are right. Times
-are medians of the rounds.
+With random weights: milliseconds per forward pass, tokens per second, tokens per pass, the speed relative to
+the first sampler, and the share of tokens that agree with it. (The first one is the plain loop of
+reference.py, with every logit at every step.) With a checkpoint: the same for answers to held-out questions,
+and how many of them are right. Times are medians of the rounds.
 """
 
 import statistics
@@ -83,8 +85,8 @@ def random_model(cfg):
     """Return a model with random weights, on the fastest device."""
     device, dtype = models.pick_device('auto', 'auto')
     shape = dict(
-        seq_len=cfg.prompt_length + cfg.gen_length, n_layer=cfg.n_layer, n_head=cfg.n_head, n_kv_head=cfg.n_head,
-        d_model=cfg.d_model, d_ff=cfg.d_ff, vocab_size=cfg.vocab_size)
+        seq_len=cfg.prompt_length + cfg.gen_length, n_layer=cfg.n_layer, n_head=cfg.n_head,
+        n_kv_head=cfg.n_head, d_model=cfg.d_model, d_ff=cfg.d_ff, vocab_size=cfg.vocab_size)
     model = models.empty_model(models.ModelConfig(**shape)).to_empty(device=device).eval()
     models.init_weights(model, emb_std=1.0)
     if device == 'cuda':
@@ -97,7 +99,7 @@ def random_model(cfg):
 
 
 def on_random_weights(cfg, names):
-    """Return a function that runs a sampler on random weights -> passes, seconds, tokens, % of the same tokens."""
+    """Return a function that runs a sampler on random weights -> passes, seconds, tokens, % as the first."""
     model = random_model(cfg)
     mask_id = cfg.vocab_size - 1
     size = (cfg.batch_size, cfg.prompt_length)
@@ -129,8 +131,9 @@ def on_random_weights(cfg, names):
 
 
 def on_a_checkpoint(cfg):
-    """Return a function that runs a sampler on held-out questions -> passes, seconds, tokens, % of the same answers,
-    % that are right, its standard error.
+    """Return a function that runs a sampler on held-out questions.
+
+    -> passes, seconds, tokens, % of answers as the first, % that are right, its standard error.
     """
     settings = configure(dict(vars(evaluate)), [])
     settings.update(limit=cfg.questions)
@@ -161,7 +164,7 @@ def on_a_checkpoint(cfg):
 
 
 def summary(rows):
-    """Return table rows from (name, passes, seconds, tokens, *more) of all rounds. The first name has speed 1."""
+    """Return table rows from (name, passes, seconds, tokens, *more) of all rounds. The first has speed 1."""
     names = list(dict.fromkeys(row[0] for row in rows))
     first = statistics.median(row[2] for row in rows if row[0] == names[0])
     table = []
@@ -170,8 +173,8 @@ def summary(rows):
         seconds = statistics.median(row[2] for row in rounds_of_name)
         _, passes, _, tokens, *more = rounds_of_name[0]
         table.append([
-            name, passes, f'{1e3 * seconds / passes:.1f}', f'{tokens / seconds:.1f}', f'{tokens / passes:.2f}',
-            f'{first / seconds:.2f}', *more])
+            name, passes, f'{1e3 * seconds / passes:.1f}', f'{tokens / seconds:.1f}',
+            f'{tokens / passes:.2f}', f'{first / seconds:.2f}', *more])
     return table
 
 
@@ -186,7 +189,8 @@ def main(cfg):
     if cfg.batch_size > 1 and not cfg.checkpoint:
         wanted = [name for name in wanted if name != PLAIN]
 
-    columns = ['sampler', 'passes', 'ms per pass', 'tokens/s', 'tokens per pass', 'x the first', 'as the first %']
+    columns = [
+        'sampler', 'passes', 'ms per pass', 'tokens/s', 'tokens per pass', 'x the first', 'as the first %']
     measure = on_a_checkpoint(cfg) if cfg.checkpoint else on_random_weights(cfg, wanted)
     rows = []
     for k in range(cfg.rounds):
@@ -194,7 +198,8 @@ def main(cfg):
             passes, seconds, tokens, *more = measure(name)
             rows.append((name, passes, seconds, tokens, *more))
             # the table needs all rounds, which take minutes
-            say(f'round {k + 1} of {cfg.rounds} | {name:<26} {passes:5d} passes {tokens / seconds:8.1f} tokens/s')
+            speed = tokens / seconds
+            say(f'round {k + 1} of {cfg.rounds} | {name:<26} {passes:5d} passes {speed:8.1f} tokens/s')
     evaluate.table(summary(rows), [*columns, 'right %', '+-'] if cfg.checkpoint else columns)
 
 

@@ -1,16 +1,17 @@
 """Measure training speed and memory on this machine: whole updates with their data, variants taking turns.
 
-    python tests/bench_train.py config/docs.py                      # the settings of train.py, and those below
-    python tests/bench_train.py --nanogpt=../nanoGPT --n_layer=4 --d_model=128 --d_ff=344 --seq_len=64 --batch_size=12
-                                                                    # beside a checkout of karpathy/nanoGPT, at its size
+    python tests/bench_train.py config/docs.py                      # settings of train.py, and those below
+    python tests/bench_train.py --nanogpt=../nanoGPT --n_layer=4 --d_model=128 --d_ff=344 \\
+        --seq_len=64 --batch_size=12                                # beside karpathy/nanoGPT, at its size
     python tests/bench_train.py --task=memory                       # peak of one update, vocabulary 126,464
     python tests/bench_train.py --task=packing                      # packed against padded batches
     python tests/bench_train.py --task=saving                       # what checkpoints cost
     python tests/bench_train.py config/llada_1b.py --batch_size=4 --only='AdamW, compiled'      # on a GPU
 
-A large model fits on a GPU once, so there take one variant per run. An update is one micro-batch. Speed is the median
-of the rounds, and its ratio is to the first row, the loop of the official guideline (reference.py). MFU is relative
-to the fastest matrix product seen in the same process, and to the data sheet if the device is in train.PEAKS.
+A large model fits on a GPU once, so there take one variant per run. An update is one micro-batch. Speed is
+the median of the rounds, and its ratio is to the first row, the loop of the official guideline
+(reference.py). MFU is relative to the fastest matrix product seen in the same process, and to the data sheet
+if the device is in train.PEAKS.
 """
 
 import resource
@@ -71,7 +72,7 @@ def random_data(folder):
 
 
 def ready(cfg, dataset):
-    """Return all that training needs: model, what to call in training, optimizers, source of rows, tokenizer."""
+    """Return what training needs: model, what to call in training, optimizers, source of rows, tokenizer."""
     model, net = train.build(cfg)
     models.init_weights(model)
     tok = dataset.parts[0].tokenizer()
@@ -86,6 +87,7 @@ def ready(cfg, dataset):
 
 
 def our_step(cfg, dataset, **changes):
+    """Make updates as train.py does, with some changes to the settings."""
     cfg = settings(cfg, **changes)
     _, net, optimizers, source, tok = ready(cfg, dataset)
     iterations = count()
@@ -98,6 +100,7 @@ def our_step(cfg, dataset, **changes):
 
 
 def guideline_step(cfg, dataset, dtype):
+    """Make updates as the official guideline words them (reference.py)."""
     cfg = settings(cfg, dtype=dtype, compile=False, act_memory=1.0)
     model, _, _, source, _ = ready(cfg, dataset)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=True)
@@ -167,7 +170,7 @@ def fastest_product(device, dtype):
 
 
 def alternate(variants, cfg):
-    """Run the variants in turn after a warm-up, and print their speeds -> {name: median tokens per second}."""
+    """Run the variants in turn after a warm-up, and print their speeds -> {name: median of tokens/s}."""
     steps = {name: make() for name, make in variants.items() if cfg.only in name}
     if not steps:
         raise UserError(f'only: no variant has {cfg.only!r} in its name, there are: {"; ".join(variants)}')
@@ -200,6 +203,7 @@ def alternate(variants, cfg):
 
 
 def speed_task(cfg, dataset):
+    """Compare the speed of whole updates, and print what share of the machine's speed that is."""
     cfg = settings(cfg)
     variants = {'guideline loop, float32': lambda: guideline_step(cfg, dataset, 'float32')}
     if cfg.nanogpt:
@@ -220,8 +224,8 @@ def speed_task(cfg, dataset):
     name = max((name for name in medians if name.startswith('ours') or cfg.only), key=medians.get)
     reached = medians[name] * flops
     ceiling = fastest_product(cfg.device, torch.bfloat16 if cfg.bf16 else torch.float32)
-    print(f'{name}: {flops / 1e6:.2f} MFLOP per token, {reached / 1e9:.1f} GFLOP/s, {reached / ceiling:.1%} of the '
-          f'fastest product seen ({ceiling / 1e9:.0f} GFLOP/s)')
+    print(f'{name}: {flops / 1e6:.2f} MFLOP per token, {reached / 1e9:.1f} GFLOP/s, {reached / ceiling:.1%} '
+          f'of the fastest product seen ({ceiling / 1e9:.0f} GFLOP/s)')
     if cfg.device == 'cuda':
         device_name = torch.cuda.get_device_name()
         peaks = [train.PEAKS[known] for known in train.PEAKS if known in device_name]
@@ -248,7 +252,7 @@ def peak_bytes():
 
 
 def memory_task(cfg):
-    """Print the peak of one loss and its backward pass beyond model and gradient, of 512 masked tokens in 1,024."""
+    """Print the peak of a loss and its backward pass, beyond model and gradient (512 masks in 1,024)."""
     if not cfg.child:
         peaks = {}
         for name in ('guideline', 'ours'):
@@ -294,7 +298,7 @@ def padded(batch, tok, T):
 
 
 def packing_task(cfg, dataset):
-    """Compare 30 % of the windows split in two, packed, with each segment padded to a row. Count real tokens only."""
+    """Split 30 % of the windows in two. Compare packing with padding each segment to a row (real tokens)."""
     cfg = settings(cfg, random_split=0.3, optimizer='adamw')
     _, net, optimizers, source, tok = ready(cfg, dataset)
     iterations = count()
@@ -312,7 +316,7 @@ def packing_task(cfg, dataset):
 
 
 def saving_task(cfg, dataset, folder):
-    """Print the seconds for 100 updates of a model of 65 M parameters, without checkpoints and with one every 50."""
+    """Print the seconds for 100 updates of 65 M parameters, without checkpoints and with one every 50."""
     shape = dict(n_layer=12, n_head=8, n_kv_head=8, d_model=512, d_ff=1536, batch_size=4, vocab_size=24000)
     cfg = settings(cfg, **shape, optimizer='adamw', out_dir=str(folder / 'run'))
     (folder / 'run').mkdir()

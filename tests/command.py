@@ -7,8 +7,7 @@ import configurator
 
 
 def run(main, namespace, *bases, positional=()):
-    """Run main with the settings of a script's globals() and those of the modules `bases`. Earlier ones win."""
-    # later ones must not replace what the script has set
+    """Run main with the settings of a script's globals() and of the modules `bases`. The earlier one wins."""
     merged = {}
     for base in reversed(bases):
         merged.update(vars(base))
@@ -21,12 +20,13 @@ def run(main, namespace, *bases, positional=()):
 
 
 def help_text(merged, namespace, bases, positional):
-    """Return the help of a script, and then the settings that it takes over, with the comments of their files."""
+    """Return the help of a script, and then that of the settings it takes over, from the files they stand in."""
     left = configurator.configure(merged, [])
     own = {name: left.pop(name) for name in configurator.configure(dict(namespace), [])}
     parts = [configurator.help_text(namespace, own, positional)]
     for base in bases:
-        taken = {name: left.pop(name) for name in configurator.configure(dict(vars(base)), []) if name in left}
+        names = configurator.configure(dict(vars(base)), [])
+        taken = {name: left.pop(name) for name in names if name in left}
         # only its settings: without a docstring, the line of usage is the third one
         text = configurator.help_text({'__file__': base.__file__}, taken, ())
         parts.append(f'and from {Path(base.__file__).name}:\n' + '\n'.join(text.splitlines()[3:]))

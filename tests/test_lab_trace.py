@@ -28,7 +28,7 @@ def run(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp('run'), 'unified')
 
 
-# -------------------------------------------------------------------------------------------------------- the page
+# --------------------------------------------------------------------------------------------------- the page
 
 
 def read_page(path):
@@ -90,16 +90,17 @@ BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', '
 
 @pytest.mark.skipif(not BROWSER, reason='no Chromium here')
 def test_the_page_in_a_browser(run, tmp_path):
-    """It opens on the finished text, which shows no mask, and whatever step is chosen has the right number of them."""
+    """It opens on the finished text, and whatever step is chosen has the right number of masks."""
     page = tmp_path / 'a.html'
     changed = tmp_path / 'b.html'
     script('tests/lab/trace', run, '--prompt=a </script> b', '--gen_length=8', f'--out={page}')
     html = page.read_text(encoding='utf-8')
     last = 'document.querySelector("#text").lastChild.click();'
+    press = 'document.onkeydown({key: "ArrowLeft", target: at("text"), preventDefault() {}});'
     for act, step, masks, about in (
             ('', 8, 0, 'Point at a token'), (last, 8, 0, 'was written in step '),
             (f'move(3); {last}', 3, 5, ''), (f'move(0); {last}', 0, 8, 'the next guesses are '),
-            ('document.onkeydown({key: "ArrowLeft", target: document.body, preventDefault() {}});', 7, 1, 'Point at')):
+            (press, 7, 1, 'Point at a token')):
         changed.write_text(html.replace('draw();\n</script>', f'draw();\n{act}\n</script>'), encoding='utf-8')
         drawn = subprocess.run(
             [BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom',
@@ -133,7 +134,7 @@ def test_only_what_may_be_written_is_a_guess():
         assert p.sum() == pytest.approx(1) and p[[tok.mask_id, tok.vocab_size + 1]].tolist() == [0, 0]
 
 
-# ------------------------------------------------------------------------------------------------- end of a thought
+# ------------------------------------------------------------------------------------------- end of a thought
 
 
 @pytest.mark.parametrize('row, column, token', [
@@ -163,14 +164,14 @@ def test_end_think_ends_a_thought(run):
 
 
 def test_evaluate_with_an_end_of_thoughts(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sample, 'generate_text', sample.generate_text)      # put back what the script replaces
+    monkeypatch.setattr(sample, 'generate_text', sample.generate_text)  # put back what the script replaces
     (tmp_path / 'a.jsonl').write_text('{"question": "1 + 1?", "answer": "2"}')
     script('tests/lab/hooks', 'exact', run, f'--input={tmp_path / "a.jsonl"}', '--show=1', '--gen_length=64',
            '--variable_length', '--block_length=8')
     assert '</think>' in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------- gaps of unknown length
+# ------------------------------------------------------------------------------------- gaps of unknown length
 
 
 def test_an_infill_is_scored_with_its_neighbours(monkeypatch):
@@ -185,8 +186,9 @@ def test_an_infill_is_scored_with_its_neighbours(monkeypatch):
     model = tiny_model()
     prompt = [39, 1, 2, 3, 4, 39, 39, 5, 6, 7]
     filled = [9, 1, 2, 3, 4, 9, 9, 5, 6, 7]
-    score = hooks.infill_score(model, prompt, filled, 39)
-    assert seen == [[0, 1, 2, 3, 4, 5, 6, 7, 8]] and score < 0
+    assert hooks.infill_score(model, prompt, filled, 39) < 0
+    assert hooks.infill_score(model, prompt, filled, 39, neighbours=0) < 0
+    assert seen == [[0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 5, 6]]
 
 
 def test_all_lengths_that_fit_are_tried_and_the_best_comes_first(run, monkeypatch, capsys):
@@ -202,7 +204,8 @@ def test_all_lengths_that_fit_are_tried_and_the_best_comes_first(run, monkeypatc
     cfg = SimpleNamespace(**{**vars(sample), **vars(evaluate), 'checkpoints': [run], 'prompt': ['one ___ x']})
     hooks.gaps(cfg)
     lines = capsys.readouterr().out.splitlines()
-    assert tried == list(range(1, 9)) and lines[0] == 'one ___ x' and ' 5 tokens' in lines[1] and len(lines) == 9
+    assert tried == list(range(1, 9)) and len(lines) == 9
+    assert lines[0] == 'one ___ x' and ' 5 tokens' in lines[1]
     cfg.prompt = ['a' * 91 + '___']
     hooks.gaps(cfg)
     assert tried[8:] == [1, 2, 3, 4, 5]

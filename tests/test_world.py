@@ -12,7 +12,7 @@ import data
 
 
 class Choices:
-    """Stand in for random.Random: make the choices that are planned, then the first one; note what was possible."""
+    """Make the choices that are planned, then the first one, and note what was possible (a random.Random)."""
 
     def __init__(self, planned):
         self.planned = planned
@@ -28,7 +28,7 @@ class Choices:
 
 
 def every_story():
-    """Return all stories of the grammar with their log-probabilities, by a walk over all sequences of choices."""
+    """Return all stories of the grammar with their log-probabilities, from all sequences of choices."""
     planned = []
     found = []
     while True:
@@ -58,7 +58,7 @@ def small_world(monkeypatch):
 def test_the_probabilities_of_all_stories_add_up_to_one(small_world):
     found = every_story()
     assert len(found) > 5000
-    assert len({text for text, _ in found}) == len(found)                           # so the grammar is unambiguous
+    assert len({text for text, _ in found}) == len(found)                   # so the grammar is unambiguous
     assert math.isclose(math.fsum(math.exp(logp) for _, logp in found), 1, rel_tol=1e-9)
     for text, logp in found[::37]:
         assert worlds.readings(text) == pytest.approx([logp])
@@ -78,10 +78,11 @@ STORY = ('Gus lives in the mill. He has a red drum. His brother Max eats nuts. '
 
 # what is changed in the story, and whether the result still agrees, only parses, or neither
 @pytest.mark.parametrize('old, new, expected', [
-    ('Now Gus', 'Now Max', 'agrees'), ('lost the drum', 'lost the kite', 'parses'), ('He has', 'She has', 'parses'),
-    ('Max lost', 'Leo lost', 'parses'), ('the red drum in', 'the blue drum in', 'parses'),
-    ('Max eats', 'Gus eats', 'parses'), ('drum in the mill', 'drum in the park', 'parses'),
-    ('in the garden', 'in the mill', 'no'), ('brother Max', 'brother Ida', 'no'), ('the drum in', 'drum in', 'no'),
+    ('Now Gus', 'Now Max', 'agrees'), ('lost the drum', 'lost the kite', 'parses'),
+    ('He has', 'She has', 'parses'), ('Max lost', 'Leo lost', 'parses'),
+    ('the red drum in', 'the blue drum in', 'parses'), ('Max eats', 'Gus eats', 'parses'),
+    ('drum in the mill', 'drum in the park', 'parses'), ('in the garden', 'in the mill', 'no'),
+    ('brother Max', 'brother Ida', 'no'), ('the drum in', 'drum in', 'no'),
     ('. He', '.  He', 'no'), ('. He', '.He', 'no'), ('in the mill.', 'in the mill. And on.', 'no'),
     ('Gus lives', ' Gus lives', 'no')])
 def test_what_the_grader_tells_apart(old, new, expected):

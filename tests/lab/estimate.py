@@ -3,10 +3,10 @@
     python tests/lab/estimate.py config/llada_8b.py --gpus=320
     python tests/lab/estimate.py config/llada_1b.py --gpus=8 --batch_size=16 --act_memory=1
 
-The memory is the peak of one real update of train.py, as torch's memory tracker counts it. The tensors have shapes
-but no data, and this process is rank 0 of as many as there are GPUs, of which the others do not exist. So it needs
-no GPU, little memory, and about half a minute for 8B. The flag --vocab_size says how large the vocabulary is, if
-neither the config nor a prepared data set does.
+The memory is the peak of one real update of train.py, as torch's memory tracker counts it. The tensors have
+shapes but no data, and this process is rank 0 of as many as there are GPUs, of which the others do not exist.
+So it needs no GPU, little memory, and about half a minute for 8B. The flag --vocab_size says how large the
+vocabulary is, if neither the config nor a prepared data set does.
 """
 
 import sys
@@ -36,8 +36,8 @@ gpus = 1                        # how many GPUs
 gpu_gb = 80                     # GiB of memory of each
 overhead_gb = 5.0               # GB that CUDA, NCCL and fragmentation take, which is assumed
 assumed_vocab = 4096            # vocabulary, if neither the config nor a prepared data set says it
-assumed_mfu = 0.4               # share of the peak FLOP/s that training reaches. 12 layers of the 8B reached 0.44
-                                # on one H100 (RESULTS.md), and LLaDA's 130,000 H800 hours correspond to 0.248.
+assumed_mfu = 0.4               # share of the peak FLOP/s that training reaches. 12 layers of the 8B reached
+                                # 0.44 on one H100 (RESULTS.md), and LLaDA's 130,000 H800 hours are 0.248.
 
 # what MemTracker calls the parts of the memory, and what they are
 PARTS = {
@@ -87,8 +87,8 @@ def fake_machine(world):
 def keep_as_compiled(blocks, share):
     """Let blocks keep for the backward pass what torch.compile with this share of activations would keep.
 
-    The compiler's plan for a block is executed operation by operation. (What stands between two operations that a
-    compiler would fuse exists for a moment here.)
+    The compiler's plan for a block is executed operation by operation. (What stands between two operations
+    that a compiler would fuse exists for a moment here.)
     """
     from functorch.compile import aot_function, min_cut_rematerialization_partition, nop
     from torch._functorch import config
@@ -100,7 +100,7 @@ def keep_as_compiled(blocks, share):
             with _reparametrize_module(block, params):
                 return models.Block.forward(block, x, cos, sin, None, None, pattern, *positions)
 
-        # parameters are inputs of a plan, so all blocks share one; the last block has its own, with `positions`
+        # parameters are inputs of a plan, so all blocks share one, but the last one, which gets `positions`
         inputs = [x, cos, sin] if positions is None else [x, cos, sin, positions]
         if len(inputs) not in plans:
             plans[len(inputs)] = aot_function(
@@ -113,7 +113,7 @@ def keep_as_compiled(blocks, share):
 
 
 def peak_memory(cfg):
-    """Make updates on rank 0 of train.WORLD processes, and track the last one -> bytes at its peak, by part."""
+    """Make updates on one of train.WORLD processes, and track the last one -> bytes at its peak, by part."""
     from torch.distributed._tools.mem_tracker import MemTracker
     world = train.WORLD
     compiled = cfg.compile and cfg.act_memory > 0
@@ -182,7 +182,8 @@ def print_memory(cfg, passes):
     total = sum(parts.values()) / 1e9 + cfg.overhead_gb
     fits = 'fits' if total <= cfg.gpu_gb * 2 ** 30 / 1e9 else 'does not fit'
     print(f'{cfg.overhead_gb:9.2f} GB      CUDA, NCCL, fragmentation (assumed)')
-    print(f'{total:9.2f} GB      on each of {cfg.gpus} GPUs at the peak of an update: {fits} into {cfg.gpu_gb} GiB')
+    print(f'{total:9.2f} GB      on each of {cfg.gpus} GPUs at the peak of an update: '
+          f'{fits} into {cfg.gpu_gb} GiB')
 
 
 def main(cfg):
@@ -204,7 +205,8 @@ def main(cfg):
     print(f'parameters        {model.num_params():,} '
           f'({model.num_params(non_embedding=True):,} outside embedding and head)')
     print(f'vocabulary        {cfg.vocab_size:,} ({source})')
-    print(f'update            {update:,} tokens: {cfg.gpus} GPUs x {passes} passes x {cfg.batch_size} windows')
+    print(f'update            {update:,} tokens: '
+          f'{cfg.gpus} GPUs x {passes} passes x {cfg.batch_size} windows')
     print(f'run               {cfg.max_iters:,} updates, {tokens:,} tokens, {flops:.2e} FLOP')
     print(f'time              {seconds / 86400:,.2f} days, {seconds * cfg.gpus / 3600:,.2f} GPU hours, if '
           f'{cfg.assumed_mfu:.0%} of {peak / 1e12:.0f} TFLOP/s are reached', flush=True)

@@ -1,15 +1,15 @@
 """Repeat the experiments of the papers in minutes. The results are in RESULTS.md.
 
     python tests/lab/worlds.py                                          # first: makes the data
-    python tests/lab/experiments.py log out/docs --out=out/docs.csv     # the curves of a run, from its log.jsonl
-    python tests/lab/experiments.py by_t out/docs --out=out/by_t.csv    # nats per token, by how much is hidden
-    python tests/lab/experiments.py world out/world out/world_ar        # stories: bound against the source, grades
+    python tests/lab/experiments.py log out/docs --out=out/docs.csv     # the curves of a run, from its log
+    python tests/lab/experiments.py by_t out/docs --out=out/by_t.csv    # nats per token by share hidden
+    python tests/lab/experiments.py world out/world out/world_ar        # bound against the source, grades
     python tests/lab/experiments.py ahead out/world out/docs            # fewer passes, the same tokens
     python tests/lab/experiments.py commit out/sft_toy --gen_length=8   # how many tokens to commit at once
-    python tests/lab/experiments.py flood out/sft_toy out/sft_toy_unified   # EOS on canvases longer than the answer
+    python tests/lab/experiments.py flood out/sft_toy out/sft_toy_unified       # EOS on long canvases
     python tests/lab/experiments.py gaps out/world                      # words left out, length unknown
     python tests/lab/experiments.py reversal out/reversal_facts out/reversal_facts_ar
-    python tests/lab/experiments.py curves out/world --out=out/curves.csv   # steps, blocks, temperature, Eq. 5 and 6
+    python tests/lab/experiments.py curves out/world --out=out/curves.csv       # each setting of the sampler
     python tests/lab/experiments.py scaling 'out/scaling_*' --out=out/scaling.csv
 
 The other settings are those of evaluate.py. --out writes a .csv and, if matplotlib is installed, a .png.
@@ -45,7 +45,7 @@ task = ''                       # one of the experiments above
 samples = 512                   # world, curves: how many stories to sample
 candidates = 64                 # reversal: how many halves an autoregressive model chooses from
 poems = ''                      # reversal: a file of couplets; '' = the facts of worlds.py
-remasking = 'auto'              # 'random', 'low_confidence', or 'auto' = random for stories, else low_confidence
+remasking = 'auto'              # 'random', 'low_confidence'; 'auto' = random for stories, else low_confidence
 temperature = -1.0              # of the guesses; -1 = 1 if remasking is random, else 0
 
 
@@ -53,15 +53,24 @@ temperature = -1.0              # of the guesses; -1 = 1 if remasking is random,
 # What several experiments need
 
 
+def runs(cfg):
+    """Open the checkpoints one after the other."""
+    for name in cfg.checkpoints:
+        yield evaluate.load(name, cfg)
+
+
 def held_out(run, cfg, limit, masking=''):
-    """Return the held-out rows of a run's data set, [(x0 (T,), maskable (T,)), ...]. masking: '' = as in training."""
+    """Return the held-out rows of a run's data set, [(x0 (T,), maskable (T,)), ...].
+
+    limit: how many, 0 = all. masking: which tokens are maskable, '' = as in training.
+    """
     dataset = evaluate.dataset_of([run], cfg)
     source = data.open_source(dataset, 'val', masking or run.masking, run.tok, run.model.config.seq_len)
     return source.held_out(limit)[0]
 
 
 def write(run, prompts, new, cfg, answers=True, **changes):
-    """Write `new` tokens after prompts, with some settings of the sampler changed -> lists of new ids, seconds."""
+    """Write `new` tokens after prompts, with `changes` to the settings -> lists of new ids, seconds."""
     cfg = SimpleNamespace(**{**vars(cfg), **changes})
     params = sample.sampling_params(cfg, new, answers)
     seeds = [(cfg.seed, k) for k in range(len(prompts))]
@@ -112,10 +121,9 @@ def refuse_causal(run, why):
 
 
 def world(cfg):
-    """Compare the bound on held-out stories with the entropy of their source, and grade what a model writes."""
+    """Compare the bound on held-out stories with the entropy of their source, and grade what is written."""
     table = []
-    for name in cfg.checkpoints:
-        run = evaluate.load(name, cfg)
+    for run in runs(cfg):
         source = []
         model = []
         for i, (x0, maskable) in enumerate(held_out(run, cfg, cfg.windows, 'response')):
@@ -128,7 +136,7 @@ def world(cfg):
         parse, consistent, seconds = grade_stories(run, cfg)
         sign = '=' if run.model.config.causal else '<='
         add(table, [
-            name, f'{-source:.2f}', f'{sign} {-model:.2f}', f'{sign} {model / source:.3f}', len(parse),
+            run.name, f'{-source:.2f}', f'{sign} {-model:.2f}', f'{sign} {model / source:.3f}', len(parse),
             *evaluate.percent(parse), *evaluate.percent(consistent), round(seconds, 1)])
     columns = ['checkpoint', 'source, nats', 'model, nats', 'x the source', 'samples', 'parse %', '+-',
                'consistent %', '+-', 'seconds']
@@ -140,9 +148,9 @@ def world(cfg):
 
 
 def leave_out(text, n, tok):
-    """Put ___ for the n words before the last 'in' of a story that ends like '... has the red drum in the mill.'
+    """Put ___ for the n words before the place in a story that ends like '... has the red drum in the mill.'
 
-    Returns None if the story ends otherwise, or if these words are not n tokens.
+    Return None if it ends otherwise, or if these words are not n tokens.
     """
     story, _, place = text.rpartition(' in ')
     before, *words = story.rsplit(' ', n)
@@ -153,10 +161,9 @@ def leave_out(text, n, tok):
 
 
 def gaps(cfg):
-    """Fill gaps of one to three tokens, and count how often this restores the text, by how the length is chosen."""
+    """Fill gaps of one to three tokens, and count how often that restores the text, by choice of length."""
     table = []
-    for name in cfg.checkpoints:
-        run = evaluate.load(name, cfg)
+    for run in runs(cfg):
         mask_id = run.tok.mask_id
         folder = evaluate.dataset_of([run], cfg).parts[0].folder
         texts = []
@@ -171,25 +178,17 @@ def gaps(cfg):
 
             hits = {'known': [], 'best fit': [], 'most probable filling': []}
             for text, prompt in questions:
-                found = hooks.fill_gaps(run, prompt, cfg)                       # (score, ids, filled), best first
+                found = hooks.fill_gaps(run, prompt, cfg)               # (score, ids, filled), best first
                 fillings = {ids.count(mask_id): filled for _, ids, filled in found}
-                alone = [score_filling(run, ids, filled) for _, ids, filled in found]
+                alone = []
+                for _, ids, filled in found:
+                    alone.append(hooks.infill_score(run.model, ids, filled, mask_id, neighbours=0))
                 kept = (fillings[n], found[0][2], found[alone.index(max(alone))][2])
                 for how, filled in zip(hits, kept):
                     hits[how].append(run.tok.decode(filled[len(run.start):]) == text)
             for how, right in hits.items():
-                add(table, [name, n, how, len(right), *evaluate.percent(right)])
+                add(table, [run.name, n, how, len(right), *evaluate.percent(right)])
     evaluate.table(table, ['checkpoint', 'tokens left out', 'length', 'gaps', 'exact %', '+-'], cfg.out)
-
-
-def score_filling(run, prompt, filled):
-    """Return the mean log-probability per token of a filling, without its neighbours."""
-    device = diffusion.device_of(run.model)
-    gap = torch.tensor(prompt, device=device) == run.tok.mask_id
-    x0 = torch.tensor(filled, device=device)
-    noise = diffusion.keyed_generator(0)
-    log_p = diffusion.log_likelihood(run.model, x0, gap, run.tok.mask_id, mc_num=64, generator=noise)
-    return log_p / int(gap.sum())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -200,10 +199,10 @@ def score_filling(run, prompt, filled):
 def speculate(model, x, mask_id, n, never=()):
     """Write what generate writes at one token per step -> x (1, T), number of forward passes.
 
-    (On a canvas x (1, T), low confidence, temperature 0.) Only the first canvas is certain. The n canvases after it
-    are guesses: what it becomes if one, two, ... of its most confident tokens are committed. One pass evaluates all.
-    If the token that is committed on a canvas yields the next canvas, then that one was guessed right, so it is
-    certain as well.
+    (On a canvas x (1, T), low confidence, temperature 0.) Only the first canvas is certain. The n canvases
+    after it are guesses: what it becomes if one, two, ... of its most confident tokens are committed. One
+    pass evaluates all. If the token that is committed on a canvas yields the next canvas, then that one was
+    guessed right, so it is certain as well.
     """
     never = [mask_id, *never]
     canvases = x
@@ -234,8 +233,7 @@ def speculate(model, x, mask_id, n, never=()):
 def ahead(cfg):
     """Count the passes that guessed canvases save, on held-out rows whose last three quarters are hidden."""
     table = []
-    for name in cfg.checkpoints:
-        run = evaluate.load(name, cfg)
+    for run in runs(cfg):
         never = run.tok.unused(run.model.config.vocab_size)
         rows = [x0 for x0, _ in held_out(run, cfg, cfg.windows or 32)]
         expected = []
@@ -251,7 +249,7 @@ def ahead(cfg):
             seconds = time.perf_counter() - started
             expected = expected or written
             same = [torch.equal(a, b) for a, b in zip(written, expected)]
-            add(table, [name, n, len(rows), passes, *evaluate.percent(same), round(seconds, 1)])
+            add(table, [run.name, n, len(rows), passes, *evaluate.percent(same), round(seconds, 1)])
     columns = ['checkpoint', 'guessed ahead', 'rows', 'passes', 'same tokens %', '+-', 'seconds']
     evaluate.table(table, columns, cfg.out)
 
@@ -266,18 +264,18 @@ def hide_three_quarters(x0, run):
 # ----------------------------------------------------------------------------------------------------------
 # Rules for committing many tokens at once
 #
-# A rule gets the distributions p (M, V) at the masked positions, and those of the pass before (None in the first).
-# It returns its confidence in each guess (M,), and how many of the most confident ones to commit.
+# A rule gets the distributions p (M, V) at the masked positions, and those of the pass before (None in the
+# first). It returns its confidence in each guess (M,), and how many of the most confident ones to commit.
 
 
 def by_threshold(p, before, least):
-    """Commit all guesses of at least this probability. (--threshold does this, in the dtype of the logits.)"""
+    """Commit all guesses of at least this probability, as --threshold does in the dtype of the logits."""
     confidence = p.amax(-1)
     return confidence, (confidence >= least).sum()
 
 
 def by_factor(p, before, most):
-    """Commit the n most probable, as long as (n + 1)(1 - p of the last) < most (Fast-dLLM, arXiv 2505.22618)."""
+    """Commit the n most probable, if (n + 1)(1 - p of the last) < most (Fast-dLLM, arXiv 2505.22618)."""
     confidence = p.amax(-1)
     doubt = 1 - confidence.sort(descending=True).values
     n = torch.arange(1, len(doubt) + 1, device=p.device)
@@ -295,9 +293,9 @@ def by_entropy(p, before, most):
 
 
 def by_change(p, before, most, least=0.9):
-    """Commit guesses of probability `least` that the last pass changed by less than `most` nats, KL(now || before).
+    """Commit guesses of probability `least` that the last pass changed by less than `most` nats.
 
-    (KLASS, arXiv 2511.05664, asks this of two passes.)
+    The change is KL(now || before). (KLASS, arXiv 2511.05664, asks this of two passes.)
     """
     confidence = p.amax(-1)
     if before is None:
@@ -328,7 +326,7 @@ def generate_by_rule(rule, most, model, x, mask_id, never=()):
         masked = x == mask_id
         logits = model(x, positions=masked)
         guess, _ = diffusion.propose(logits, masked, SamplingParams(), never, [], None)
-        # (what is never written keeps its share of the softmax, as in the sampler)
+        # what is never written keeps its share of the softmax, as in the sampler; by_change takes logarithms
         p = logits.float().softmax(-1).clamp_min(1e-30)                                 # (M, V)
         p[:, never] = 1e-30
         confidence, n = rule(p, None if before is None else before[masked[0]], most)
@@ -343,12 +341,13 @@ def generate_by_rule(rule, most, model, x, mask_id, never=()):
 def canvases_of(run, cfg):
     """Return what a run has to write, canvases (1, T), and a function rows of ids -> whether each is right.
 
-    With --gen_length these are the answers to held-out questions, otherwise the last three quarters of held-out
-    stories with the EOS that pads them.
+    With --gen_length these are the answers to held-out questions, otherwise the last three quarters of
+    held-out stories with the EOS that pads them.
     """
     tok = run.tok
     if not cfg.gen_length:
-        canvases = [hide_three_quarters(x0, run) for x0, _ in held_out(run, cfg, cfg.windows or 200, 'response')]
+        stories = held_out(run, cfg, cfg.windows or 200, 'response')
+        canvases = [hide_three_quarters(x0, run) for x0, _ in stories]
 
         def consistent(rows):
             return [bool(worlds.readings(sample.answer_text(row[len(run.start):], tok))) for row in rows]
@@ -365,10 +364,9 @@ def canvases_of(run, cfg):
 
 
 def commit(cfg):
-    """Count, for each rule, passes, tokens equal to those of one per pass, and how often the result is right."""
+    """Count passes, tokens equal to those of one per pass, and right results, for each rule."""
     table = []
-    for name in cfg.checkpoints:
-        run = evaluate.load(name, cfg)
+    for run in runs(cfg):
         mask_id = run.tok.mask_id
         never = run.tok.unused(run.model.config.vocab_size)
         canvases, right = canvases_of(run, cfg)
@@ -386,9 +384,10 @@ def commit(cfg):
             same = sum(int((x == y)[masked].sum()) for x, y, masked in zip(written, expected, masks))
             hits = right([x[0].tolist() for x in written])
             add(table, [
-                name, label, most, len(hits), passes, f'{n_tokens / passes:.2f}', f'{100 * same / n_tokens:.1f}',
-                *evaluate.percent(hits)])
-    columns = ['checkpoint', 'rule', 'at', 'rows', 'passes', 'tokens per pass', 'same tokens %', 'right %', '+-']
+                run.name, label, most, len(hits), passes, f'{n_tokens / passes:.2f}',
+                f'{100 * same / n_tokens:.1f}', *evaluate.percent(hits)])
+    columns = [
+        'checkpoint', 'rule', 'at', 'rows', 'passes', 'tokens per pass', 'same tokens %', 'right %', '+-']
     evaluate.table(table, columns, cfg.out)
 
 
@@ -399,14 +398,13 @@ def commit(cfg):
 def flood(cfg):
     """Measure how much of a canvas is EOS, and what that does to the answers, as gen_length grows."""
     table = []
-    for name in cfg.checkpoints:
-        run = evaluate.load(name, cfg)
+    for run in runs(cfg):
         refuse_causal(run, 'an autoregressive model has no canvas to flood')
         items, prompts = evaluate.questions_of(run, cfg)
         for new in [cfg.gen_length] if cfg.gen_length else (16, 32, 64, 128):
             rows, hits, _ = answer(run, items, prompts, new, cfg)
             ends = sum(row.count(run.tok.eos_id) for row in rows) / len(rows) / new
-            add(table, [name, new, f'{100 * ends:.1f}', *evaluate.percent(hits)])
+            add(table, [run.name, new, f'{100 * ends:.1f}', *evaluate.percent(hits)])
     evaluate.table(table, ['checkpoint', 'gen_length', 'EOS % of canvas', 'right %', '+-'], cfg.out)
 
 
@@ -417,9 +415,9 @@ def flood(cfg):
 def fill_halves(run, items, half, cfg):
     """Write the 'first' or 'second' half of couplets -> whether each is right, a list of bool.
 
-    Diffusion gets the statement with masks in place of the half, as many as it has tokens (and one for the EOS after
-    a second half). An autoregressive model gets what it can be given, all that is before the half. For a first half
-    that is the second half and the join, as a prompt.
+    Diffusion gets the statement with masks in place of the half, as many as it has tokens (and one for the
+    EOS after a second half). An autoregressive model gets what it can be given, all that is before the half.
+    For a first half that is the second half and the join, as a prompt.
     """
     tok = run.tok
     causal = run.model.config.causal
@@ -445,12 +443,13 @@ def fill_halves(run, items, half, cfg):
     new = max(map(len, expected)) if causal else 0
     params = sample.sampling_params(cfg, new)
     seeds = [(cfg.seed, k) for k in range(len(prompts))]
-    rows, _ = sample.generate_text(run.model, prompts, new, tok, params, seeds=seeds, batch_size=cfg.batch_size)
+    rows, _ = sample.generate_text(
+        run.model, prompts, new, tok, params, seeds=seeds, batch_size=cfg.batch_size)
     return [row[start:start + len(want)] == want for row, start, want in zip(rows, starts, expected)]
 
 
 def rank_first_halves(run, items, cfg):
-    """Return whether a model finds the right first half likeliest among `candidates`, in the whole statement."""
+    """Return for each item whether its first half is the likeliest of `candidates`, by whole statements."""
     tok = run.tok
     rng = random.Random(cfg.seed)
     every_first = sorted({item['first'] for item in items})
@@ -475,14 +474,13 @@ def reversal(cfg):
     one_way = [item for item in seen if not item['both']]
 
     table = []
-    for name in cfg.checkpoints:
-        run = evaluate.load(name, cfg)
+    for run in runs(cfg):
         columns = {
             'later half %': (fill_halves, seen, 'second'),
             'earlier half %': (fill_halves, seen, 'first'),
             'earlier, one way %': (fill_halves, one_way, 'first'),
             'unstated %': (fill_halves, unseen, 'second')}
-        row = [name, len(seen)]
+        row = [run.name, len(seen)]
         for f, questions, half in columns.values():
             row.append(' +- '.join(evaluate.percent(f(run, questions, half, cfg))) if questions else '')
         ranked = ''
@@ -491,10 +489,11 @@ def reversal(cfg):
             ranked = ' +- '.join(evaluate.percent(rank_first_halves(run, some, cfg)))
         add(table, [*row, ranked])
 
-    say('earlier half: diffusion fills it in; an autoregressive model is given the later half and the join, which is '
-        'no true statement\none way: the same where no other statement has the two in the opposite order\nunstated: '
-        'the later half of a statement that only its reverse implies\nranked: the earlier half among '
-        f'{cfg.candidates}, by likelihood')
+    say('earlier half: diffusion fills it in; an autoregressive model is given the later half and the join, '
+        'which is no true statement\n'
+        'one way: the same where no other statement has the two in the opposite order\n'
+        'unstated: the later half of a statement that only its reverse implies\n'
+        f'ranked: the earlier half among {cfg.candidates}, by likelihood')
     evaluate.table(table, ['checkpoint', 'statements', *columns, 'earlier, ranked %'], cfg.out)
 
 
@@ -518,13 +517,13 @@ def sweeps(new):
 
 
 def curves(cfg):
-    """Measure quality against each setting of the sampler, and the spread of Eq. 5 and Eq. 6 against n of masks.
+    """Measure quality against each setting of the sampler, and the spread of Eq. 5 and 6 against masks drawn.
 
-    Quality is the share of consistent stories for a model of the synthetic world, otherwise that of right answers.
+    Quality is the share of consistent stories for a model of the synthetic world, otherwise that of right
+    answers.
     """
     table = []
-    for name in cfg.checkpoints:
-        run = evaluate.load(name, cfg)
+    for run in runs(cfg):
         refuse_causal(run, 'these are settings of diffusion samplers, but the model is autoregressive')
         on_stories = evaluate.dataset_of([run], cfg).parts[0].folder.name == 'world'
         items, prompts = ([], [run.start]) if on_stories else evaluate.questions_of(run, cfg)
@@ -537,7 +536,7 @@ def curves(cfg):
                 _, hits, seconds = grade_stories(run, cfg, **settings)
             else:
                 continue
-            add(table, [name, sweep, value, *evaluate.percent(hits), round(len(hits) * new / seconds)])
+            add(table, [run.name, sweep, value, *evaluate.percent(hits), round(len(hits) * new / seconds)])
         table += likelihood_spread(run, cfg)
 
     evaluate.table(table, ['checkpoint', 'sweep', 'setting', '%', '+-', 'tokens/s'], cfg.out)
@@ -554,7 +553,8 @@ def likelihood_spread(run, cfg, repeats=16):
     x0 = x0.to(device)
     maskable = maskable.to(device)
     table = []
-    for label, estimate in (('Eq. 5', reference.log_likelihood_bernoulli), ('Eq. 6', diffusion.log_likelihood)):
+    estimates = {'Eq. 5': reference.log_likelihood_bernoulli, 'Eq. 6': diffusion.log_likelihood}
+    for label, estimate in estimates.items():
         for n in (4, 16, 64, 256):
             values = []
             started = time.perf_counter()
@@ -616,8 +616,8 @@ def scaling(cfg):
         c, d = lines['diffusion']
         for flops in sorted({flops for flops, _, _ in families['autoregressive']}):
             needed = 10 ** ((a * math.log10(flops) + b - d) / c)
-            print(f'what the autoregressive line reaches with {flops:.2g} FLOPs, the diffusion line reaches with '
-                  f'{needed:.2g}: {needed / flops:.3g} times as many')
+            print(f'what the autoregressive line reaches with {flops:.2g} FLOPs, the diffusion line reaches '
+                  f'with {needed:.2g}: {needed / flops:.3g} times as many')
 
     points = []
     for family, measured in families.items():
@@ -630,7 +630,7 @@ def scaling(cfg):
 
 
 def read_log(name):
-    """Return the entries of a run's log.jsonl in order. After a resume an iteration comes twice; the last counts."""
+    """Return the entries of a run's log.jsonl in order. If an iteration comes twice, the last one counts."""
     entries = {}
     with open(Path(name) / 'log.jsonl', encoding='utf-8') as lines:
         for entry in map(json.loads, lines):
@@ -664,8 +664,7 @@ def by_t(cfg):
     """Measure nats per hidden token, by the share of its window that is hidden."""
     table = []
     points = []
-    for name in cfg.checkpoints:
-        run = evaluate.load(name, cfg)
+    for run in runs(cfg):
         refuse_causal(run, 'an autoregressive model hides nothing')
         rows = held_out(run, cfg, cfg.windows or 128)
         device = diffusion.device_of(run.model)
@@ -674,14 +673,15 @@ def by_t(cfg):
             nats = []
             for x0, maskable in rows:
                 xt, masked = diffusion.forward_process(
-                    x0[None], torch.tensor([t]), run.tok.mask_id, maskable[None], fixed_count=True, generator=noise)
+                    x0[None], torch.tensor([t]), run.tok.mask_id, maskable[None],
+                    fixed_count=True, generator=noise)
                 ce = run.model(xt.to(device), positions=masked.to(device), targets=x0[masked[0]].to(device))
                 nats.append(ce.mean().item())
             nats = torch.tensor(nats)
             mean = nats.mean().item()
             error = nats.std().item() / len(nats) ** 0.5
-            add(table, [name, t, len(nats), f'{mean:.3f}', f'{error:.3f}'])
-            points.append(('share hidden', name, t, mean, error))
+            add(table, [run.name, t, len(nats), f'{mean:.3f}', f'{error:.3f}'])
+            points.append(('share hidden', run.name, t, mean, error))
     evaluate.table(table, ['checkpoint', 'share hidden', 'rows', 'nats per hidden token', '+-'], cfg.out)
     draw(cfg, points, 'nats per hidden token')
 

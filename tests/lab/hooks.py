@@ -3,9 +3,9 @@
     python tests/lab/hooks.py gaps out/docs --prompt="If the file ___ exist"       # tries 1 to 8 tokens
     python tests/lab/hooks.py lm_eval iLLaDA-8B-Instruct config/eval/illada_instruct_mbpp.py
 
-The second is evaluate.py (also: exact) with a "</think>" that becomes more and more likely. iLLaDA's evaluation does
-that for reasoning tasks, as read in forks of the official repository. All other settings are those of sample.py and
-evaluate.py.
+The second is evaluate.py (also: exact) with a "</think>" that becomes more and more likely. iLLaDA's
+evaluation does that for reasoning tasks, as read in forks of the official repository. All other settings are
+those of sample.py and evaluate.py.
 """
 
 import sys
@@ -36,10 +36,10 @@ TASKS = ('gaps', 'exact', 'lm_eval')
 
 
 def end_think(begin, gen_length, ids, boost=100.0, power=3.0):
-    """Return an `adjust` that makes the tokens `ids` of "</think>" ever more likely, until a row contains them.
+    """Return an `adjust` that makes the tokens `ids` of "</think>" ever more likely, until a row has them.
 
-    The next of them gains boost * progress^power in the logits of the first mask of a row. progress says how far
-    this position lies into the gen_length columns after the prompt, which ends at column `begin`.
+    The next of them gains boost * progress^power in the logits of the first mask of a row. progress says how
+    far this position lies into the gen_length columns after the prompt, which ends at column `begin`.
     """
     def adjust(logits, x, masked):
         logits = logits.clone()
@@ -74,8 +74,9 @@ def n_begun(row, ids):
 
 
 def generate_with_end_think(model, prompts, gen_length, tok, params,
-                            *, seeds, boost=100.0, power=3.0, batch_size=1, generate=sample.generate_text, **options):
-    """Do what sample.generate_text does, with end_think. One by one, because prompts end at different columns."""
+                            *, seeds, boost=100.0, power=3.0, batch_size=1,
+                            generate=sample.generate_text, **options):
+    """Do what sample.generate_text does, with end_think. (One by one: prompts end at different columns.)"""
     ids = tok.encode('</think>')
     rows = []
     n_forward = 0
@@ -91,17 +92,17 @@ def generate_with_end_think(model, prompts, gen_length, tok, params,
 # Gaps of unknown length
 
 
-def infill_score(model, prompt, filled, mask_id, *, mc_num=64, seed=0):
+def infill_score(model, prompt, filled, mask_id, *, neighbours=2, mc_num=64, seed=0):
     """Score an infill, both lists of ids: its bound on log p in nats per token -> float.
 
-    The likelihood of a filling by itself hardly depends on whether its length is right, so the two tokens on each
-    side are scored as well. A wrong length shows there.
+    The likelihood of a filling by itself hardly depends on whether its length is right, so `neighbours`
+    tokens on each side are scored as well. A wrong length shows there.
     """
     device = diffusion.device_of(model)
     gap = [i for i, token in enumerate(prompt) if token == mask_id]
     scored = torch.zeros(len(prompt), dtype=torch.bool, device=device)
     for i in gap:
-        scored[max(0, i - 2):i + 3] = True
+        scored[max(0, i - neighbours):i + neighbours + 1] = True
     logp = diffusion.log_likelihood(
         model, torch.tensor(filled, device=device), scored, mask_id, mc_num=mc_num,
         generator=diffusion.keyed_generator(seed))
@@ -109,7 +110,7 @@ def infill_score(model, prompt, filled, mask_id, *, mc_num=64, seed=0):
 
 
 def fill_gaps(run, prompt, cfg, lengths=range(1, 9)):
-    """Fill the ___ of a text with each of these numbers of tokens -> [(score, prompt ids, filled ids)], best first."""
+    """Fill the ___ of a text with each number of tokens -> [(score, prompt ids, filled ids)], best first."""
     tried = []
     for n in lengths:
         ids = sample.encode_prompt(prompt, run, SimpleNamespace(**{**vars(cfg), 'gap_length': n}))
@@ -130,7 +131,7 @@ def fill_gaps(run, prompt, cfg, lengths=range(1, 9)):
 def gaps(cfg):
     """Print the fillings of each prompt with their scores, best first."""
     if not cfg.checkpoints or not cfg.prompt:
-        raise UserError('expected a checkpoint, and a text with a gap:  gaps out/docs --prompt="If the file ___ exist"')
+        raise UserError('expected a checkpoint and a gap:  gaps out/docs --prompt="If the file ___ exist"')
     for name in cfg.checkpoints:
         run = sample.load(name, cfg)
         if run.model.config.causal:

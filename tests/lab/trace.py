@@ -2,8 +2,8 @@
 
     python tests/lab/trace.py out/docs --prompt="If the file ___ exist" --out=out/trace.html
 
-Open the page in a browser. It is one file that loads nothing else, and the text in it is data and cannot become
-markup. The settings are those of sample.py, but there is one prompt at most.
+Open the page in a browser. It is one file that loads nothing else, and the text in it is data and cannot
+become markup. The settings are those of sample.py, but there is one prompt at most.
 """
 
 import json
@@ -21,10 +21,11 @@ from configurator import UserError  # noqa: E402
 
 out = 'out/trace.html'          # the page to write, a new file
 HIDDEN = '░'                    # how a mask looks
+NEVER = 10 ** 9                 # the step that writes what was not written
 
 
 def pieces_of(ids, tok):
-    """Return what each id adds to the text. A character that consists of several tokens appears with its last one."""
+    """Return what each id adds to the text. A character of several tokens appears with its last one."""
     pieces = []
     waiting = []
     for i, token in enumerate(ids):
@@ -54,7 +55,7 @@ class Trace:
         self.born = []                                      # for each position: the step before it appeared,
         self.written = []                                   # the step that wrote it (0: it was given),
         self.sure = []                                      # and how probable it was then, in per cent
-        self.guesses = []                                   # for each step: position -> [[text, per cent], ...]
+        self.guesses = []                                   # of each step: position -> [[text, per cent]]
         self.probabilities = {}                             # position -> (V,), of the step that is going on
 
     def look(self, logits, x, masked):
@@ -73,13 +74,14 @@ class Trace:
         return logits
 
     def __call__(self, x, committed):
+        """Note which tokens of the row a step has written."""
         self.step += 1
         self.ids = x[0].tolist()
         # a new block, or in the first step the whole canvas
         for position in range(len(self.born), len(self.ids)):
             hidden = position in self.probabilities or self.ids[position] == self.tok.mask_id
             self.born.append(self.step - 1)
-            self.written.append(10 ** 9 if hidden else 0)
+            self.written.append(NEVER if hidden else 0)
             self.sure.append(None)
 
         for position in committed[0].nonzero()[:, 0].tolist():

@@ -1,9 +1,10 @@
 """Make synthetic data whose probability is known, for the experiments and the exercises.
 
-    python tests/lab/worlds.py                              # writes data/world, data/instruct and data/facts
-    python tests/lab/worlds.py --poems=poem_data.json       # data/poems, from couplets [{"first", "second"}, ...]
+    python tests/lab/worlds.py                              # data/world, data/instruct and data/facts
+    python tests/lab/worlds.py --poems=poem_data.json       # data/poems, from [{"first", "second"}, ...]
 
-    world      stories from a small grammar. We can grade what a model writes, and compare its loss with the entropy
+    world      stories from a small grammar, so we can grade what a model writes, and compare its loss with
+               the entropy of the source
     instruct   questions and tasks about such stories, with answers that can be checked
     facts      who is whose mother, stated in both directions, for the reversal experiment
 """
@@ -28,21 +29,21 @@ from configurator import UserError, run  # noqa: E402
 poems = ''                      # a file of couplets; '' = the three synthetic data sets
 out = 'data'                    # where the folders go
 
-# A story has one sentence from each line of STORY, and its alternatives (|) are equally likely. {A} is a slot: the
-# first slot of a letter draws a word of its kind (or of the kind after the colon, as in {B:girl}) that the story has
-# not used yet, each equally likely. Later slots repeat the word, and {A.he} is its pronoun.
+# A story has one sentence from each line of STORY, and its alternatives (|) are equally likely. {A} is a
+# slot. The first slot of a letter draws a word of its kind (or the kind after the colon: {B:girl}), each
+# equally likely, but none that the story has used. Later slots repeat the word, and {A.he} is its pronoun.
 #
-# Alternatives have the same length. So a word and its repetition are always equally far apart, which a small model
-# learns fast. Each kind of word is repeated in half of the last sentences, because a model does not learn in minutes
-# what is rarely repeated (RESULTS.md has the figures).
+# Alternatives have the same length. So a word and its repetition are always equally far apart, which a small
+# model learns fast. Each kind of word is repeated in half of the last sentences, because a model does not
+# learn in minutes what is rarely repeated (RESULTS.md has the figures).
 
 WORDS = {
     'girl': 'Anna, Bella, Cleo, Dora, Emma, Fay, Greta, Hanna, Ida, Julia, Kate, Lucy',
     'boy': 'Adam, Ben, Carl, David, Erik, Felix, Gus, Hugo, Ivan, Jack, Leo, Max',
     'place': 'the castle, the city, the forest, the harbour, the island, the library, the market, the mill, '
              'the mountains, the museum, the park, the village',
-    'spot': 'the attic, the barn, the bath, the cave, the cellar, the garden, the hall, the kitchen, the shed, '
-            'the stable, the tent, the tower',
+    'spot': 'the attic, the barn, the bath, the cave, the cellar, the garden, the hall, the kitchen, '
+            'the shed, the stable, the tent, the tower',
     'colour': 'black, blue, brown, green, grey, orange, purple, red, white, yellow',
     'thing': 'ball, bell, boat, book, box, coat, cup, drum, hat, kite, lamp, ring',
     'animal': 'bear, bird, cat, cow, dog, fox, frog, goat, horse, mouse, rabbit, sheep',
@@ -50,7 +51,7 @@ WORDS = {
     'day': 'Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday'}
 WORDS = {kind: words.split(', ') for kind, words in WORDS.items()}
 WORDS['name'] = WORDS['girl'] + WORDS['boy']
-KINDS = dict(A='name', B='name', C='colour', D='day', F='food', G='food', K='animal', P='place', Q='spot', X='thing')
+KINDS = dict(A='name', B='name', C='colour', D='day', G='food', P='place', Q='spot', X='thing')
 PRONOUNS = {
     'girl': dict(He='She', he='she', His='Her', his='her'),
     'boy': dict(He='He', he='he', His='His', his='his')}
@@ -153,7 +154,7 @@ def parses(text):
 
 
 def readings(text):
-    """Return the log-probabilities of all derivations of a text: one, or none if it is not a consistent story."""
+    """Return the log-probability of each derivation of a text: one, or none if it is no consistent story."""
     found = sentences_of(text)
     if len(found) != len(STORY):
         return []
@@ -199,14 +200,15 @@ QUESTIONS = [
     ('What does {B} eat?', '{B} eats {G}.'), ('On which day was it?', 'It was on {D}.'),
     ('Who is a friend of {A} or in the family?', 'It is {B}.')]
 PLURALS = {
-    'animals': 'animal', 'colours': 'colour', 'girls': 'girl', 'boys': 'boy', 'days': 'day', 'things': 'thing'}
+    'animals': 'animal', 'colours': 'colour', 'girls': 'girl', 'boys': 'boy',
+    'days': 'day', 'things': 'thing'}
 
 
 def about_story(rng, n_turns):
     """Return turns (question, answer) about a story, which comes before the first question."""
     text, _, known = story(rng)
-    turns = [(fill(question, known), fill(answer, known)) for question, answer in rng.sample(QUESTIONS, n_turns)]
-    (question, answer), *others = turns
+    asked = rng.sample(QUESTIONS, n_turns)
+    (question, answer), *others = [(fill(question, known), fill(answer, known)) for question, answer in asked]
     return [(f'{text} {question}', answer), *((f'And this: {q}', a) for q, a in others)]
 
 
@@ -266,8 +268,9 @@ def dialogues(n=30000, seed=0):
 def facts(pairs=64, seed=0):
     """Return who is whose mother: records of `couplet`.
 
-    Half of the pairs are stated both ways ("A is the mother of B", "B is the child of A"), and a quarter in each
-    single way. The statement that is not made is here as well, with seen=False: nobody trains on it, but we ask it.
+    Half of the pairs are stated both ways ("A is the mother of B", "B is the child of A"), and a quarter in
+    each single way. The statement that is not made is here as well, with seen=False: nobody trains on it, but
+    we ask it.
     """
     rng = random.Random(f'facts {seed}')
     syllables = ('bdfgklmnprstvz', 'aeiou') * 2
@@ -316,6 +319,7 @@ def characters_of(records, folder):
 
 
 def save(tok, folder):
+    """Write a tokenizer to a folder, which need not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     tok.save(folder)
 
