@@ -153,7 +153,7 @@ def test_the_two_normalizations():
 
 
 def test_the_bound_is_the_mean_over_all_orders_and_tight_if_they_agree():
-    """Eq. 15. Written in any order, log p is the log of a mean over orders, and the bound the mean of a log."""
+    """Eq. 15: log p is the log of a mean over all orders to write in, and the bound the mean of the logs."""
     gaps = []
     for x0, log_p in zip(SEQUENCES, LOG_P):
         for model in (MODEL, INCONSISTENT):
