@@ -52,9 +52,7 @@ def read_golden(name):
 
 def golden(name):
     """Parametrize a test by the cases of one golden file, as its argument `case`."""
-    cases = read_golden(name)['cases']
-    ids = [case.get('id', f"{case.get('mask_num')}-{case.get('steps')}") for case in cases]
-    return pytest.mark.parametrize('case', cases, ids=ids)
+    return pytest.mark.parametrize('case', read_golden(name)['cases'], ids=lambda case: case['id'])
 
 
 @functools.cache
