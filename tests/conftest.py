@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -6,7 +7,9 @@ import torch
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / 'lab')]
-torch.set_num_threads(1)            # the models are tiny, so a second thread would only wait for the first
+# the models are tiny, so a second thread would only wait for the first, here and in processes that tests start
+torch.set_num_threads(1)
+os.environ['OMP_NUM_THREADS'] = '1'
 
 
 @pytest.fixture(scope='session')

@@ -249,7 +249,7 @@ TEMPLATES = {
         "    {%- set system = messages[0]['content'] | trim %}\n    {%- set messages = messages[1:] %}\n"
         "{%- else %}\n    {%- set system = '' %}\n{%- endif %}\n"
         "{{- '<|start_header_id|>system<|end_header_id|>\n\nToday: ' + date + system + '<|eot_id|>' }}\n"
-        "{%- for m in messages %}\n    {{- " + HEADER + " + m.content | trim + '<|eot_id|>' }}\n{%- endfor %}\n"
+        "{%- for m in messages %}\n  {{- " + HEADER + " + m.content | trim + '<|eot_id|>' }}\n{%- endfor %}\n"
         "{%- if add_generation_prompt %}\n    " + ASSISTANT + "\n{%- endif %}\n"),
     'chatml': (
         "{% for m in messages %}\n    {% if loop.first and m.role != 'system' %}\n"
