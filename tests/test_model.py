@@ -93,14 +93,6 @@ def test_grouped_queries_equal_repeated_heads():
     close(full(IDS), grouped(IDS))
 
 
-def test_a_tied_head_is_the_embedding():
-    model = tiny_model(tied=True)
-    assert model.head is None and 'head.weight' not in model.state_dict()
-    untied = tiny_model()
-    untied.load_state_dict({**model.state_dict(), 'head.weight': model.embed.weight})
-    close(untied(IDS), model(IDS))
-
-
 # ----------------------------------------------------------------------------------------- partial and fast
 
 
@@ -134,7 +126,9 @@ def test_padding_that_is_not_attended_to_changes_nothing(causal, dtype):
     out = model(padded, attention_mask=attention_mask.to(dtype))
     close(out[0, 4:], model(IDS[:1])[0], atol=1e-4)
     close(out[1, 6:], model(IDS[1:2, 2:])[0], atol=1e-4)
-    assert out.isfinite().all()
+    # even padding attends to something, because a softmax over nothing is NaN in some kernels
+    pattern = model.attention_pattern(model.embed(padded), None, None, attention_mask, None)
+    assert pattern['attn_mask'].any(-1).all() and out.isfinite().all()
 
 
 @both_kinds
@@ -147,13 +141,6 @@ def test_a_window_with_a_cache_equals_the_whole(causal, n_padding):
     close(model(IDS, kv_positions=torch.arange(12), **options), full)
     window = torch.arange(5, 9)
     close(model(IDS[:, window], kv_positions=window, **options), full[:, window])
-
-
-def test_causal_cache_token_by_token():
-    model = tiny_model(causal=True)
-    kv = model.new_kv(3, 12)
-    steps = [model(IDS[:, i:i + 1], kv=kv, kv_positions=torch.tensor([i])) for i in range(12)]
-    close(torch.cat(steps, 1), model(IDS))
 
 
 @both_kinds
@@ -188,16 +175,6 @@ def test_no_more_than_2_to_the_28_logits_exist_at_a_time(monkeypatch):
     assert sizes == [256]
 
 
-def test_recomputed_blocks_have_the_same_gradients():
-    gradients = []
-    for recompute in (False, True):
-        model = tiny_model()
-        model.recompute = recompute
-        loss = model(IDS, positions=POSITIONS, targets=IDS[POSITIONS]).sum()
-        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-    assert all(map(torch.equal, *gradients))
-
-
 def test_nothing_to_predict_is_a_loss_of_zero():
     model = tiny_model()
     nothing = torch.zeros(0, dtype=torch.long)
@@ -215,10 +192,10 @@ def test_autocast_stays_close_and_losses_stay_float32():
     assert narrow.dtype == torch.float32 and (narrow - exact).abs().max() < 0.1
 
 
-def test_attention_in_bfloat16_is_as_exact_as_its_inputs():
+def test_attention_in_bfloat16_is_rounded_only_at_the_end():
     q, k, v = (torch.randn(2, 4, 100, 16, generator=seeded(i)).bfloat16() for i in range(3))
-    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    close(models.attention(q, k, v).double(), exact, atol=0.004)        # half of the last bit of the result
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    assert torch.equal(models.attention(q, k, v), exact.bfloat16())
 
 
 # ---------------------------------------------------------------------------------------- sizes and weights

@@ -233,19 +233,23 @@ def test_what_a_cache_recomputes():
 
 
 def test_until_end_saves_passes_and_changes_no_text():
-    # take for EOS what the model writes early in the first row
-    eos = fill(prompts(1), None, dict(block_length=2)).x[0, -7].item()
-    x, attention_mask, _ = diffusion.canvas(prompts(4), 8, MASK, PAD)
-    params = SamplingParams(block_length=2)
-    for rows in (slice(0, 4), slice(0, 1)):
-        options = dict(gen_start=x.shape[1] - 8, attention_mask=attention_mask[rows], eos_id=eos, eot_id=EOT)
-        full, short = (generate(MODEL, x[rows], MASK, params, until_end=until_end, **options)
-                       for until_end in (False, True))
-        assert short.n_forward <= full.n_forward and not (short.x == MASK).any()
-        for a, b in zip(full.x[:, -8:].tolist(), short.x[:, -8:].tolist()):
-            end = a.index(eos) if eos in a else 7
-            assert a[:end + 1] == b[:end + 1]
-    assert short.n_forward < full.n_forward and (short.x[0, -6:] == eos).all()      # the single row did leave
+    @diffusion.plain
+    def model(ids):
+        """Want EOS behind the prompt [1], but nowhere else."""
+        logits = likes(7)(ids)
+        logits[ids[:, 0] == 1, 1, EOS] = 20.
+        return logits
+
+    def write(rows, until_end):
+        x = torch.tensor([[1] + [MASK] * 8, [2] + [MASK] * 8])[rows]
+        params = SamplingParams(block_length=2)
+        return generate(model, x, MASK, params, eos_id=EOS, eot_id=EOT, until_end=until_end)
+
+    both = slice(0, 2)
+    assert torch.equal(write(both, True).x, write(both, False).x)           # the second row never ends
+    assert write(slice(0, 1), False).x.tolist() == [[1, EOS] + [7] * 7]
+    out = write(slice(0, 1), True)
+    assert out.x.tolist() == [[1, EOS, 7] + [EOS] * 6] and out.n_forward == 2
 
 
 def test_adjust_changes_the_logits():
@@ -315,8 +319,11 @@ def test_variable_length_stops_when_told():
 
 def test_ar_generate_with_a_cache_equals_a_function_without_one():
     model = tiny_model(2, causal=True)
+    widths = []
+    model.register_forward_pre_hook(lambda model, args: widths.append(args[0].shape[1]))
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
     cached = diffusion.ar_generate(model, prompt, 8, temperature=0.)
+    assert widths == [3] + [1] * 7                          # a token costs one position
     plain = diffusion.ar_generate(diffusion.plain(model), prompt, 8, temperature=0.)
     assert torch.equal(cached.x, plain.x) and torch.equal(cached.x[:, :3], prompt)
 

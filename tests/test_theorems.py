@@ -180,22 +180,27 @@ def test_eq6_is_far_less_noisy_than_eq5():
 
 def test_the_number_of_masks_is_exactly_uniform():
     """The official draw rounds half to even. With L = 8 and 16 masks, some numbers come thrice as often."""
-    L = 8
-    ours = torch.zeros(L + 1)
-    for i in range(400):
-        masks = diffusion.draw_masks(torch.ones(L, dtype=torch.bool), 16, seeded(i))
-        ours += torch.bincount(masks.sum(1), minlength=L + 1)
-    assert ours[0] == 0
-    assert (ours[1:] / 800 - 1).abs().max() < 0.05   # stratified, so far inside the 11 % of independent draws
-    both = torch.ones(2, dtype=torch.bool)
-    single = [diffusion.draw_masks(both, 1, seeded(i)).sum().item() for i in range(400)]
-    assert abs(single.count(1) - 200) < 40                  # if there are fewer masks than numbers, too
+    eight, two = torch.ones(8, dtype=torch.bool), torch.ones(2, dtype=torch.bool)
+    for i in range(100):
+        n_hidden = diffusion.draw_masks(eight, 16, seeded(i)).sum(1)
+        assert n_hidden.bincount(minlength=9).tolist() == [0] + [2] * 8         # stratified: each comes twice
+    # if there are fewer masks than numbers, too
+    single = [diffusion.draw_masks(two, 1, seeded(i)).sum().item() for i in range(400)]
+    assert abs(single.count(1) - 200) < 40
 
-    official = torch.zeros(L + 1)
-    for first in range(1, L + 1):
-        x = torch.round(torch.linspace(first, first + 15 * L / 16, 16)).long()
-        official += torch.bincount((x - 1) % L + 1, minlength=L + 1)
+    official = torch.zeros(9)
+    for first in range(1, 9):
+        x = torch.round(torch.linspace(first, first + 15 * 8 / 16, 16)).long()
+        official += torch.bincount((x - 1) % 8 + 1, minlength=9)
     assert official[1:].max() == 3 * official[1:].min()
+
+
+def test_log_probabilities_are_never_narrower_than_float32():
+    logits = torch.tensor([[3.0, 1.0, -2.0]])
+    exact = logits.double().log_softmax(-1)[:, 1]
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        logp = diffusion.log_prob(logits.to(dtype), torch.tensor([1]))
+        assert torch.allclose(logp.double(), exact, rtol=1e-6) and logp.dtype != torch.bfloat16
 
 
 def test_a_likelihood_may_be_conditional_and_guided():
@@ -294,7 +299,8 @@ def test_gumbel_argmax_samples_the_softmax():
     n = 40000
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -math.inf]).expand(n, -1)
     for temperature in (0.5, 1.0, 2.0):
-        u = torch.rand(n, 5, dtype=torch.float64, generator=seeded(0))
+        u = diffusion.uniform(torch.ones(n, 1, dtype=torch.bool), 5, seeded(0))
+        assert u.dtype == torch.float64                     # in float32 the tail of the noise is cut off
         drawn = diffusion.gumbel_argmax(logits, temperature, u)
         frequency = torch.bincount(drawn, minlength=5) / n
         assert (frequency - (logits[0] / temperature).softmax(-1)).abs().max() < 0.012
