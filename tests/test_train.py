@@ -1,6 +1,7 @@
 """A run that was stopped, killed or split ends with the same bits, and it trains what the paper says."""
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -117,6 +118,40 @@ def test_one_update_is_the_papers_loss(corpus):
     torch.testing.assert_close(gradients(model), gradient * 0.5 / norm, atol=1e-6, rtol=1e-4)
 
 
+def test_examples_are_weighted_by_their_own_length(tmp_path):
+    """Eq. 5: 1/(t b L'), where L' counts response, EOS and padding."""
+    pairs = [data.as_record({'prompt': f'{i}?', 'response': 'yes ' * (i % 4 + 1)}) for i in range(60)]
+    data.prepare([list(enumerate(pairs))], tmp_path / 'd', 'bytes')
+    cfg, source, tok, _ = ready(tmp_path / 'd', batch_size=8, seq_len=128, masking='response', **PAPER)
+    x0, maskable, _ = source.batch(3, range(8), 8)
+    t, u = train.draw_noise(3, range(8), x0.shape[1], cfg)
+    masked = maskable & (u < t[:, None])
+    batch, = train.micro_batches(source, 3, cfg, tok)
+    weights = 1 / (t * 8 * maskable.sum(1))
+    assert torch.equal(batch.xt, torch.where(masked, tok.mask_id, x0)) and len(set(weights.tolist())) == 8
+    torch.testing.assert_close(batch.weights, weights.repeat_interleave(masked.sum(1)))
+
+
+def test_the_autoregressive_twin_predicts_every_token_from_eos_on(corpus):
+    cfg, source, tok, _ = ready(corpus, batch_size=8, causal=True, complementary=False)
+    x0, _, _ = source.batch(3, range(8), 8)
+    batch, = train.micro_batches(source, 3, cfg, tok)
+    assert torch.equal(batch.targets.view(8, 32), x0) and torch.equal(batch.xt[:, 1:], x0[:, :-1])
+    assert (batch.xt[:, 0] == tok.eos_id).all() and batch.weights.tolist() == pytest.approx([1 / 256] * 256)
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_matrices_are_decayed_and_norms_are_not(optimizer):
+    """With Muon, which takes the matrices of the blocks, only these."""
+    model = tiny_model()
+    groups = [group for one in train.make_optimizers(model, settings('x', 'x', optimizer=optimizer))
+              for group in one.param_groups]
+    assert sum(len(group['params']) for group in groups) == len(list(model.parameters()))
+    decayed = {p for group in groups if group['weight_decay'] for p in group['params']}
+    for name, p in model.named_parameters():
+        assert (p in decayed) == (p.dim() == 2 and (optimizer == 'adamw' or name.startswith('blocks')))
+
+
 @pytest.mark.parametrize('name', ['loss_weights', 'diffusion_loss'])
 def test_who_changes_eq_3_changes_what_is_trained(corpus, monkeypatch, name):
     """train.py has no second copy of the loss: if these lines of diffusion.py triple it, gradients triple."""
@@ -217,6 +252,18 @@ def test_the_loss_falls_and_the_run_is_complete(straight):
     assert [folder.name for folder in models.checkpoints_of(straight)] == ['iter_0000030', 'iter_0000040']
     first = json.loads((straight / 'log.jsonl').read_text().splitlines()[0])
     assert first['config']['max_iters'] == 40 and first['torch'] == torch.__version__
+
+
+def test_validation_is_the_mean_of_the_bounds_of_the_rows(corpus):
+    cfg, _, tok, model = ready(corpus, eval_windows=3)
+    _, held_out, _ = train.open_data(cfg)
+    [(x0, maskable)], n_bytes = held_out
+    bounds = [diffusion.log_likelihood(
+        model, *row, tok.mask_id, mc_num=2, generator=diffusion.keyed_generator(0, i))
+        for i, row in enumerate(zip(x0, maskable))]
+    entry = train.validate(model, held_out, cfg, tok)
+    assert entry['val_nats'] == pytest.approx(-sum(bounds) / 96)
+    assert entry['val_bits_per_byte'] == pytest.approx(-sum(bounds) / 3 / n_bytes / math.log(2))
 
 
 def test_a_run_can_be_repeated_from_its_config_file(straight, tmp_path):
