@@ -47,23 +47,6 @@ def test_who_sees_whom(causal):
     assert same[:, :8].all() if causal else not same[:, :8].any()
 
 
-def test_rope_turns_pairs_by_an_angle_that_grows_with_the_position():
-    D, theta = 8, 100.
-    positions = torch.tensor([0, 3])
-    cos, sin = models.rope_angles(positions, D, theta)
-    frequency = torch.tensor([theta ** (-2 * j / D) for j in range(D // 2)])
-    close(cos, (positions[:, None] * frequency).cos())
-
-    x = torch.randn(1, 1, 2, D, generator=seeded(0))
-    turned = models.apply_rope(x, cos, sin)
-    close(turned[0, 0, 0], x[0, 0, 0])                      # position 0 is not turned
-    for j in range(D // 2):
-        pair = torch.complex(x[0, 0, 1, j], x[0, 0, 1, j + D // 2])
-        angle = 3 * frequency[j]
-        rotation = torch.complex(angle.cos(), angle.sin())
-        close(turned[0, 0, 1, [j, j + D // 2]], torch.view_as_real(pair * rotation))
-
-
 def test_rope_makes_attention_relative():
     model = tiny_model()
     shifted = model(F.pad(IDS, (5, 0)), attention_mask=torch.arange(17).expand(3, -1) >= 5)

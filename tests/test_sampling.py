@@ -1,7 +1,6 @@
 """What every sampler keeps, and the samplers with everything, which must equal the plain ones."""
 
 import pytest
-import reference
 import torch
 from helpers import GOLDEN_MODELS, golden_model, seeded, tiny_model
 
@@ -68,15 +67,6 @@ def test_generate_equals_generate_simple(name):
             assert full.x[0].tolist() == simple.tolist() and full.n_forward == steps
 
 
-@pytest.mark.parametrize('steps, block_length', [(8, 8), (8, 4), (8, 2), (4, 2), (3, 8)])
-def test_blocks_equal_the_plain_loop(steps, block_length):
-    x = masks_after([1, 2, 3], 8)
-    with torch.no_grad():
-        plain = reference.plain_generate(MODEL, x, MASK, steps=steps, block_length=block_length, gen_start=3)
-    out = generate(MODEL, x, MASK, SamplingParams(steps, block_length), gen_start=3)
-    assert torch.equal(out.x, plain)
-
-
 @all_settings
 def test_a_batch_of_unequal_prompts_equals_single_runs(settings):
     together = fill(prompts(), generators(8), settings)
@@ -123,15 +113,6 @@ def test_no_pass_is_made_where_nothing_is_masked(x, settings, n_forward):
     assert not (out.x == MASK).any() and out.n_forward == n_forward
 
 
-def test_gaps_before_gen_start_belong_to_the_first_block():
-    x = torch.tensor([[1, MASK, 2] + [MASK] * 8])
-    order = []
-    out = generate(MODEL, x, MASK, SamplingParams(block_length=4), gen_start=3,
-                   on_step=lambda x, committed: order.append(committed[0].nonzero()[:, 0].tolist()))
-    assert sorted(sum(order[:5], [])) == [1, 3, 4, 5, 6] and sorted(sum(order[5:], [])) == [7, 8, 9, 10]
-    assert out.n_forward == 9
-
-
 def test_block_plan():
     x = masks_after([1, 2], 8)
 
@@ -172,37 +153,11 @@ def test_sampling_params_refuse_nonsense(settings, message):
 
 @pytest.mark.parametrize('temperature', [0., 0.5, 1.0])
 def test_what_is_forbidden_is_never_written(temperature):
-    """[MASK], suppressed tokens, and EOS with logits_eos_inf."""
     params = SamplingParams(temperature=temperature)
     out = generate(likes(MASK, 5, 6, 7), masks_after([1], 5), MASK, params, suppress=[5, 6])
     assert not set(out.x[0, 1:].tolist()) & {MASK, 5, 6}
     assert temperature or (out.x[0, 1:] == 7).all()
     assert diffusion.generate_simple(likes(MASK, 7), [1], 3, MASK, steps=3).tolist() == [1, 7, 7, 7]
-
-    params = SamplingParams(temperature=temperature, logits_eos_inf=True)
-    out = generate(likes(EOS, EOT), masks_after([1], 5), MASK, params, eos_id=EOS, eot_id=EOT)
-    assert not (out.x == EOS).any() and (out.x == EOT).any()
-
-
-@pytest.mark.parametrize('temperature', [0., 0.5, 1.0])
-def test_confidence_eos_eot_inf_writes_the_end_last(temperature):
-    written = []
-
-    @diffusion.plain
-    def model(ids):
-        """Want the ends most on the left, and with less confidence a word on the right."""
-        logits = likes(EOS)(ids)
-        logits[:, 2:4] = likes(EOT)(ids)[:, 2:4]
-        logits[:, 4:] = likes(7)(ids)[:, 4:] * 0.9
-        return logits
-
-    params = SamplingParams(temperature=temperature, confidence_eos_eot_inf=True)
-    generate(model, masks_after([1], 5), MASK, params, eos_id=EOS, eot_id=EOT, generator=seeded(0),
-             on_step=lambda x, committed: written.extend(x[committed].tolist()))
-    is_end = [token in (EOS, EOT) for token in written]
-    assert is_end == sorted(is_end) and any(is_end)
-    if temperature == 0:
-        assert written[:2] == [7, 7] and set(written[2:]) == {EOS, EOT}
 
 
 def test_threshold_commits_all_that_reach_it_and_replaces_steps():
@@ -269,20 +224,6 @@ def test_on_step_may_write_a_token_where_it_likes(settings):
     out = generate(MODEL, masks_after([1], 8), MASK, SamplingParams(**settings), on_step=on_step)
     assert out.x[0, [0, 2, 6]].tolist() == [1, 7, 7]
     assert not (out.x == MASK).any() and out.n_forward > 1
-
-
-def test_noise_is_drawn_for_masked_positions_of_the_block_only(monkeypatch):
-    drawn = []
-    original = diffusion.uniform
-
-    def spy(positions, n, generator):
-        drawn.append((int(positions.sum()), n))
-        return original(positions, n, generator)
-
-    monkeypatch.setattr(diffusion, 'uniform', spy)
-    params = SamplingParams(steps=16, block_length=16, temperature=1.0)
-    generate(likes(3), torch.full((1, 64), MASK), MASK, params)
-    assert max(m for m, _ in drawn) == 16 and {n for _, n in drawn} == {40}
 
 
 # ----------------------------------------------------------------- variable length, the autoregressive twin
