@@ -16,13 +16,7 @@ TEXTS = [
     'a' * 3000, 'Der Fluß fließt über die Äcker.', 'L’été, où est-il ?', '¿Cuántos años tiene?',
     'Быстрая лиса прыгает.', '床前明月光，疑是地上霜。', 'すばやい茶色の狐', '빠른 갈색 여우',
     'هذا نصٌّ قصير.', 'यह एक वाक्य है।', 'Η γρήγορη αλεπού', '🙂👩‍👩‍👧 e\u0301 \u00a0\u3000\u2028', 'ſ K ﬁ ２３']
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-PATTERNS = {
-    'gpt2': r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    'llama3': LLAMA3,
-    'qwen': LLAMA3.replace('{1,3}', ''),
-    'bloom': r' ?[^(\s|[.,!?…。，、।۔،])]+'}
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LEARNED = data.learn_tokenizer(TEXTS * 3, 500)
 SPECIAL = ('<|begin_of_text|> <|end_of_text|> <|im_start|> <|im_end|> <s> </s> <|mdm_mask|> '
            '<|start_header_id|> <|end_header_id|> <|eot_id|>').split()
@@ -31,36 +25,30 @@ SPECIAL = ('<|begin_of_text|> <|end_of_text|> <|im_start|> <|im_end|> <s> </s> <
 def build(kind):
     """Learn a small tokenizer of a family on the texts."""
     hf = Tokenizer(models.BPE())
-    special, alphabet = list(SPECIAL), pre.ByteLevel.alphabet()
-    texts = TEXTS * 3
+    special, alphabet = SPECIAL, pre.ByteLevel.alphabet()
     if kind == 'sentencepiece':
         # Llama 2: no words, a blank is a character, unknown characters are bytes
         hf = Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>'))
         hf.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
         hf.decoder = decoders.Sequence([
             decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
-        special, alphabet = ['<unk>', *special, *(f'<0x{b:02X}>' for b in range(256))], []
-        texts = ['Hello, hello world! 12 1234 <b>code</b> def f(x): return x'] * 4 + TEXTS[:8]
+        special, alphabet = ['<unk>', *SPECIAL, *(f'<0x{b:02X}>' for b in range(256))], []
     elif kind == 'metaspace':
         hf.pre_tokenizer, hf.decoder = pre.Metaspace(prepend_scheme='first'), decoders.Metaspace()
-    elif kind == 'neox':
-        hf.pre_tokenizer, hf.decoder = pre.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     else:
-        split = pre.Split(Regex(PATTERNS[kind]), 'isolated')
+        split = pre.Split(Regex(GPT2), 'isolated')
         hf.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
         hf.decoder = decoders.ByteLevel()
-    if kind == 'qwen':
-        hf.normalizer = normalizers.NFC()
-
-    hf.train_from_iterator(texts, trainers.BpeTrainer(
+    hf.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(
         vocab_size=900, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
     if kind == 'neox':
-        # not special, but matched in texts
+        # other characters are normalised, and runs of blanks are tokens that are not special
+        hf.normalizer = normalizers.NFC()
         hf.add_tokens([AddedToken(' ' * n, normalized=False) for n in (2, 3, 4)])
     return hf
 
 
-KINDS = ['gpt2', 'llama3', 'qwen', 'bloom', 'sentencepiece', 'metaspace', 'neox']
+KINDS = ['gpt2', 'sentencepiece', 'metaspace', 'neox']
 
 
 @pytest.fixture(scope='module')
@@ -91,7 +79,7 @@ def test_ids_are_those_of_the_library(folders, kind, complete):
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
 
 
-@pytest.mark.parametrize('kind', ['bytes', 'learned', 'gpt2', 'llama3', 'bloom', 'neox'])
+@pytest.mark.parametrize('kind', ['bytes', 'learned', 'gpt2'])
 def test_round_trip(folders, kind):
     tok = LEARNED if kind == 'learned' else data.get_tokenizer(folders.get(kind, kind))
     for text in TEXTS + RANDOM + ['<|mdm_mask|> typed by a user']:
@@ -252,7 +240,8 @@ TEMPLATES = {
         "{%- for m in messages %}\n  {{- " + HEADER + " + m.content | trim + '<|eot_id|>' }}\n{%- endfor %}\n"
         "{%- if add_generation_prompt %}\n    " + ASSISTANT + "\n{%- endif %}\n"),
     'chatml': (
-        "{% for m in messages %}\n    {% if loop.first and m.role != 'system' %}\n"
+        "{% for m in messages %}\n    {%- if m.content is none %}{% continue %}{% endif %}\n"
+        "    {% if loop.first and m.role != 'system' %}\n"
         "<|im_start|>system\nYou have {{ {'tools': '<é>'} | tojson }}.<|im_end|>\n    {% endif %}\n"
         "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}\n"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
@@ -261,11 +250,7 @@ TEMPLATES = {
         "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
         "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}"
         "{% elif loop.first %}{{ m['content'] + '\n' }}"
-        "{% else %}{{ raise_exception('Only user and assistant may speak') }}{% endif %}{% endfor %}"),
-    'illada': (
-        "{%- for m in messages -%}\n{%- if m.content is none -%}{%- continue -%}{%- endif -%}\n"
-        "{{- bos_token if loop.first else '' -}}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n"
-        "{%- endfor -%}\n{{- '<|assistant|>\n' if add_generation_prompt -}}")}
+        "{% else %}{{ raise_exception('Only user and assistant may speak') }}{% endif %}{% endfor %}")}
 TALK = [{'role': 'user', 'content': '  What is 12 + 34?\n'}, {'role': 'assistant', 'content': 'It is  46. '},
         {'role': 'user', 'content': 'Naïve 床前!'}]
 SYSTEM = [{'role': 'system', 'content': 'Be brief.'}]
@@ -280,7 +265,7 @@ def with_template(folder, source, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize('kind', ['gpt2', 'llama3', 'sentencepiece', 'metaspace'])
+@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('name', TEMPLATES)
 def test_a_chat_has_the_ids_of_transformers(folders, name, kind, tmp_path):
     transformers = pytest.importorskip('transformers')
@@ -291,7 +276,7 @@ def test_a_chat_has_the_ids_of_transformers(folders, name, kind, tmp_path):
         text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         expected = theirs(text, add_special_tokens=False).input_ids
         assert ours.encode_chat(messages) == expected
-    assert ours.encode_chat(TALK).count(ours.bos_id) == (name in ('llada', 'llama3', 'mistral', 'illada'))
+    assert ours.encode_chat(TALK).count(ours.bos_id) == (name != 'chatml')
 
 
 @pytest.mark.parametrize('name', TEMPLATES)
