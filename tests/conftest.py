@@ -1,8 +1,19 @@
+import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / 'lab')]
-torch.set_num_threads(1)            # the models are tiny, so a second thread would only wait for the first
+# the models are tiny, so a second thread would only wait for the first, here and in processes that tests start
+torch.set_num_threads(1)
+os.environ['OMP_NUM_THREADS'] = '1'
+
+
+@pytest.fixture(scope='session')
+def corpus(tmp_path_factory):
+    """A data set of 40 small documents. All tests share it, so do not change it."""
+    from helpers import small_corpus
+    return small_corpus(tmp_path_factory.mktemp('corpus') / 'small')

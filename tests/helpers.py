@@ -6,14 +6,17 @@ import runpy
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
+import data
 import diffusion
 import model as models
+from configurator import configure
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / 'golden'
@@ -49,9 +52,7 @@ def read_golden(name):
 
 def golden(name):
     """Parametrize a test by the cases of one golden file, as its argument `case`."""
-    cases = read_golden(name)['cases']
-    ids = [case.get('id', f"{case.get('mask_num')}-{case.get('steps')}") for case in cases]
-    return pytest.mark.parametrize('case', cases, ids=ids)
+    return pytest.mark.parametrize('case', read_golden(name)['cases'], ids=lambda case: case['id'])
 
 
 @functools.cache
@@ -67,18 +68,29 @@ def tiny_model(seed=0, **changes):
     return models.init_weights(model, seed, emb_std=1.0).eval()
 
 
+def checkpoint(folder, masking=None, dataset='none', **changes):
+    """Write a small random model and the tokenizer of bytes -> folder. masking: as if by train.py.
+
+    The head has three rows that stand for no token. LLaDA's has such rows, too.
+    """
+    tok = data.get_tokenizer('bytes')
+    model = tiny_model(**{'vocab_size': tok.vocab_size + 3, 'seq_len': 96, **changes})
+    ids = {f'{role}_id': getattr(tok, f'{role}_id') for role in models.ROLES}
+    models.save_model(model, folder, ids)
+    tok.save(folder)
+    if masking:
+        state = {'iteration': 2, 'settings': {'masking': masking, 'dataset': str(dataset)}}
+        (folder / 'state.json').write_text(json.dumps(state))
+    return folder
+
+
 def read_tensors(path):
     """Return the tensors of a safetensors file, by name."""
     return safetensors.torch.load_file(path)
 
 
-def write_tensors(tensors, path):
-    safetensors.torch.save_file(tensors, path)
-
-
 def small_corpus(folder, n_documents=40, tokenizer='bytes'):
     """Prepare a few kB of random words as a data set in `folder`."""
-    import data
     rng = np.random.default_rng(0)
     words = ['mask', 'token', 'noise', 'step', 'the', 'a', 'model', 'fills', 'in', 'text', 'again']
     documents = [(f'd{i}', {'text': ' '.join(rng.choice(words, 120)) + '\n'}) for i in range(n_documents)]
@@ -95,6 +107,11 @@ def write_worlds(folder):
     worlds.write([fact for fact in worlds.facts(8) if fact['seen']], folder / 'facts', 'bytes', by_heart=True)
 
 
+def settings_of(module, **changes):
+    """Return the settings of a script as its main gets them, with some changes."""
+    return SimpleNamespace(**{**configure(dict(vars(module)), []), **changes})
+
+
 def script(name, *argv):
     """Run a script as the command line would, in this process."""
     before = sys.argv
@@ -103,3 +120,13 @@ def script(name, *argv):
         runpy.run_path(str(ROOT / f'{name}.py'), run_name='__main__')
     finally:
         sys.argv = before
+
+
+def refused(capsys, name, *argv):
+    """Run a script that must end with exit code 2 -> the one line that it prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        script(name, *argv)
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and said.out == '' and len(said.err.splitlines()) == 1, said
+    return said.err

@@ -7,23 +7,25 @@ import ast
 import doctest
 import functools
 import io
-import json
 import subprocess
 import sys
-import threading
 import tokenize
+from importlib import import_module
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, script
+from helpers import ROOT, checkpoint, script
+
+import diffusion
+from configurator import configure
 
 # ----------------------------------------------------------------------------------------------------------
 # The ceilings. Where the code is not there yet, a comment says what the goal is.
 
+ROOM = {'configurator', 'data', 'diffusion', 'model'}
 IMPORTS = {
     'configurator': set(), 'diffusion': set(), 'model': {'configurator'}, 'data': {'configurator'},
-    'train': {'configurator', 'data', 'diffusion', 'model'}, 'sample': {'configurator', 'data', 'diffusion', 'model'},
-    'evaluate': {'configurator', 'data', 'diffusion', 'model', 'sample'}}
+    'train': ROOM, 'sample': ROOM, 'evaluate': ROOM | {'sample'}}
 FILES = tuple(IMPORTS)
 
 # tokens (names, numbers, operators, strings; no docstrings, no comments), lines, tokens per line with code
@@ -50,7 +52,8 @@ MANY_PARAMETERS = {'forward', 'log_likelihood', 'generate', 'generate_variable_l
 
 TEXTS = {name: (ROOT / f'{name}.py').read_text(encoding='utf-8') for name in FILES}
 TREES = {name: ast.parse(text) for name, text in TEXTS.items()}
-FUNCTIONS = [(name, node) for name in FILES for node in ast.walk(TREES[name]) if isinstance(node, ast.FunctionDef)]
+FUNCTIONS = [
+    (name, node) for name in FILES for node in ast.walk(TREES[name]) if isinstance(node, ast.FunctionDef)]
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 every_file = pytest.mark.parametrize('name', FILES)
 
@@ -85,7 +88,7 @@ def test_top_level():
 def docstring_lines(name):
     lines = set()
     for node in ast.walk(TREES[name]):
-        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
             lines |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return lines
 
@@ -95,7 +98,7 @@ def tokens_by_line(name):
     """Count names, numbers, operators and strings in lines with code -> dict from line to count."""
     counts = {}
     docstrings = docstring_lines(name)
-    f_strings = 0                                           # which we are in; since Python 3.12 they come in pieces
+    f_strings = 0                                     # which we are in; since Python 3.12 they come in pieces
     for token in tokenize.generate_tokens(io.StringIO(TEXTS[name]).readline):
         kind = tokenize.tok_name[token.type]
         f_strings -= kind == 'FSTRING_END'
@@ -112,21 +115,21 @@ def tokens_of(name, node):
     return sum(n for line, n in tokens_by_line(name).items() if node.lineno <= line <= node.end_lineno)
 
 
+def count_tokens(name):
+    """Count the tokens of a file."""
+    return sum(tokens_by_line(name).values())
+
+
 @every_file
 def test_size_and_density(name):
-    tokens = sum(tokens_by_line(name).values())
     most_tokens, most_lines, tokens_per_line = CEILINGS[name]
-    assert tokens <= most_tokens and len(TEXTS[name].splitlines()) <= most_lines
-    assert tokens / len(tokens_by_line(name)) <= tokens_per_line
+    assert count_tokens(name) <= most_tokens and len(TEXTS[name].splitlines()) <= most_lines
+    assert count_tokens(name) / len(tokens_by_line(name)) <= tokens_per_line
 
 
-def test_size_of_all():
-    assert sum(sum(tokens_by_line(name).values()) for name in FILES) <= ALL_TOKENS
-    assert sum(len(text.splitlines()) for text in TEXTS.values()) <= ALL_LINES
-
-
-def test_lines_are_short_and_some_are_comments():
+def test_all_files_together_are_small_their_lines_short_and_some_are_comments():
     lines = [line for text in TEXTS.values() for line in text.splitlines()]
+    assert sum(map(count_tokens, FILES)) <= ALL_TOKENS and len(lines) <= ALL_LINES
     assert max(len(line) for line in lines) <= COLUMNS
     assert sum(len(line) > 110 for line in lines) <= LONG_LINES * len(lines)
     assert sum(line.strip().startswith('#') for line in lines) >= COMMENTS * len(lines)
@@ -135,13 +138,14 @@ def test_lines_are_short_and_some_are_comments():
 def test_guards_are_few():
     tokens = 0
     for name, tree in TREES.items():
-        guards = [node for node in ast.walk(tree) if isinstance(node, (ast.Raise, ast.Assert, ast.ExceptHandler))]
+        kinds = (ast.Raise, ast.Assert, ast.ExceptHandler)
+        guards = [node for node in ast.walk(tree) if isinstance(node, kinds)]
         # an `if` that only raises counts as a whole
         guards += [node for node in ast.walk(tree) if isinstance(node, ast.If) and not node.orelse
                    and all(isinstance(child, ast.Raise) for child in node.body)]
         lines = {line for node in guards for line in range(node.lineno, node.end_lineno + 1)}
         tokens += sum(n for line, n in tokens_by_line(name).items() if line in lines)
-    assert tokens <= GUARDS * sum(sum(tokens_by_line(name).values()) for name in FILES)
+    assert tokens <= GUARDS * sum(map(count_tokens, FILES))
 
 
 @every_file
@@ -196,77 +200,51 @@ def test_nothing_is_executed_or_unpickled(name):
 # How many functions a reader must open to follow one update and one denoising step
 
 
-def functions_run(folder):
-    """Train and sample a tiny model -> 'update' and 'step', each a set of (file, first line) of what ran in it."""
-    from torch.nn.modules import module as hooks
-    from torch.optim.optimizer import register_optimizer_step_post_hook
+def functions_between(marker, event, *command):
+    """Run a script -> the functions of ours that run from the third to the fourth `event` of a function."""
+    times = 0
+    seen = set()
 
-    import model as models
-    seen = {'update': set(), 'step': set()}
-    count = {'updates': 0, 'passes': 0}
-    running = None                                          # the script
-    recording = None                                        # 'update' or 'step', while one runs
+    def watch(frame, what, arg):
+        nonlocal times
+        code = frame.f_code
+        if code.co_filename.startswith(str(ROOT)):
+            if what == 'call' and times == 3:
+                seen.add((Path(code.co_filename).stem, code.co_firstlineno))
+            times += (code.co_name, what) == (marker, event)
 
-    def watch(frame, event, arg):
-        if event == 'call' and recording and frame.f_code.co_filename.startswith(str(ROOT)):
-            seen[recording].add((Path(frame.f_code.co_filename).stem, frame.f_code.co_firstlineno))
-
-    # an update is what happens between the ends of two optimizer steps
-    def after_update(*args):
-        nonlocal recording
-        count['updates'] += 1
-        recording = 'update' if count['updates'] == 3 else None
-
-    # a denoising step is what happens from one forward pass to the end of the next
-    def before_pass(module, args):
-        nonlocal recording
-        if running == 'sample' and isinstance(module, models.Transformer):
-            count['passes'] += 1
-            recording = 'step' if count['passes'] in (2, 3) else None
-
-    def after_pass(module, args, result):
-        nonlocal recording
-        if count['passes'] == 3 and isinstance(module, models.Transformer):
-            recording = None
-
-    register_optimizer_step_post_hook(after_update)
-    hooks.register_module_forward_pre_hook(before_pass)
-    hooks.register_module_forward_hook(after_pass)
-    (folder / 'a.txt').write_text('the mask falls and every step keeps the surest guess of all words\n' * 3000)
-    runs = [
-        ('data', f'--input={folder}/a.txt', f'--out={folder}/data', '--tokenizer=bytes'),
-        ('train', f'--dataset={folder}/data', f'--out_dir={folder}/run', '--n_layer=2', '--n_head=2', '--n_kv_head=2',
-         '--d_model=32', '--d_ff=64', '--seq_len=32', '--batch_size=4', '--global_batch=8', '--max_iters=5',
-         '--eval_windows=4', '--eval_draws=1', '--sample_tokens=0', '--device=cpu', '--dtype=float32'),
-        ('sample', f'{folder}/run', '--prompt=the mask', '--gen_length=8', '--device=cpu')]
-
+    before = sys.getprofile()
     sys.setprofile(watch)
-    threading.setprofile(watch)                             # batches come from a thread
-    for running, *argv in runs:
-        try:
-            script(running, *argv)
-        except SystemExit as end:
-            assert not end.code
-    sys.setprofile(None)
+    try:
+        script(*command)
+    finally:
+        sys.setprofile(before)
+    assert times > 3
     return seen
 
 
-def test_the_path_of_an_update_and_of_a_denoising_step_is_short(tmp_path):
-    # in a process of its own, because of the hooks
-    program = ('import json, sys; from pathlib import Path; sys.path[:0] = [".", "tests"]; import test_layout\n'
-               'seen = test_layout.functions_run(Path(sys.argv[1]))\n'
-               'print(json.dumps({part: sorted(seen[part]) for part in seen}))')
-    out = subprocess.run([sys.executable, '-c', program, tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr[-2000:]
+TINY = ('--n_layer=2 --n_head=2 --n_kv_head=2 --d_model=32 --d_ff=64 --seq_len=32 --batch_size=4 --max_iters=4 '
+        '--global_batch=8 --eval_windows=4 --eval_draws=1 --sample_tokens=0 --device=cpu --dtype=float32').split()
 
-    for part, seen in json.loads(out.stdout.splitlines()[-1]).items():
-        path = {}
-        for name, node in FUNCTIONS:
-            first = min([node.lineno] + [decorator.lineno for decorator in node.decorator_list])
-            if [name, first] in seen:
-                path[f'{name}.{node.name}, line {first}'] = tokens_of(name, node)
-        functions, tokens = PATH[part]
-        assert len(path) <= functions and sum(path.values()) <= tokens, path
+
+@pytest.mark.parametrize('part', PATH)
+def test_the_path_of_an_update_and_of_a_denoising_step_is_short(part, corpus, tmp_path):
+    if part == 'update':
+        # from the end of one optimizer step to the end of the next
+        where = f'--dataset={corpus}', f'--out_dir={tmp_path}'
+        seen = functions_between('step', 'return', 'train', *TINY, *where)
+    else:
+        # from one forward pass to the next
+        run = checkpoint(tmp_path / 'run', 'unified')
+        seen = functions_between('guided_logits', 'call', 'sample', run, '--prompt=the', '--gen_length=8')
+
+    path = {}
+    for name, node in FUNCTIONS:
+        first = min([node.lineno] + [decorator.lineno for decorator in node.decorator_list])
+        if (name, first) in seen:
+            path[f'{name}.{node.name}, line {first}'] = tokens_of(name, node)
+    functions, tokens = PATH[part]
+    assert len(path) <= functions and sum(path.values()) <= tokens, path
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -274,17 +252,13 @@ def test_the_path_of_an_update_and_of_a_denoising_step_is_short(tmp_path):
 
 
 def test_examples_in_docstrings():
-    import diffusion
     failed, tried = doctest.testmod(diffusion)
     assert tried >= 8 and not failed
 
 
-@pytest.mark.parametrize('file', sorted((ROOT / 'config').glob('*.py')), ids=lambda file: file.stem)
+@pytest.mark.parametrize('file', sorted((ROOT / 'config').rglob('*.py')), ids=lambda file: file.stem)
 def test_configs_set_what_exists(file):
-    import sample
-    import train
-    from configurator import configure
-    if file.name.startswith('sample_'):
-        configure(dict(vars(sample)), [str(file)])
-    else:
-        assert configure(dict(vars(train)), [str(file)])['out_dir'].startswith('out/')
+    kinds = {'eval': 'evaluate', 'sample': 'sample'}        # by folder, or by the beginning of the name
+    kind = kinds.get(file.parent.name) or kinds.get(file.stem.split('_')[0], 'train')
+    settings = configure(dict(vars(import_module(kind))), [str(file)])
+    assert kind != 'train' or settings['out_dir'].startswith('out/')

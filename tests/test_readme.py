@@ -1,16 +1,11 @@
-"""Every command of the README runs, on a tiny model and a few kB of text. (Of two equal flags the later one counts.)"""
+"""Every command of the README runs, on a tiny model and a few kB of text. (Of two equal flags the later counts.)"""
 
 import json
 import re
-import runpy
 import shlex
-import sys
 
 import pytest
-from helpers import ROOT, small_corpus, tiny_model, write_worlds
-
-import data
-import model as M
+from helpers import ROOT, checkpoint, script, small_corpus, write_worlds
 
 TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
 COMMANDS = [command for command in re.findall(r'`(python [^`]+)`', TEXT) if 'FOLDER' not in command]
@@ -21,50 +16,34 @@ TINY = ('--n_layer=1 --n_head=2 --n_kv_head=2 --d_model=32 --d_ff=48 --seq_len=9
 
 @pytest.fixture(scope='module')
 def desk(tmp_path_factory):
-    """A folder with what the commands name: data, prompts, questions, and stand-ins for the released models."""
+    """A folder with what the commands name: data, prompts, questions, stand-ins for the released models."""
     folder = tmp_path_factory.mktemp('desk')
     small_corpus(folder / 'small', 60)
-    (folder / 'config').symlink_to(ROOT / 'config')
-    (folder / 'a.txt').write_text('the words of a file of mine\n' * 4000, encoding='utf-8')
-    (folder / 'b.jsonl').write_text('{"text": "a line of mine"}\n' * 40, encoding='utf-8')
-    (folder / 'prompts.txt').write_text('the\na word\n', encoding='utf-8')
-    (folder / 'choices.jsonl').write_text('{"question": "Which?", "choices": ["He goes.", "He go."], "answer": 0}\n')
-    (folder / 'questions.jsonl').write_text('{"prompt": "why?"}\n', encoding='utf-8')
-    talks = [json.dumps({'prompt': f'question {i}', 'response': 'yes'}) for i in range(90)]
-    (folder / 'talks.jsonl').write_text('\n'.join(talks))
     write_worlds(folder / 'data')
-
-    tok = data.get_tokenizer('bytes')
-    ids = {f'{role}_id': getattr(tok, f'{role}_id') for role in M.ROLES}
+    (folder / 'config').symlink_to(ROOT / 'config')
+    talks = [json.dumps({'prompt': f'question {i}', 'response': 'yes'}) for i in range(90)]
+    for name, text in {
+            'a.txt': 'the words of a file of mine\n' * 4000, 'b.jsonl': '{"text": "a line of mine"}\n' * 40,
+            'prompts.txt': 'the\na word\n', 'questions.jsonl': '{"prompt": "why?"}\n',
+            'choices.jsonl': '{"question": "Which?", "choices": ["He goes.", "He go."], "answer": 0}\n',
+            'talks.jsonl': '\n'.join(talks)}.items():
+        (folder / name).write_text(text)
     for name in ('LLaDA-8B-Instruct', 'iLLaDA-8B-Instruct'):
-        model = tiny_model(vocab_size=tok.vocab_size, seq_len=4096, rope_fp32=name.startswith('LLaDA'))
-        M.save_model(model, folder / name, ids)
-        tok.save(folder / name)
+        checkpoint(folder / name, seq_len=4096, rope_fp32=name.startswith('LLaDA'))
     return folder
 
 
-def run(script, argv):
-    before, sys.argv = sys.argv, [script, *argv]
-    try:
-        runpy.run_path(str(ROOT / script), run_name='__main__')
-    except SystemExit as e:
-        assert not e.code, (script, argv)
-    finally:
-        sys.argv = before
-
-
-def smaller(command, script, argv):
-    """The words of a command, and those that make it small."""
-    own = any(name in command for name in OWN_DATA)
-    small_data = [] if own else ['--dataset=./small']
-    if script == 'train.py':
+def smaller(command, name, argv):
+    """Return the words of a command, and those that make it small."""
+    small_data = [] if any(own in command for own in OWN_DATA) else ['--dataset=./small']
+    if name == 'train':
         return [*argv, *TINY, *small_data, *(['--max_iters=6'] if '--resume' in argv else [])]
-    if script == 'data.py':
-        return [*argv, '--tokenizer=bytes', '--val_every=3']                            # no network, no data/docs
-    if script == 'evaluate.py':
+    if name == 'data':
+        return [*argv, '--tokenizer=bytes', '--val_every=3']            # no network, no data/docs
+    if name == 'evaluate':
         few = {'choice': ['--mc_num=2'], 'exact': ['--gen_length=8', '--limit=3']}
         return [*argv, *few.get(argv[0], ['--draws=1', '--windows=4', *small_data])]
-    if 'experiments' in script:
+    if 'experiments' in name:
         return [*argv, '--limit=3', '--samples=2', '--draws=1', '--windows=4', *small_data]
     if '8B' in command:
         return [*argv, '--gen_length=64', *(['--steps=64'] if 'sample_llada' in command else [])]
@@ -76,29 +55,32 @@ def test_every_command(desk, monkeypatch, capsys):
         raise EOFError
 
     monkeypatch.chdir(desk)
-    monkeypatch.setattr('builtins.input', nobody)               # --chat ends at once
+    monkeypatch.setattr('builtins.input', nobody)           # --chat ends at once
+    # what prepares comes first, then what trains
     commands = sorted(dict.fromkeys(COMMANDS), key=lambda c: (
-        ' data.py' not in c, ' train.py' not in c, '--resume' in c, 'sft' in c or 'talks' in c))     # prepare first
+        ' data.py' not in c, ' train.py' not in c, '--resume' in c, 'sft' in c or 'talks' in c))
     commands.insert(0, 'python train.py config/docs.py')
-    seen = set()
+    names = set()
     for command in commands:
-        script, *argv = shlex.split(command)[1:]
-        if script != 'tests/lab/worlds.py':                     # as written: too long; the fixture made its data
-            run(script, smaller(command, script, argv))
-        seen.add(script)
-        capsys.readouterr()
-    assert {'train.py', 'data.py', 'sample.py', 'evaluate.py', 'tests/lab/experiments.py', 'tests/lab/trace.py',
-            'tests/lab/estimate.py'} <= seen and len(commands) > 20
+        file, *argv = shlex.split(command)[1:]
+        name = file.removesuffix('.py')
+        names.add(name)
+        # the fixture has made the worlds, because the real ones take too long
+        if name != 'tests/lab/worlds':
+            try:
+                script(name, *smaller(command, name, argv))
+            except SystemExit as end:
+                assert not end.code, command
+            capsys.readouterr()
+    lab = {f'tests/lab/{name}' for name in ('worlds', 'experiments', 'trace', 'estimate')}
+    assert names == {'train', 'data', 'sample', 'evaluate', *lab} and len(commands) > 20
 
 
-def test_the_two_command_lines_name_what_is_there():
+def test_what_it_names_is_there():
     lines = [line for line in TEXT.splitlines() if line.startswith('python3 -m venv')]
     assert len(lines) == 2 and all('requirements.txt' in line for line in lines)
     assert lines[0].endswith('train.py config/docs.py') and lines[1].endswith('-m pytest')
-
-
-def test_what_the_tables_name_exists():
-    for path in re.findall(r'`(?:config|tests)/[\w/.]+`', TEXT):
-        assert (ROOT / path.strip('`')).exists(), path
+    for path in re.findall(r'`((?:config|tests)/[\w/.]+)`', TEXT):
+        assert (ROOT / path).exists(), path
     for module, name in re.findall(r'`(diffusion|model|train)\.(\w+)`', TEXT):
         assert name in (ROOT / f'{module}.py').read_text(encoding='utf-8'), name

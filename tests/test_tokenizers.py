@@ -1,8 +1,7 @@
-"""Ids are those of the libraries `tokenizers`, `tiktoken` and `transformers`, and a special name in a text is text."""
+"""Ids are those of `tokenizers`, `tiktoken` and `transformers`, and a special name in a text is text."""
 
 import json
 import random
-from types import SimpleNamespace
 
 import pytest
 import tiktoken
@@ -13,53 +12,43 @@ import data
 from configurator import UserError
 
 TEXTS = [
-    '', ' ', 'Hello, world!', "it's  two\n\n\n    def f(x):\treturn 1234567  ", '\x00\x1b[0m\r\n\r\n x', 'a' * 3000,
-    'Der Fluß fließt über die Äcker.', 'L’été, où est-il ?', '¿Cuántos años tiene?', 'Быстрая лиса прыгает.',
-    '床前明月光，疑是地上霜。', 'すばやい茶色の狐', '빠른 갈색 여우',
+    '', ' ', 'Hello, world!', "it's  two\n\n\n    def f(x):\treturn 1234567  ", '\x00\x1b[0m\r\n\r\n x',
+    'a' * 3000, 'Der Fluß fließt über die Äcker.', 'L’été, où est-il ?', '¿Cuántos años tiene?',
+    'Быстрая лиса прыгает.', '床前明月光，疑是地上霜。', 'すばやい茶色の狐', '빠른 갈색 여우',
     'هذا نصٌّ قصير.', 'यह एक वाक्य है।', 'Η γρήγορη αλεπού', '🙂👩‍👩‍👧 e\u0301 \u00a0\u3000\u2028', 'ſ K ﬁ ２３']
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-PATTERNS = {
-    'gpt2': r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    'llama3': LLAMA3,
-    'qwen': LLAMA3.replace('{1,3}', ''),
-    'bloom': r' ?[^(\s|[.,!?…。，、।۔،])]+'}
-SPECIAL = ['<|begin_of_text|>', '<|end_of_text|>', '<|im_start|>', '<|im_end|>', '<s>', '</s>', '<|mdm_mask|>',
-           '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>']
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LEARNED = data.learn_tokenizer(TEXTS * 3, 500)
+SPECIAL = ('<|begin_of_text|> <|end_of_text|> <|im_start|> <|im_end|> <s> </s> <|mdm_mask|> '
+           '<|start_header_id|> <|end_header_id|> <|eot_id|>').split()
 
 
 def build(kind):
     """Learn a small tokenizer of a family on the texts."""
     hf = Tokenizer(models.BPE())
-    special, alphabet = list(SPECIAL), pre.ByteLevel.alphabet()
-    texts = TEXTS * 3
+    special, alphabet = SPECIAL, pre.ByteLevel.alphabet()
     if kind == 'sentencepiece':
         # Llama 2: no words, a blank is a character, unknown characters are bytes
         hf = Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>'))
         hf.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
         hf.decoder = decoders.Sequence([
             decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
-        special, alphabet = ['<unk>', *special, *(f'<0x{b:02X}>' for b in range(256))], []
-        texts = ['Hello, hello world! 12 1234 <b>code</b> def f(x): return x'] * 4 + TEXTS[:8]
+        special, alphabet = ['<unk>', *SPECIAL, *(f'<0x{b:02X}>' for b in range(256))], []
     elif kind == 'metaspace':
         hf.pre_tokenizer, hf.decoder = pre.Metaspace(prepend_scheme='first'), decoders.Metaspace()
-    elif kind == 'neox':
-        hf.pre_tokenizer, hf.decoder = pre.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     else:
-        split = pre.Split(Regex(PATTERNS[kind]), 'isolated')
+        split = pre.Split(Regex(GPT2), 'isolated')
         hf.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
         hf.decoder = decoders.ByteLevel()
-    if kind == 'qwen':
-        hf.normalizer = normalizers.NFC()
-
-    hf.train_from_iterator(texts, trainers.BpeTrainer(
+    hf.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(
         vocab_size=900, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
     if kind == 'neox':
-        hf.add_tokens([AddedToken(' ' * n, normalized=False) for n in (2, 3, 4)])       # not special, matched in texts
+        # other characters are normalised, and runs of blanks are tokens that are not special
+        hf.normalizer = normalizers.NFC()
+        hf.add_tokens([AddedToken(' ' * n, normalized=False) for n in (2, 3, 4)])
     return hf
 
 
-KINDS = ['gpt2', 'llama3', 'qwen', 'bloom', 'sentencepiece', 'metaspace', 'neox']
+KINDS = ['gpt2', 'sentencepiece', 'metaspace', 'neox']
 
 
 @pytest.fixture(scope='module')
@@ -73,7 +62,7 @@ def folders(tmp_path_factory):
 
 
 def chars(rng):
-    """A short random text of any code points."""
+    """Return a short random text of any code points."""
     ranges = [(32, 127), (1, 0x3000), (0x3000, 0xD800), (0xE000, 0x10FFFF)]
     return ''.join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(20)))
 
@@ -90,10 +79,9 @@ def test_ids_are_those_of_the_library(folders, kind, complete):
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
 
 
-@pytest.mark.parametrize('kind', ['bytes', 'bpe', 'gpt2', 'llama3', 'bloom', 'neox'])
+@pytest.mark.parametrize('kind', ['bytes', 'learned', 'gpt2'])
 def test_round_trip(folders, kind):
-    made = {'bytes': lambda: data.get_tokenizer('bytes'), 'bpe': lambda: data.learn_tokenizer(TEXTS * 3, 400)}
-    tok = made[kind]() if kind in made else data.get_tokenizer(folders[kind])
+    tok = LEARNED if kind == 'learned' else data.get_tokenizer(folders.get(kind, kind))
     for text in TEXTS + RANDOM + ['<|mdm_mask|> typed by a user']:
         ids = tok.encode(text)
         assert tok.decode(ids) == text
@@ -108,23 +96,18 @@ def test_the_name_of_a_special_token_in_a_text_is_text(folders, kind):
         assert tok.encode(name, special_names=True)[-1] == tok.hf.token_to_id(name)
 
 
-def test_a_mask_that_its_file_does_not_call_special(tmp_path):
+def test_what_a_file_says_of_its_tokens(tmp_path):
+    """It may cut or pad texts, and not call the mask special. Neither counts. It may also name the mask."""
     hf = build('gpt2')
     hf.add_tokens(['[MASK]'])
-    hf.save(str(tmp_path / 'tokenizer.json'))
-    tok = data.get_tokenizer(tmp_path)
-    named = data.Tokenizer(build('gpt2'), {'mask_token': {'content': '<|im_end|>'}})
-    assert named.mask_id == named.hf.token_to_id('<|im_end|>')
-    assert tok.mask_id == tok.hf.token_to_id('<|mdm_mask|>') and tok.mask_id not in tok.encode('<|mdm_mask|>')
-
-
-def test_settings_of_a_file_do_not_cut_a_text(tmp_path):
-    hf = build('gpt2')
     hf.enable_truncation(3)
     hf.enable_padding(length=99)
     hf.save(str(tmp_path / 'tokenizer.json'))
     tok = data.get_tokenizer(tmp_path)
     assert tok.decode(tok.encode('a long text of many words')) == 'a long text of many words'
+    assert tok.mask_id == tok.hf.token_to_id('<|mdm_mask|>') and tok.mask_id not in tok.encode('<|mdm_mask|>')
+    named = data.Tokenizer(build('gpt2'), {'mask_token': {'content': '<|im_end|>'}})
+    assert named.mask_id == named.hf.token_to_id('<|im_end|>')
 
 
 def test_bytes_are_their_own_ids():
@@ -134,32 +117,17 @@ def test_bytes_are_their_own_ids():
     assert tok.decode([97, 9999, 258, 195]) == 'a<|mdm_mask|>\ufffd' and tok.unused(265) == [262, 263, 264]
 
 
-def test_a_million_spaces():
-    text = ' ' * 1_000_000 + 'end'
-    tok = data.get_tokenizer('bytes')
-    assert tok.decode(tok.encode(text)) == text
-
-
 # ------------------------------------------------------------------------------------------------- tiktoken
 
 
-def learned_ranks(n):
-    """Ranks as tiktoken has them: bytes of a token -> rank, with a gap."""
-    hf = data.learn_tokenizer(TEXTS * 3, 256 + 6 + n).hf
-    byte_of = {symbol: byte for byte, symbol in data.byte_symbols().items()}
-    merges = json.loads(hf.to_str())['model']['merges']
-    tokens = [bytes(byte_of[c] for c in a + b) for a, b in merges]
-    return {bytes([b]): b for b in range(256)} | {token: 300 + i for i, token in enumerate(tokens)}
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    return learned_ranks(300)
-
-
 @pytest.mark.parametrize('name', ['gpt2', 'cl100k_base', 'o200k_base'])
-def test_a_vocabulary_of_tiktoken_gives_the_ids_of_tiktoken(ranks, name, monkeypatch):
-    """The patterns are the real ones, the ranks are few."""
+def test_a_vocabulary_of_tiktoken_gives_the_ids_of_tiktoken(name, monkeypatch):
+    """The patterns are the real ones, the ranks are few, with a gap behind the bytes."""
+    byte_of = {symbol: byte for byte, symbol in data.byte_symbols().items()}
+    merges = json.loads(LEARNED.hf.to_str())['model']['merges']
+    tokens = [bytes(byte_of[c] for c in a + b) for a, b in merges]
+    ranks = {bytes([b]): b for b in range(256)} | {token: 300 + i for i, token in enumerate(tokens)}
+
     public = pytest.importorskip('tiktoken_ext.openai_public')
     for loader in ('load_tiktoken_bpe', 'data_gym_to_mergeable_bpe_ranks'):
         monkeypatch.setattr(public, loader, lambda *args, **kwargs: ranks)
@@ -174,45 +142,45 @@ def test_a_vocabulary_of_tiktoken_gives_the_ids_of_tiktoken(ranks, name, monkeyp
 
 def test_tiktoken_joins_whatever_makes_a_token():
     """The whole word first, then the lowest rank, even if no merge in order would make it."""
-    ranks = {bytes([b]): b for b in range(256)} | {b'bc': 256, b'ab': 257, b'abcd': 258, b'cd': 259, b'xyz': 260}
+    ranks = {bytes([b]): b for b in range(256)}
+    ranks |= {b'bc': 256, b'ab': 257, b'abcd': 258, b'cd': 259, b'xyz': 260}
     theirs = tiktoken.Encoding('small', pat_str=r'\S+|\s', mergeable_ranks=ranks, special_tokens={})
     ours = data.from_tiktoken(theirs)
     for text in ('abcd', 'abcdx', 'xyz', 'axyz', 'abab abc cdcd bcd'):
         assert ours.encode(text) == theirs.encode_ordinary(text)
 
 
-# ------------------------------------------------------------------------------------------------- learned ones
+# --------------------------------------------------------------------------------------------- learned ones
 
 
 def test_learning_is_deterministic_and_digits_stand_alone():
-    a, b = (data.learn_tokenizer(TEXTS * 3, 500) for _ in range(2))
-    assert a.fingerprint() == b.fingerprint() and a.vocab_size <= 500
-    assert len(a.encode('1234')) == 4 and len(a.encode('world')) < 5
-    assert min(a.mask_id, a.eos_id, a.bos_id) == a.vocab_size - 6                      # special tokens come last
+    tok, again = LEARNED, data.learn_tokenizer(TEXTS * 3, 500)
+    assert tok.fingerprint() == again.fingerprint() and tok.vocab_size <= 500
+    assert len(tok.encode('1234')) == 4 and len(tok.encode('world')) < 5
+    assert min(tok.mask_id, tok.eos_id, tok.bos_id) == tok.vocab_size - 6       # special tokens come last
 
 
 def test_a_saved_tokenizer_is_the_same(folders, tmp_path):
-    for i, tok in enumerate([data.get_tokenizer('bytes'), *map(data.get_tokenizer, folders.values())]):
-        (tmp_path / str(i)).mkdir()
-        tok.save(tmp_path / str(i))
-        again = data.get_tokenizer(tmp_path / str(i), complete=False)
+    toks = [data.get_tokenizer(spec) for spec in ('bytes', *folders.values())]
+    for tok in toks:
+        tok.save(tmp_path)
+        again = data.get_tokenizer(tmp_path, complete=False)
         assert again.fingerprint() == tok.fingerprint() and again.template == tok.template
-        assert vars(again)['names'] == tok.names and again.pad_id == tok.pad_id
-    prints = {data.get_tokenizer(folder).fingerprint() for folder in folders.values()}
-    assert len(prints) == len(folders)
+        assert again.names == tok.names and again.pad_id == tok.pad_id
+    assert len({tok.fingerprint() for tok in toks}) == len(toks)
 
 
 def test_transformers_opens_what_is_saved(tmp_path):
     transformers = pytest.importorskip('transformers')
-    tok = data.learn_tokenizer(TEXTS, 300)
-    tok.save(tmp_path)
+    LEARNED.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs.mask_token_id == tok.mask_id and theirs.pad_token_id == tok.eos_id == theirs.eos_token_id
-    assert theirs.encode('so it goes', add_special_tokens=False) == tok.encode('so it goes')
-    assert theirs.decode(tok.encode('it , is')) == 'it , is'
+    assert theirs.mask_token_id == LEARNED.mask_id
+    assert theirs.pad_token_id == LEARNED.eos_id == theirs.eos_token_id
+    assert theirs.encode('so it goes', add_special_tokens=False) == LEARNED.encode('so it goes')
+    assert theirs.decode(LEARNED.encode('it , is')) == 'it , is'
 
 
-# ------------------------------------------------------------------------------------------------- released weights
+# ----------------------------------------------------------------------------------------- released weights
 
 
 def meta(folder, **ids):
@@ -225,7 +193,7 @@ def unknown_roles(tmp_path):
     hf = Tokenizer(models.WordLevel({'<unk>': 0, 'a': 1, 'b': 2, '</s>': 3}, unk_token='<unk>'))
     hf.pre_tokenizer = pre.Whitespace()
     hf.save(str(tmp_path / 'tokenizer.json'))
-    (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'mask_token': '[MASK]', 'unk_token': '<unk>'}))
+    (tmp_path / 'tokenizer_config.json').write_text('{"mask_token": "[MASK]", "unk_token": "<unk>"}')
     return tmp_path
 
 
@@ -236,7 +204,7 @@ def test_the_unknown_token_is_never_the_mask(tmp_path):
         data.tokenizer_of(meta(folder))
     tok = data.tokenizer_of(meta(folder), mask_id=7)
     assert (tok.mask_id, tok.eos_id, tok.bos_id) == (7, 3, None) and tok.vocab_size == 4
-    assert data.get_tokenizer(folder).mask_id == 5                                      # to train with, it is added
+    assert data.get_tokenizer(folder).mask_id == 5                                # to train with, it is added
 
 
 def test_config_json_has_a_say(tmp_path):
@@ -255,52 +223,49 @@ def test_unknown_tokenizers(spec, tmp_path, monkeypatch):
         data.get_tokenizer(spec)
 
 
-# ------------------------------------------------------------------------------------------------- chat templates
+# ------------------------------------------------------------------------------------------- chat templates
 
+HEADER = "'<|start_header_id|>' + m.role + '<|end_header_id|>\n\n'"
+ASSISTANT = "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 TEMPLATES = {
     'llada': (
-        "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
-        "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}"
+        "{% for m in messages %}{% set content = " + HEADER + " + m.content | trim + '<|eot_id|>' %}"
         "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"),
+        + ASSISTANT),
     'llama3': (
         "{{- bos_token }}\n{%- set date = strftime_now('%Y') %}\n{%- if messages[0]['role'] == 'system' %}\n"
-        "    {%- set system_message = messages[0]['content'] | trim %}\n    {%- set messages = messages[1:] %}\n"
-        "{%- else %}\n    {%- set system_message = '' %}\n{%- endif %}\n"
-        "{{- '<|start_header_id|>system<|end_header_id|>\n\nToday: ' + date + '\n\n' }}"
-        "{{- system_message + '<|eot_id|>' }}\n"
-        "{%- for message in messages %}\n    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + "
-        "message['content'] | trim + '<|eot_id|>' }}\n{%- endfor %}\n{%- if add_generation_prompt %}\n"
-        "    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}\n{%- endif %}\n"),
+        "    {%- set system = messages[0]['content'] | trim %}\n    {%- set messages = messages[1:] %}\n"
+        "{%- else %}\n    {%- set system = '' %}\n{%- endif %}\n"
+        "{{- '<|start_header_id|>system<|end_header_id|>\n\nToday: ' + date + system + '<|eot_id|>' }}\n"
+        "{%- for m in messages %}\n  {{- " + HEADER + " + m.content | trim + '<|eot_id|>' }}\n{%- endfor %}\n"
+        "{%- if add_generation_prompt %}\n    " + ASSISTANT + "\n{%- endif %}\n"),
     'chatml': (
-        "{% for message in messages %}\n    {% if loop.first and message.role != 'system' %}\n"
-        "<|im_start|>system\nYou are helpful.<|im_end|>\n    {% endif %}\n"
-        "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}{% endfor %}\n"
+        "{% for m in messages %}\n    {%- if m.content is none %}{% continue %}{% endif %}\n"
+        "    {% if loop.first and m.role != 'system' %}\n"
+        "<|im_start|>system\nYou have {{ {'tools': '<é>'} | tojson }}.<|im_end|>\n    {% endif %}\n"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}\n"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
     'mistral': (
-        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-        "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
-        "{{ ' ' + message['content'] | trim + eos_token }}{% elif loop.first %}{{ message['content'] + '\n' }}"
-        "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"),
-    'illada': (
-        "{%- for m in messages -%}\n{%- if m.content is none -%}{%- continue -%}{%- endif -%}\n"
-        "{{- bos_token if loop.first else '' -}}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{%- endfor -%}\n"
-        "{{- '<|assistant|>\n' if add_generation_prompt -}}")}
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+        "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}"
+        "{% elif loop.first %}{{ m['content'] + '\n' }}"
+        "{% else %}{{ raise_exception('Only user and assistant may speak') }}{% endif %}{% endfor %}")}
 TALK = [{'role': 'user', 'content': '  What is 12 + 34?\n'}, {'role': 'assistant', 'content': 'It is  46. '},
         {'role': 'user', 'content': 'Naïve 床前!'}]
 SYSTEM = [{'role': 'system', 'content': 'Be brief.'}]
 
 
-def with_template(folder, source, tmp_path, **config):
+def with_template(folder, source, tmp_path):
     """Copy a tokenizer and give it a chat template."""
     (tmp_path / 'tokenizer.json').write_bytes((folder / 'tokenizer.json').read_bytes())
     names = {'bos_token': '<s>', 'eos_token': '</s>', 'mask_token': '<|mdm_mask|>'}
-    config = {'tokenizer_class': 'PreTrainedTokenizerFast', **names, 'chat_template': source, **config}
+    config = {'tokenizer_class': 'PreTrainedTokenizerFast', **names, 'chat_template': source}
     (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
     return tmp_path
 
 
-@pytest.mark.parametrize('kind', ['gpt2', 'llama3', 'sentencepiece', 'metaspace'])
+@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('name', TEMPLATES)
 def test_a_chat_has_the_ids_of_transformers(folders, name, kind, tmp_path):
     transformers = pytest.importorskip('transformers')
@@ -311,7 +276,7 @@ def test_a_chat_has_the_ids_of_transformers(folders, name, kind, tmp_path):
         text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         expected = theirs(text, add_special_tokens=False).input_ids
         assert ours.encode_chat(messages) == expected
-    assert ours.encode_chat(TALK).count(ours.bos_id) == (name in ('llada', 'llama3', 'mistral', 'illada'))
+    assert ours.encode_chat(TALK).count(ours.bos_id) == (name != 'chatml')
 
 
 @pytest.mark.parametrize('name', TEMPLATES)
@@ -325,25 +290,23 @@ def test_a_special_name_typed_in_a_chat_is_text(folders, name, tmp_path):
         assert say in tok.decode(ids)
 
 
-def test_our_own_vocabularies_speak_llada():
+def test_our_own_vocabularies_speak_llada_and_leave_a_last_answer_open():
     tok = data.get_tokenizer('bytes')
-    assert tok.decode(tok.encode_chat([{'role': 'user', 'content': ' hi '}])) == (
+    ids = tok.encode_chat([{'role': 'user', 'content': ' hi '}])
+    assert tok.decode(ids) == (
         '<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>'
         '<|start_header_id|>assistant<|end_header_id|>\n\n')
     assert tok.decode(tok.encode_chat([])).startswith('<|startoftext|><|start_header_id|>assistant')
-
-
-def test_a_last_answer_is_left_open():
-    tok = data.get_tokenizer('bytes')
-    begun = [*TALK[:1], {'role': 'assistant', 'content': ' It is '}]
-    assert tok.encode_chat(begun) == tok.encode_chat(TALK[:1]) + tok.encode('It is')
+    begun = [{'role': 'user', 'content': ' hi '}, {'role': 'assistant', 'content': ' It is '}]
+    assert tok.encode_chat(begun) == ids + tok.encode('It is')
 
 
 @pytest.mark.parametrize('source, says', [
     ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", 'drops, repeats or changes'),
     ("{{ messages[-1].content }}", 'drops, repeats or changes'),
     ("{% for m in messages %}{{ m.content }} {{ m.content }}{% endfor %}", 'drops, repeats or changes'),
-    ("{{ raise_exception('no system prompt') }}", 'says: no system prompt'), ("{% for %}", 'says:')])
+    ("{{ raise_exception('no system prompt') }}", 'says: no system prompt'), ("{% for %}", 'says:'),
+    ("{{ messages.__class__.__mro__ }}", 'unsafe')])
 def test_templates_that_cannot_be_used(source, says, folders, tmp_path):
     tok = data.get_tokenizer(with_template(folders['gpt2'], source, tmp_path))
     with pytest.raises(UserError, match=says):
@@ -359,14 +322,3 @@ def test_which_template_counts(folders, tmp_path):
     (folder / 'chat_template.jinja').unlink()
     with pytest.raises(UserError, match='no chat template'):
         data.tokenizer_of(meta(unknown_roles(tmp_path)), mask_id=7).encode_chat(TALK)
-
-
-def test_tojson_and_loop_controls():
-    template = data.compile_template("{% for m in messages %}{% break %}{% endfor %}{{ {'a': '<é>'} | tojson }}")
-    assert template.render(messages=[1]) == '{"a": "<é>"}'
-
-
-def test_a_template_runs_in_a_sandbox():
-    tok = SimpleNamespace(template="{{ messages.__class__.__mro__ }}", names={})
-    with pytest.raises(UserError, match='unsafe'):
-        data.Tokenizer.render(tok, [], str)

@@ -12,7 +12,7 @@ import data
 
 
 class Choices:
-    """Make the choices that are planned, then the first one, and note what was possible (a random.Random)."""
+    """Stand in for random.Random: choose as planned, then always the first; note what was possible."""
 
     def __init__(self, planned):
         self.planned = planned
@@ -28,7 +28,7 @@ class Choices:
 
 
 def every_story():
-    """Return all stories of the grammar with their log-probabilities, from all sequences of choices."""
+    """Return all stories of the grammar with their log-probabilities, by all sequences of choices."""
     planned = []
     found = []
     while True:
@@ -69,7 +69,7 @@ def test_reader_and_writer_agree_on_the_whole_world():
     for _ in range(500):
         text, logp, _ = worlds.story(rng)
         assert worlds.readings(text) == pytest.approx([logp]) and worlds.parses(text)
-    assert len({worlds.story(rng)[0].count(' ') for _ in range(200)}) == 1          # equally long
+    assert len({worlds.story(rng)[0].count(' ') for _ in range(200)}) == 1  # equally long
 
 
 STORY = ('Gus lives in the mill. He has a red drum. His brother Max eats nuts. '
@@ -79,12 +79,11 @@ STORY = ('Gus lives in the mill. He has a red drum. His brother Max eats nuts. '
 # what is changed in the story, and whether the result still agrees, only parses, or neither
 @pytest.mark.parametrize('old, new, expected', [
     ('Now Gus', 'Now Max', 'agrees'), ('lost the drum', 'lost the kite', 'parses'),
-    ('He has', 'She has', 'parses'), ('Max lost', 'Leo lost', 'parses'),
-    ('the red drum in', 'the blue drum in', 'parses'), ('Max eats', 'Gus eats', 'parses'),
-    ('drum in the mill', 'drum in the park', 'parses'), ('in the garden', 'in the mill', 'no'),
-    ('brother Max', 'brother Ida', 'no'), ('the drum in', 'drum in', 'no'),
-    ('. He', '.  He', 'no'), ('. He', '.He', 'no'), ('in the mill.', 'in the mill. And on.', 'no'),
-    ('Gus lives', ' Gus lives', 'no')])
+    ('He has', 'She has', 'parses'), ('Max lost', 'Leo lost', 'parses'), ('Max eats', 'Gus eats', 'parses'),
+    ('the red drum in', 'the blue drum in', 'parses'), ('drum in the mill', 'drum in the park', 'parses'),
+    ('in the garden', 'in the mill', 'no'), ('brother Max', 'brother Ida', 'no'),
+    ('the drum in', 'drum in', 'no'), ('. He', '.  He', 'no'), ('. He', '.He', 'no'),
+    ('in the mill.', 'in the mill. And on.', 'no'), ('Gus lives', ' Gus lives', 'no')])
 def test_what_the_grader_tells_apart(old, new, expected):
     assert old in STORY and len(worlds.readings(STORY)) == 1
     text = STORY.replace(old, new, 1)
@@ -108,8 +107,7 @@ def test_the_tasks_have_right_answers():
             one = answer.split(' and ')[0]
             assert not re.fullmatch(record['accept'], f'{one} and {one}')
         else:
-            story = record['messages'][0]['content'].split('. ')
-            assert any(word in ' '.join(story) for word in answer.rstrip('.').split()[-1:])
+            assert answer.rstrip('.').split()[-1] in record['messages'][0]['content']
     assert set(seen) == {'story', 'sort', 'reverse', 'two', 'follow-up'}
 
 
