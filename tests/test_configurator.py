@@ -49,6 +49,20 @@ def test_flags_have_the_type_of_their_default(argv, name, value):
     assert got[name] == value and type(got[name]) is type(value) and got.keys() == SETTINGS.keys()
 
 
+@pytest.mark.parametrize('script, name, wrong, says', [
+    ('train', 'optimizer', 'sgd', 'optimizer must be one of adamw, muon'), ('train', 'schedule', 'poly', 'wsd, cosine'),
+    ('train', 'masking', 'all', 'unified, response'), ('evaluate', 'task', 'score', 'bound, exact, choice, lm_eval'),
+    ('evaluate', 'method', 'elo', 'likelihood, confidence')])
+def test_settings_that_are_one_of_a_few_words(script, name, wrong, says):
+    with pytest.raises(UserError, match=says):
+        configure(dict(vars(importlib.import_module(script))), [f'--{name}={wrong}'])
+
+
+def test_initials_suggest_a_name():
+    with pytest.raises(UserError, match='did you mean learning_rate'):
+        configure(dict(vars(importlib.import_module('train'))), ['--lr=1e-3'])
+
+
 def test_positional_words():
     got = settings('a', 'b', '--lr=1', 'c', positional=('name', 'prompt'))
     assert got['name'] == 'a' and got['prompt'] == ['b', 'c'] and got['lr'] == 1

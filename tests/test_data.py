@@ -66,7 +66,7 @@ def test_docs_are_real_text_without_repeats():
     ('a.jsonl', b'{"words": "x"}', r"a.jsonl:1: expected text, .*keys \['words'\]"),
     ('a.jsonl', b'{"text": "x"}\n{"text": "\xfe"}', 'a.jsonl:2: .*utf-8'),
     ('a.json', b'[{"text": "x"}, {"text": ""}]', 'a.json:2: expected a text'),
-    ('a.json', b'[{', 'a.json:1: Expecting'),
+    ('a.json', b'[{', 'a.json:1: this is not JSON'),
     ('a.txt', b'short', 'not enough text to hold out')])
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
@@ -137,13 +137,10 @@ def test_uint16_is_used_as_long_as_it_can_hold_the_ids(corpus, tmp_path):
     assert len(stream(tmp_path / 'd', 'train')) == len(stream(corpus, 'train'))
 
 
-def test_processes_change_nothing(tmp_path):
-    files = write_files(tmp_path)
-    files[1].write_text('\n'.join(json.dumps({'text': f'{i} words'}) for i in range(1200)))
-    one = data.prepare(files, tmp_path / 'one', 'bpe-300', val_every=3)
-    assert data.prepare(files, tmp_path / 'two', 'bpe-300', val_every=3, workers=2) == one
-    for name in one['files']:
-        assert (tmp_path / 'one' / name).read_bytes() == (tmp_path / 'two' / name).read_bytes()
+def test_the_batch_of_all_processors_equals_one_text_after_the_other():
+    tok = data.learn_tokenizer(['some words and their vowels'] * 9, 300)
+    texts = [f'words <|endoftext|> {i}\n' for i in range(999)]
+    assert tok.encode_batch(texts) == [tok.encode(text) for text in texts]
 
 
 def test_a_vocabulary_is_learned_from_what_is_trained_on(tmp_path, monkeypatch):
@@ -163,13 +160,13 @@ def test_nothing_of_the_user_is_removed(tmp_path):
             small_corpus(tmp_path / 'mine')
     assert names(tmp_path / 'mine') == ['manifest.json', 'thesis.tex']
 
-    # a data set may be made anew, but not if there is something else beside it, or if it holds its own input
+    # a data set may be made anew, but not if there is something else beside it, such as its own input
     small_corpus(tmp_path / 'ours')
     small_corpus(tmp_path / 'ours')
     (tmp_path / 'ours' / 'notes.txt').write_text('mine\n' * 9000)
     with pytest.raises(UserError, match='such as notes.txt'):
         small_corpus(tmp_path / 'ours')
-    with pytest.raises(UserError, match='notes.txt lies inside of'):
+    with pytest.raises(UserError, match='such as notes.txt'):
         data.prepare([tmp_path / 'ours' / 'notes.txt'], tmp_path / 'ours', 'bytes')
     assert (tmp_path / 'ours' / 'notes.txt').exists()
 
@@ -187,7 +184,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     assert names(tmp_path) == ['d'] and (stream(tmp_path / 'd', 'train') == before).all()
 
 
-def test_data_sets_that_are_not_there_or_old_or_damaged(corpus, tmp_path, monkeypatch):
+def test_data_sets_that_are_not_there_or_old(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match='python data.py shakespeare'):
         data.open_dataset('shakespeare')
@@ -195,10 +192,6 @@ def test_data_sets_that_are_not_there_or_old_or_damaged(corpus, tmp_path, monkey
         windows(corpus, 10 ** 6)
 
     shutil.copytree(corpus, 'd')
-    file = tmp_path / 'd' / 'train_00000.bin'
-    file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(UserError, match='not as long as the manifest says'):
-        data.Corpus('d')
     manifest = json.loads((tmp_path / 'd' / 'manifest.json').read_text())
     (tmp_path / 'd' / 'manifest.json').write_text(json.dumps({**manifest, 'format': 'nanollada data 2'}))
     with pytest.raises(UserError, match='another version'):
@@ -290,11 +283,12 @@ def test_isolated_documents_end_behind_their_eos(corpus):
 
 def test_held_out_windows_are_in_order_and_evenly_chosen(corpus):
     val = stream(corpus, 'val')
-    [(x0, maskable)], n_bytes = windows(corpus, 32, 'val').held_out()
+    rows, n_bytes = windows(corpus, 32, 'val').held_out()
+    x0, maskable = map(torch.stack, zip(*rows))
     assert x0.flatten().tolist() == val[:len(val) // 32 * 32].tolist() and maskable.all()
     assert n_bytes == pytest.approx(32 * (len(val) - 4) / len(val))
-    [(few, _)], _ = windows(corpus, 32, 'val').held_out(5)
-    assert torch.equal(few, x0[[i * len(x0) // 5 for i in range(5)]])
+    few, _ = windows(corpus, 32, 'val').held_out(5)
+    assert torch.equal(torch.stack([x for x, _ in few]), x0[[i * len(x0) // 5 for i in range(5)]])
 
 
 # ------------------------------------------------------------------------------------------------- mixtures
@@ -309,7 +303,7 @@ def test_a_mixture_has_its_shares_and_one_tokenizer(tmp_path):
     larger = stream(tmp_path / 'a', 'train').tobytes()
     from_a = [source.window(sample).numpy().astype(np.uint16).tobytes() in larger for sample in range(1000)]
     assert abs(np.mean(from_a) - 0.75) < 0.05
-    [(x0, _)], n_bytes = windows(mixture, 32, 'val').held_out(40)
+    rows, n_bytes = windows(mixture, 32, 'val').held_out(40)
     each = [windows(tmp_path / name, 32, 'val').held_out()[1] for name in 'ab']
     assert len(rows) == 40 and n_bytes == pytest.approx(np.dot([0.75, 0.25], each))
 

@@ -110,7 +110,7 @@ TALKS = dict(SMALL, masking='response', seq_len=256, pad_group=8)
     CUT, TALKS, pytest.param(dict(CUT, compile=True), marks=pytest.mark.slow)],
     ids=['cut', 'talks', 'compiled'])
 def test_rows_of_unequal_length_on_two_processes_equal_one(corpus, tmp_path, changes):
-    """The loss is normalised over the global batch, wherever the short rows fall. (The last one needs a C++ compiler.)"""
+    """The loss is normalised over the global batch, wherever short rows fall. (The last needs a C++ compiler.)"""
     if changes is TALKS:
         corpus = tmp_path / 'talks'
         talks = [{'messages': [{'role': role, 'content': f'{role} {i} {k} ' * (i % 3 + 1)} for k in range(2)
@@ -203,5 +203,5 @@ def test_all_processes_stop_together_and_save(corpus, tmp_path):
     wait_for(lambda: 'iter 10/' in Path(f'{run}.log').read_text(), process)
     process.send_signal(signal.SIGTERM)
     _, said = end_of(process, cfg)
-    assert 'saved iteration' in said and len(models.checkpoints_of(run)) == 1
+    assert 'saved iteration' in said and len(models.list_checkpoints(run)) == 1
     models.load_model(run)

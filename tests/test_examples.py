@@ -180,16 +180,16 @@ def test_the_canvas_of_a_held_out_example_does_not_depend_on_the_others(tmp_path
     for more in ([], [{'prompt': 'a long one', 'response': 'word ' * 50}]):
         records = [list(enumerate(map(data.as_record, rows))) for rows in (short, [*short, *more])]
         data.prepare(records[:1], tmp_path / 'd', 'bytes', val=records[1:])
-        groups, _ = examples(data.Corpus(tmp_path / 'd'), 400, 'val').held_out()
-        assert all(x0.shape[1] % 32 == 0 for x0, _ in groups)
-        found.append({tuple(x.tolist()) for x0, _ in groups for x in x0})
+        rows, _ = examples(data.Corpus(tmp_path / 'd'), 400, 'val').held_out()
+        assert all(len(x0) % 32 == 0 for x0, _ in rows)
+        found.append({tuple(x0.tolist()) for x0, _ in rows})
     assert found[0] < found[1] and len(found[1]) == 41
 
 
 def test_bytes_of_held_out_answers(pairs):
     source = examples(pairs, split='val')
     answers = [rest.replace('<|endoftext|>', '') for _, rest in rows_of(pairs, 'val')]
-    groups, n_bytes = source.held_out()
+    rows, n_bytes = source.held_out()
     assert n_bytes == np.mean(list(map(len, answers)))
     assert len(source.held_out(5)[0]) == 5 and len(rows) == len(answers)
 

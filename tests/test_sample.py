@@ -218,7 +218,8 @@ def test_answers_seek_the_mode_and_samples_are_drawn(run, tmp_path, monkeypatch,
 def test_settings_become_sampling_params():
     for changes in (
             {}, dict(steps=8, block_length=4, threshold=0.5, cache='dual'),
-            dict(remasking='random', temperature=1.0), dict(cfg_scale=0.5, logits_eos_inf=True, confidence_eos_eot_inf=True)):
+            dict(remasking='random', temperature=1.0),
+            dict(cfg_scale=0.5, logits_eos_inf=True, confidence_eos_eot_inf=True)):
         assert sample.sampling_params(settings(**changes), 8) == SamplingParams(**changes)
 
 
@@ -316,3 +317,19 @@ def test_an_answer_is_printed(run, capsys, monkeypatch):
     monkeypatch.setattr(diffusion, 'generate', lambda model, x, mask_id, params, **_: (
         torch.where(x == mask_id, 65, x), 4))
     assert texts(capsys, run, '--prompt=hi', '--instruct', '--gen_length=4') == ['AAAA\n']
+
+
+def test_several_samples_of_a_prompt(run, capsys):
+    argv = ['--prompt=the', '--gen_length=8', '--temperature=1', '--remasking=random']
+    once, = texts(capsys, run, *argv)
+    three = texts(capsys, run, *argv, '--num_samples=3')
+    assert three[0] == once and len(set(three)) == 3 and all(text.startswith('the') for text in three)
+    assert len(texts(capsys, run, '--gen_length=4')) == 3
+
+
+def test_an_autoregressive_model_says_what_it_ignores(causal, capsys):
+    argv = ['sample', causal, '--prompt=a', '--gen_length=2']
+    script(*argv, '--remasking=random')
+    assert 'only the temperature counts' in capsys.readouterr().err
+    script(*argv)
+    assert 'only the temperature counts' not in capsys.readouterr().err
