@@ -6,6 +6,7 @@
     world      stories from a small grammar, so we can grade what a model writes, and compare its loss with
                the entropy of the source
     instruct   questions and tasks about such stories, with answers that can be checked
+    stories    both, for the model that comes with the project
     facts      who is whose mother, stated in both directions, for the reversal experiment
 """
 
@@ -342,6 +343,7 @@ def main(cfg):
     words_of_the_world(folder / 'words')
     write(stories(), folder / 'world', folder / 'words')
     write(dialogues(), folder / 'instruct', folder / 'words')
+    write(stories() + dialogues(), folder / 'stories', folder / 'words')
     write([fact for fact in facts() if fact['seen']], folder / 'facts', 'bytes', by_heart=True)
 
 
