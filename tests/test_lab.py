@@ -95,7 +95,7 @@ def test_a_wrong_request_gets_one_line(desk, monkeypatch, capsys, words, message
     assert stopped.value.code == 2 and message in err and 'Traceback' not in err
 
 
-SCRIPTS = ('lab/estimate', 'lab/experiments', 'lab/hooks', 'lab/trace', 'lab/worlds',
+SCRIPTS = ('lab/estimate', 'lab/experiments', 'lab/hooks', 'lab/pictures', 'lab/trace', 'lab/worlds',
            'bench_kernels', 'bench_sample', 'bench_train')
 
 

@@ -660,6 +660,16 @@ def log(cfg):
 
 
 @torch.no_grad()
+def hidden_nats(run, x0, maskable, t, generator):
+    """Hide the share t of each row: x0, maskable (B, T) -> nats per hidden token of each row, (B,)."""
+    device = diffusion.device_of(run.model)
+    xt, masked = diffusion.forward_process(
+        x0, torch.full((len(x0),), t), run.tok.mask_id, maskable, fixed_count=True, generator=generator)
+    ce = run.model(xt.to(device), positions=masked.to(device), targets=x0[masked].to(device)).cpu()
+    sums = torch.zeros(len(x0)).index_add(0, masked.nonzero()[:, 0], ce)
+    return sums / masked.sum(1)
+
+
 def by_t(cfg):
     """Measure nats per hidden token, by the share of its window that is hidden."""
     table = []
@@ -667,17 +677,9 @@ def by_t(cfg):
     for run in runs(cfg):
         refuse_causal(run, 'an autoregressive model hides nothing')
         rows = held_out(run, cfg, cfg.windows or 128)
-        device = diffusion.device_of(run.model)
         for t in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
             noise = diffusion.keyed_generator(cfg.seed, t)
-            nats = []
-            for x0, maskable in rows:
-                xt, masked = diffusion.forward_process(
-                    x0[None], torch.tensor([t]), run.tok.mask_id, maskable[None],
-                    fixed_count=True, generator=noise)
-                ce = run.model(xt.to(device), positions=masked.to(device), targets=x0[masked[0]].to(device))
-                nats.append(ce.mean().item())
-            nats = torch.tensor(nats)
+            nats = torch.cat([hidden_nats(run, x0[None], maskable[None], t, noise) for x0, maskable in rows])
             mean = nats.mean().item()
             error = nats.std().item() / len(nats) ** 0.5
             add(table, [run.name, t, len(nats), f'{mean:.3f}', f'{error:.3f}'])
