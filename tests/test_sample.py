@@ -154,7 +154,7 @@ def test_prompts_from_files(run, tmp_path, capsys):
         shown = texts(capsys, *argv)
         lines[name] = [json.loads(line) for line in out.read_text(encoding='utf-8').splitlines()]
         assert [line['text'] + '\n' for line in lines[name][:2]] == shown[:2]
-        assert 'already exists' in refused(capsys, 'sample', *argv)
+        assert 'File exists' in refused(capsys, 'sample', *argv)
 
     of_text, of_rows = lines.values()
     assert [line['prompt'] for line in of_text] == ['the model', 'a token']
@@ -253,14 +253,14 @@ def test_the_canvas_is_drawn(run, capsys, monkeypatch, terminal):
         assert frames.count('\x1b[H\x1b[J') == 16 and frames.count('\x1b[1;32m') == 16
         return
     lines = frames.splitlines()
-    assert '\x1b' not in frames and [line[:4] for line in lines[:2]] == ['   1', '   3'] and len(lines) == 9
+    assert '\x1b[' not in frames and [line[:4] for line in lines[:2]] == ['   1', '   2'] and len(lines) == 16
     assert all(line[4:].startswith(' | abc') for line in lines)
     assert lines[0].count('░') == 15 and '░' not in lines[-1]
 
 
 def test_characters_of_several_tokens_are_drawn_whole(capsys):
     x = torch.tensor([[*TOK.encode('é\n👍'), TOK.mask_id, *TOK.encode('b')]])
-    sample.screen(TOK, 8)(x, torch.zeros_like(x, dtype=torch.bool))
+    sample.screen(TOK)(x, torch.zeros_like(x, dtype=torch.bool))
     assert capsys.readouterr().out == '   1 | é⏎👍░b\n'
 
 
