@@ -233,12 +233,12 @@ def ex1(my):
 
 
 def ex2(my):
-    rows = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1], [0, 1, 0, 0, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
+    rows = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1], [0, 1, 0, 0, 1]], dtype=torch.bool)
     maskable = rows.repeat(2000, 1)
-    n = torch.tensor([2, 3, 1, 0]).repeat(2000)
+    full, n = maskable.sum(1), torch.tensor([2, 3, 1]).repeat(2000)
     u = torch.rand(maskable.shape, generator=seeded(0)) * 0.98
 
-    def hide(n=n, u=u):
+    def hide(n=n, u=u, maskable=maskable):
         got = call(my.ex2_hide, maskable=maskable, n=n, u=u)
         fail_if(not torch.is_tensor(got) or got.shape != maskable.shape or got.dtype != torch.bool,
                 f'expected (B, T) bool, got {getattr(got, "shape", got)} {getattr(got, "dtype", "")}')
@@ -249,43 +249,46 @@ def ex2(my):
     fail_if(torch.equal(got, hide(u=u.flip(0))), 'these are always the same positions, so u is not used')
     late = u.masked_fill(~maskable, 2)
     for message, wrong in {
-            'argsort gives the order of the positions, not their ranks, so argsort once more': late.argsort(1),
+            'argsort gives the order of the positions, not their ranks, so argsort once more':
+                late.argsort(1) < n[:, None],
             'positions that are not maskable take up ranks, so give them noise that sorts last':
-                u.argsort(1).argsort(1).masked_fill(~maskable, 9),
-            'the ranks go down the columns (dim 0), but each row has its own (dim 1)': late.argsort(0).argsort(0),
-            }.items():
-        fail_if(torch.equal(got, wrong < n[:, None]), message)
+                (u.argsort(1).argsort(1) < n[:, None]) & maskable,
+            'the ranks go down the columns (dim 0), but each row has its own (dim 1)':
+                late.argsort(0).argsort(0) < n[:, None],
+            'this uses n[0] for every row, but each row has its own n': late.argsort(1).argsort(1) < n[0]}.items():
+        fail_if(torch.equal(got, wrong), message)
     fail_if((got & ~maskable).any(), 'this hides what is not maskable, so give that noise that sorts last')
     hidden = got.sum(1)
-    fail_if(any(hidden[k::4].unique().numel() > 1 for k in range(3)) and hidden.unique().numel() > 3,
+    fail_if(hidden.unique().numel() > 3,
             'the number varies: u < n / T hides n tokens only on average (that is Eq. 3, not Eq. 14)')
-    fail_if((hidden[n > 0] == n[0]).all(), 'this uses n[0] for every row, but each row has its own n')
-    fail_if((hidden != n)[n > 0].any(), 'the number of hidden positions in row b is not n[b]')
+    fail_if((hidden != n).any(), 'the number of hidden positions in row b is not n[b]')
 
-    full = maskable.sum(1)
-    for message, count, noise in [
-            ('n = 0 hides nothing', n, u), ('n = 0 hides nothing', n * 0, u), ('n can be all that is maskable', full, u),
-            ('n can differ in every row', (u[:, 0] * (full + 1)).long(), u),
-            ('u reaches up to 1, so what is not maskable needs noise of 1 or more', n, u / 1e4 + 0.9999),
-            ('some u are equal (noise in float32 has equal numbers), so count by rank, not by u <= the n-th',
-             n, (u * 3).round() / 3)]:
-        fail_if((hide(count, noise).sum(1) != count).any() or (hide(count, noise) & ~maskable).any(),
-                f'wrong number of hidden positions: {message}')
+    for message, count, noise, where in [
+            ('n = 0 hides nothing', n * 0, u, maskable), ('n = 0 hides nothing', n * (n > 1), u, maskable),
+            ('n can be all that is maskable', full, u, maskable),
+            ('n can differ in every row', (u[:, 0] * (full + 1)).long(), u, maskable),
+            ('a row may have nothing that is maskable', n * (n > 1), u, maskable & (n > 1)[:, None]),
+            ('some u are equal (noise in float32 has equal numbers), so count by rank, not by a threshold',
+             n, (u * 3).floor() / 3, maskable),
+            ('u reaches up to 1, so what is not maskable needs noise of 1 or more',
+             n, 0.9999 + u.argsort(1).argsort(1) / 1e5, maskable)]:
+        again = hide(count, noise, where)
+        fail_if((again.sum(1) != count).any() or (again & ~where).any(),
+                f'the number of hidden positions is wrong: {message}')
 
     shares = []
     for k in range(3):
-        _, counts = got[k::4].unique(dim=0, return_counts=True)
+        _, counts = got[k::3].unique(dim=0, return_counts=True)
         shares.append(counts)
-        n_subsets = math.comb(int(maskable[k].sum()), int(n[k]))
+        n_subsets = math.comb(int(full[k]), int(n[k]))
         expected = 2000 / n_subsets
         fail_if(len(counts) != n_subsets or (counts - expected).abs().max() > 5 * expected ** 0.5,
                 f'the {n_subsets} subsets are not equally likely: {counts.tolist()} of 2000')
-    small = [torch.where(got == side, u, -1).max(1).values <= torch.where((got != side) & maskable, u, 2).min(1).values
-             for side in (True, False)]
-    # the n smallest, or (if the ranks are turned round) the n largest of the maskable ones
-    largest = torch.where(got, u, 2).min(1).values >= torch.where(maskable & ~got, u, -1).max(1).values
-    fail_if(not small[0].all() and not largest.all(), 'the subsets are not equally likely: hide the positions with the '
-            'n smallest u, and do not change u by a factor, a power or a position')
+    # they must be the n smallest u of the maskable ones, or the n largest, if the ranks are turned round
+    ranks = late.argsort(1).argsort(1)
+    ordered = [torch.equal(got, mask & maskable) for mask in (ranks < n[:, None], ranks >= (full - n)[:, None])]
+    fail_if(not any(ordered), 'the subsets are not equally likely: hide the n positions with the smallest u, and do not '
+            'change u by a factor, a power or a position')
     return f'exactly n, and the 6 ways to hide 2 of 4 came {sorted(shares[0].tolist())} times of 2000'
 
 
@@ -441,9 +444,8 @@ def ex4(my):
     for k, what in ((tokens, 'tokens'), (places, 'positions')):
         fail_if(not torch.equal(k[0], k[1]) or not torch.equal(k[0], k[2]),
                 f'the same generator gives other {what}, so their draw does not use it')
-    for k, what in ((tokens, 'tokens'), (places, 'positions')):
-        fail_if(torch.equal(k[3], k[4]), f'two steps in a row draw the same {what}, so the generator is seeded again (or '
-                'not used)')
+    again = 'two steps in a row draw the same {}, so the generator is seeded again (or not used)'
+    fail_if(torch.equal(tokens[3], tokens[4]) and not (tokens[3] == tokens[3][:1]).all(), again.format('tokens'))
 
     # 3) all tokens at once: each from its own softmax, independent of the others
     generator = seeded(1)
@@ -482,6 +484,8 @@ def ex4(my):
     ways = torch.bincount((written.long() * torch.tensor([8, 4, 2, 1])).sum(1), minlength=16)[[3, 5, 6, 9, 10, 12]]
     fail_if(surprise(ways.double(), torch.full((6,), 1 / 6)) > 8 or ways.sum() < len(x),
             f'positions are not equally likely: {[round(float(q), 3) for q in share]} instead of a half each')
+
+    fail_if(torch.equal(places[3], places[4]), again.format('positions'))
 
     # 5) the independent truth: 40,000 texts
     x = all_masks = torch.full((40_000, T), MASK)
@@ -575,7 +579,7 @@ def ex5(my):
             'this writes from left to right, but the most confident proposal comes first': other(lambda i, *rest: -i),
             'this writes from right to left, but the most confident proposal comes first': other(lambda i, *rest: i)}
         for axes in itertools.permutations(range(length)):
-            fail_if(torch.allclose(got, right.permute(axes)), 'the axes are exchanged: axis i is the token at position i')
+            fail_if(model is MODEL and torch.allclose(got, right.permute(axes)), 'the axes are exchanged: axis i is the token at position i')
         close = 'is it sampled? The exact law is asked for: go through all proposals' if distance < 0.03 else (
             'at every step draw anew for each mask, write the proposal with the highest probability, and ask the model again')
         name_it(got, right, mistakes, f'{distance:.4f} (total variation) from this law: {close}')
@@ -773,11 +777,10 @@ def ex9(my):
     fail_if(not near(table, divergence), f'all of a text at once costs {table:.6f}, and KL(truth | product) is {divergence:.6f}')
 
     # costs from entropies, and made-up ones for which the order and the place of a big step matter
-    fake = [[float(torch.rand((), generator=seeded(97 * a + b))) * (b - a) ** 2 / (1 + a) for b in range(n + 1)]
-            for a in range(n + 1)]
+    luck = torch.rand(n + 1, n + 1, generator=seeded(38))
+    fake = [[float(luck[a, b]) * (1 + abs(b - a)) for b in range(n + 1)] for a in range(n + 1)]
     real = [[step_cost(h, min(a, b), max(a, b)) for b in range(n + 1)] for a in range(n + 1)]
-    for (table, size, k), where in itertools.product(
-            (((real, 9, 3)), (real, 9, 4), (fake, 7, 3), (fake, 9, 4), (fake, 7, 7), (fake, 5, 1)), ('',)):
+    for table, size, k in ((real, 9, 3), (real, 9, 4), (fake, 7, 3), (fake, 9, 4), (fake, 7, 7), (fake, 5, 1)):
         sizes = [int(size) for size in call(my.ex9_schedule, cost=table, T=size, k=k)]
         where = f'{size} tokens in {k} steps'
         fail_if(len(sizes) != k, f'{where}: expected {k} numbers, got {sizes}')
