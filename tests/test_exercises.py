@@ -14,7 +14,8 @@ FOLDER = Path(__file__).resolve().parent / 'exercises'
 sys.path.append(str(FOLDER))
 
 import checks  # noqa: E402
-from checks import log_p  # noqa: E402
+import checks_more  # noqa: E402
+from naming import log_p  # noqa: E402
 
 import diffusion  # noqa: E402
 
@@ -123,7 +124,8 @@ def attention_mask(lengths):
 
 RIGHT = dict(
     ex1_loss=loss, ex2_hide=hide, ex3_bound=bound, ex4_step=step, ex5_law=law, ex6_counts=counts, ex6_guide=guide,
-    ex7_write=write, ex8_bits_per_byte=bits, ex9_cost=cost_table, ex9_schedule=schedule, ex10_attention_mask=attention_mask)
+    ex7_write=write, ex8_bits_per_byte=bits, ex9_cost=cost_table, ex9_schedule=schedule,
+    ex10_attention_mask=attention_mask)
 
 
 @pytest.mark.parametrize('name', checks.CHECKS)
@@ -141,12 +143,23 @@ def test_the_exercises_ask_for_these_functions():
 def test_what_is_not_written_or_raises_is_red_in_one_sentence(name):
     check = checks.CHECKS[name.partition('_')[0]]
     source = f'def {name}(*_):\n    raise NotImplementedError\n'
-    for code, message in ((source, f'{name} is not written yet'), (source.replace('NotImplemented', 'Key'), 'KeyError')):
+    raises = source.replace('NotImplemented', 'Key')
+    for code, message in ((source, f'{name} is not written yet'), (raises, 'KeyError')):
         scope = {}
         exec(compile(code, 'exercises.py', 'exec'), scope)
         with pytest.raises(pytest.fail.Exception, match=message) as failed:
             check(SimpleNamespace(**{**RIGHT, name: scope[name]}))
         assert not failed.value.pytrace and '\n' not in str(failed.value)
+
+
+def test_the_example_by_hand_runs(capsys):
+    code, = re.findall(r'```python\n(.*?)```', (FOLDER / 'README.md').read_text(encoding='utf-8'), re.DOTALL)
+    scope = {}
+    exec(code, scope)
+    assert (scope['canvas'] == scope['mask_id']).all() and scope['written'].x[0, 3] == scope['teacher']
+    # the forced token is there from the first step on
+    steps = [line.split() for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert len(steps) == 8 and all(step[3] == f"{scope['teacher']:02}" for step in steps)
 
 
 # ------------------------------------------------------ wrong answers, and what must be said about each
@@ -218,7 +231,8 @@ def hide_in_place(maskable, n, u):
     return u.argsort(1).argsort(1) < n[:, None]
 
 
-def wrong_bound(sees=lambda x0, masks, mask_id: torch.where(masks, mask_id, x0), logp=log_p, over=lambda masks: masks,
+def wrong_bound(sees=lambda x0, masks, mask_id: torch.where(masks, mask_id, x0),
+                logp=log_p, over=lambda masks: masks,
                 factor=lambda x0, masks: len(x0) / masks.sum(1), reduce=torch.mean):
     """Make a version of Eq. 6 with some part of it changed."""
     def wrong(model, x0, masks, mask_id):
@@ -255,7 +269,8 @@ def mean_by_size(model, x0, masks, mask_id):
     return torch.stack([values[n == size].mean() for size in n.unique()]).mean()
 
 
-def wrong_step(order='random', token='drawn', in_place=False, change=lambda n, masked: n, tokens_by=None, order_by=None):
+def wrong_step(order='random', token='drawn', in_place=False, change=lambda n, masked: n,
+               tokens_by=None, order_by=None):
     """Make a version of a step with some part of it changed."""
     def wrong(model, x, mask_id, n, generator):
         masked = x == mask_id
@@ -318,11 +333,11 @@ def step_over_visible(model, x, mask_id, n, generator):
 
 def wrong_law(score):
     """Make a version of the law with another score of the proposals, by the function of the checks."""
-    return lambda model, mask_id, T, V: checks.law(model, T, V, score)
+    return lambda model, mask_id, T, V: checks_more.law(model, T, V, score)
 
 
 def sampled_law(model, mask_id, T, V, n=20_000):
-    law_of_table = checks.law(model, T, V, checks.confidence).flatten()
+    law_of_table = checks_more.law(model, T, V, checks_more.confidence).flatten()
     texts = torch.multinomial(law_of_table, n, replacement=True, generator=checks.seeded(0))
     return (torch.bincount(texts, minlength=V ** T).double() / n).view((V,) * T)
 
@@ -353,7 +368,7 @@ def best_of(key, turned=False):
         def parts(sizes):
             ends = list(itertools.accumulate(sizes))
             return [cost[e][e - n] if turned else cost[e - n][e] for n, e in zip(sizes, ends)]
-        return min(checks.schedules(T, k), key=lambda sizes: key(parts(sizes)))
+        return min(checks_more.schedules(T, k), key=lambda sizes: key(parts(sizes)))
     return wrong
 
 
@@ -377,8 +392,8 @@ def by_length(lengths):
 # what is wrong -> the function, what the check must say (a regular expression)
 WRONG = {
     'ex1_loss': [
-        (wrong_loss(weight=lambda t, m: torch.ones_like(t), divide_by=masked_tokens), 'mean over the masked tokens, without'),
-        (wrong_loss(weight=lambda t, m: torch.ones_like(t)), "BERT's loss"),
+        (wrong_loss(weight=lambda t, m: 1, divide_by=masked_tokens), 'mean over the masked tokens, without'),
+        (wrong_loss(weight=lambda t, m: 1), "BERT's loss"),
         (wrong_loss(divide_by=masked_tokens), 'Eq. 3 divides by all tokens'),
         (wrong_loss(weight=lambda t, m: (1 / t.mean()).expand(len(t))), 'one t for the whole batch'),
         (wrong_loss(weight=lambda t, m: 1 / t.mean(), divide_by=masked_tokens), 'one t for .* and .*all tokens'),
@@ -526,8 +541,8 @@ WRONG = {
         (lambda h: [list(row) for row in zip(*cost_table(h))], 'transposed'),
         (wrong_cost(lambda h, a, b: sum(h[a:b])), 'only the loss counts'),
         (wrong_cost(lambda h, a, b: (b - a) * h[a]), 'subtracted'),
-        (wrong_cost(lambda h, a, b: -checks.step_cost(h, a, b)), 'the sign'),
-        (wrong_cost(lambda h, a, b: checks.step_cost(h, a, b) / math.log(2)), 'bits')],
+        (wrong_cost(lambda h, a, b: -checks_more.step_cost(h, a, b)), 'the sign'),
+        (wrong_cost(lambda h, a, b: checks_more.step_cost(h, a, b) / math.log(2)), 'bits')],
     'ex9_schedule': [
         (lambda cost, T, k: [T // k + (i < T % k) for i in range(k)], 'equal steps'),
         (lambda cost, T, k: [1] * (k - 1) + [T - k + 1], 'greedy|best'),

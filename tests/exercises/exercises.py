@@ -90,9 +90,9 @@ def ex8_bits_per_byte(nats_per_token, n_tokens, text):
 def ex9_cost(h):
     """Return what a step loses: a table of (T + 1) x (T + 1) numbers (lists in a list), from T entropies h.
 
-    h[j] is the mean entropy in nats of a hidden token, given j others. If a tokens are there, a step that writes the
-    tokens a, ..., b - 1 draws all of them with entropy h[a]. One at a time they would have h[a], h[a + 1], ..., h[b - 1].
-    The difference is what is lost (a Kullback-Leibler divergence):
+    h[j] is the mean entropy in nats of a hidden token, given j others. If a tokens are there, a step that writes
+    the tokens a, ..., b - 1 draws all of them with entropy h[a]. One at a time they would have h[a], h[a + 1], ...,
+    h[b - 1]. The difference is what is lost (a Kullback-Leibler divergence):
 
         cost[a][b] = (b - a) h[a] - (h[a] + ... + h[b - 1])        for a < b; the other entries are not used
     """
