@@ -1,363 +1,404 @@
-"""Check the exercises against an independent truth. A check that fails names the mistake in words.
+"""Check exercises 1 to 4 against an independent truth. Red is a sentence that names the mistake, green is the truth.
 
-Each check takes the functions under test as a module or a namespace. So tests/test_exercises.py can also run it
-on right answers and on typical wrong ones.
+Each check takes the functions under test as a module or a namespace, so tests/test_exercises.py can also run it
+on right answers and on wrong ones. It returns what it found, in words.
 """
 
 import itertools
-import json
 import math
-from pathlib import Path
 
+import checks_more
 import torch
-from helpers import MASK, T, V, seeded, table_model, tiny_model
-
-GOLDEN = Path(__file__).resolve().parents[1] / 'golden'
-P, MODEL = table_model()                                    # 27 texts of 3 tokens whose distribution is known
-TEXTS = torch.tensor(list(itertools.product(range(V), repeat=T)))
-MASKS = torch.tensor(list(itertools.product([False, True], repeat=T)))
-ENTROPY = float(-(P * P.log()).sum())
-
-
-def fail_if(condition, message):
-    """Fail the check with a message, if the condition is true."""
-    assert not condition, f'\n\n    {message}\n'
-
-
-def near(a, b, tolerance=1e-6):
-    return math.isclose(float(a), float(b), rel_tol=tolerance, abs_tol=tolerance)
-
-
-def compare(got, right, mistakes):
-    """Fail if a number is not the right one. mistakes: message -> the number that this mistake leads to."""
-    for message, wrong in mistakes.items():
-        fail_if(near(got, wrong), message)
-    fail_if(not near(got, right), f'{float(got):.6f} is not {float(right):.6f}')
-
-
-def log_p(logits, x0):
-    """Return log p of the tokens x0 (B, T) under logits (B, T, V) -> (B, T)."""
-    return logits.log_softmax(-1).gather(-1, x0[..., None])[..., 0]
+from helpers import MASK, T, V, seeded
+from naming import (
+    ENTROPY,
+    MASKS,
+    MODEL,
+    TEXTS,
+    P,
+    call,
+    check_of,
+    explain,
+    fail_if,
+    frequencies,
+    log_p,
+    near,
+    surprise,
+    total_variation,
+    unsure,
+    versions_of_log_p,
+)
 
 
 def ex1(my):
-    x0 = TEXTS[[5, 22, 13, 7]]
-    masked = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 1], [0, 0, 0]], dtype=torch.bool)
-    t = torch.tensor([0.5, 0.3, 0.9, 0.4], dtype=torch.float64)
-    xt = torch.where(masked, MASK, x0)
-    n = masked.numel()
-    inputs = []
+    # 1) a batch in which every number of something is another number
+    masked = [[1, 0, 1, 0], [0, 0, 0, 1], [1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0]]
+    masked = torch.tensor(masked).bool()
+    t = torch.tensor([0.5, 0.3, 0.9, 0.4, 0.8, 0.2], dtype=torch.float64)
+    x0 = torch.randint(5, masked.shape, generator=seeded(0))
+    xt = torch.where(masked, 5, x0)
+    logits_of, inputs = unsure(4, 5), []
+    scale = torch.ones(6, dtype=torch.float64, requires_grad=True)                  # the weights of the model
 
     def model(ids):
         inputs.append(ids)
-        # not normalised, and also unsure of the visible tokens
-        return 0.7 * MODEL(ids).clamp(min=-4) + 1
+        return logits_of(ids) * scale
 
-    got = my.ex1_loss(model, x0, xt, masked, t)
+    got = call(my.ex1_loss, model=model, x0=x0, xt=xt, masked=masked, t=t)
     fail_if(not torch.is_tensor(got) or got.dim(), f'the loss is a tensor without dimensions, got {got!r}')
-    sees_xt = all(torch.equal(ids, xt) for ids in inputs)
-    fail_if(not sees_xt, 'the model must see xt, because x0 holds the answers')
+    seen, given = ({tuple(row) for row in rows.tolist()} for rows in (torch.cat(inputs), xt))
+    fail_if(seen & {tuple(row) for row in x0[masked.any(1)].tolist()},
+            'the model must see xt, because x0 holds the answers')
+    fail_if(not seen <= given, 'the model must see xt as it is')
 
+    (B, length), n, hidden = masked.shape, masked.numel(), masked.sum(1)
+
+    def value(weight, over, divisor, logp, sign):
+        return sign * (torch.where(over, logp, 0.0).sum(1) * weight / divisor).sum()
+
+    weights = {
+        '': 1 / t,
+        "1/t is missing: this is BERT's loss, and not a bound, because rows with few masks count too little":
+            torch.ones(B),
+        'this is the mean over the masked tokens, without 1/t, so it is not the bound of Eq. 3': n / hidden.sum(),
+        'this has T/l, from the number l of masks in the row, in place of 1/t (or divides each row by its '
+        'number '
+        'of masked tokens): right for exactly l masks (Eq. 14), but here t is given': length / hidden.clamp(min=1),
+        'this uses one t for the whole batch, but each row has its own': 1 / t.mean(),
+        'this uses the mean of 1/t for the whole batch, but each row has its own t': (1 / t).mean(),
+        'the weight is 1/t, not 1/(1 - t), because t is the probability to be hidden': 1 / (1 - t),
+        'the weight is 1/t, not t': t, 'the weight is 1/t, not 1 - t': 1 - t,
+        'the weight is 1/t, not 1/t^2': t ** -2,
+        'the weight is 1/t, not its square root': t ** -0.5, 'the weight is 1/t, not -log t': -t.log()}
+    over = {'': masked,
+            'this counts visible tokens as well, but only the masked ones are in the sum': masked | True,
+            'this counts the visible tokens (~masked), but the masked ones are in the sum': ~masked}
+    divisors = {
+        '': n, 'this divides by the number of masked tokens, but Eq. 3 divides by all tokens': hidden.sum(),
+        'this divides by the number of visible tokens, but Eq. 3 divides by all tokens': (~masked).sum(),
+        'this divides by the number of rows only, but Eq. 3 divides by T as well': B,
+        'this is a sum over the rows, divided by T, but Eq. 3 is their mean': length,
+        'this is a sum, but Eq. 3 divides by B and by T': 1,
+        'this divides by T - 1, but all T tokens are predicted': B * (length - 1),
+        'rows without a mask are left out of the mean, but Eq. 3 counts them (as 0)': (hidden > 0).sum() * length,
+        'this divides each row by its number of masked tokens, but Eq. 3 divides by T': B * hidden.clamp(min=1),
+        'this divides by T twice': n * length, 'this divides by B twice': n * B}
     logits = model(xt)
-    every = -log_p(logits, x0)
-    rows = torch.where(masked, every, 0.0).sum(1)
-    right = (rows / t).sum() / n
-    per_row = rows / masked.sum(1).clamp(min=1)
-    raw = torch.where(masked, logits.gather(-1, x0[..., None])[..., 0], 0.0)
-    next_token = -log_p(logits[:, :-1], x0[:, 1:])
-    next_token = (torch.where(masked[:, 1:], next_token, 0.0) / t[:, None]).sum()
-    shift = 'this predicts the next token, but here logit i is about token i'
-    fail_if(near(got, next_token / masked[:, 1:].numel()), shift)
-    compare(got, right, {
-        'the sign is wrong, because a loss is -log p': -right,
-        'this is the mean over the masked tokens, without 1/t. That is not the bound of Eq. 3':
-            rows.sum() / masked.sum(),
-        'this divides by the masked tokens, but Eq. 3 divides by all tokens': (rows / t).sum() / masked.sum(),
-        'this divides each row by its number of masked tokens, but Eq. 3 divides by T': (per_row / t).mean(),
-        'this uses one t for the whole batch, but each row has its own': (rows / t.mean()).sum() / n,
-        'the weight is 1/t, not 1/(1 - t), because t is the probability to be hidden':
-            (rows / (1 - t)).sum() / n,
-        'the weight is 1/t, not t': (rows * t).sum() / n,
-        'this divides by the number of rows only, but Eq. 3 divides by T as well': (rows / t).sum() / len(x0),
-        'this is a sum, but Eq. 3 divides by B and by T': (rows / t).sum(),
-        'this counts visible tokens as well, but only the masked ones are in the sum':
-            (every / t[:, None]).sum() / n,
-        'these are logits, but log p is their log_softmax': -(raw.sum(1) / t).sum() / n,
-        shift: next_token / n})
+    sign = {'': -1, 'the sign is wrong, because a loss is -log p': 1}
+    explain(got, value, weights, over, divisors, versions_of_log_p(logits, x0), sign)
 
-    # The independent truth: averaged over all texts, masks and t, the loss is the entropy of the source per token.
+    # 2) can it train?
+    fail_if(not got.requires_grad, 'the number is right, but no gradient reaches the model, so this loss '
+        'cannot train '
+            '(no_grad, detach, item?)')
+    slope, = torch.autograd.grad(got, scale)
+    right, = torch.autograd.grad(value(1 / t, masked, n, log_p(logits, x0), -1), scale)
+    fail_if(not torch.allclose(slope, right, rtol=1e-4),
+            'the number is right, but its gradient is not: is a part of it detached?')
+
+    # 3) rows of their own, with the smallest and the largest t
+    for t in (0.5, 0.2, 0.05, 0.004, 0.001, 0.97, 1.0):
+        loss = call(my.ex1_loss, model=logits_of, x0=x0[:1], xt=xt[:1], masked=masked[:1],
+                    t=torch.tensor([t], dtype=torch.float64))
+        weight = float(loss / -log_p(logits_of(xt[:1]), x0[:1])[masked[:1]].sum()) * length
+        fail_if(not near(weight, 1 / t), f'at t = {t} the weight is {weight:.5g} in place of 1/t = '
+            f'{1 / t:.5g}: is t '
+                'clamped, or is something added to it?')
+    nothing = call(my.ex1_loss, model=logits_of, x0=x0, xt=x0, masked=masked & False, t=torch.ones(B))
+    fail_if(not near(nothing, 0), f'if nothing is masked, the loss is 0, but this is {float(nothing)}')
+
+    # The independent truth: averaged over all texts, masks and t, the loss is the entropy per token.
     # Three Gauss points integrate t^0 ... t^5 exactly.
     total = 0.0
     for t, share in ((0.5 - 0.15 ** 0.5, 5 / 18), (0.5, 8 / 18), (0.5 + 0.15 ** 0.5, 5 / 18)):
         for mask, (text, p) in itertools.product(MASKS, zip(TEXTS, P.flatten())):
             chance = t ** int(mask.sum()) * (1 - t) ** int((~mask).sum())
-            xt = torch.where(mask, MASK, text)
-            ratio = torch.tensor([t], dtype=torch.float64)
+            xt, ratio = torch.where(mask, MASK, text), torch.tensor([t], dtype=torch.float64)
             loss = my.ex1_loss(MODEL, text[None], xt[None], mask[None], ratio)
             total += share * chance * float(p) * float(loss)
     fail_if(not near(total * T, ENTROPY),
             f'averaged over everything it is {total * T:.6f} nats, the entropy is {ENTROPY:.6f}')
+    return f'your loss over all texts, masks and t is {total * T:.4f} nats, and the entropy is {ENTROPY:.4f}'
 
 
 def ex2(my):
     rows = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1], [0, 1, 0, 0, 1]], dtype=torch.bool)
     maskable = rows.repeat(2000, 1)
-    n = torch.tensor([2, 3, 1]).repeat(2000)
-    u = torch.rand(maskable.shape, generator=seeded(0))
-    got = my.ex2_hide(maskable, n, u)
-    fail_if(got.shape != maskable.shape or got.dtype != torch.bool,
-            f'expected (B, T) bool, got {tuple(got.shape)} {got.dtype}')
+    full, n = maskable.sum(1), torch.tensor([2, 3, 1]).repeat(2000)
+    u = torch.rand(maskable.shape, generator=seeded(0)) * 0.98
 
-    once = u.masked_fill(~maskable, 2).argsort(1) < n[:, None]
-    fail_if(torch.equal(got, once),
-            'argsort gives the order of the positions, not their ranks, so argsort once more')
-    too_late = (u.argsort(1).argsort(1) < n[:, None]) & maskable
-    fail_if(torch.equal(got, too_late),
-            'positions that are not maskable take up ranks, so give them noise that sorts last')
-    fail_if((got & ~maskable).any(),
-            'this hides what is not maskable, so give those positions noise that sorts last')
-    fail_if(got.sum(1).unique().numel() > 3,
+    def hide(n=n, u=u, maskable=maskable):
+        got = call(my.ex2_hide, maskable=maskable, n=n, u=u)
+        fail_if(not torch.is_tensor(got) or got.shape != maskable.shape or got.dtype != torch.bool,
+                f'expected (B, T) bool, got {getattr(got, "shape", got)} {getattr(got, "dtype", "")}')
+        return got
+
+    got = hide()
+    fail_if(not torch.equal(got, hide()), 'this draws numbers of its own, but u is the noise')
+    fail_if(torch.equal(got, hide(u=u.flip(0))), 'these are always the same positions, so u is not used')
+    late = u.masked_fill(~maskable, 2)
+    for message, wrong in {
+            'argsort gives the order of the positions, not their ranks, so argsort once more':
+                late.argsort(1) < n[:, None],
+            'positions that are not maskable take up ranks, so give them noise that sorts last':
+                (u.argsort(1).argsort(1) < n[:, None]) & maskable,
+            'the ranks go down the columns (dim 0), but each row has its own (dim 1)':
+                late.argsort(0).argsort(0) < n[:, None],
+            'this uses n[0] for every row, but each row has its own n': late.argsort(1).argsort(1) < n[0]}.items():
+        fail_if(torch.equal(got, wrong), message)
+    fail_if((got & ~maskable).any(), 'this hides what is not maskable, so give that noise that sorts last')
+    hidden = got.sum(1)
+    fail_if(hidden.unique().numel() > 3,
             'the number varies: u < n / T hides n tokens only on average (that is Eq. 3, not Eq. 14)')
-    fail_if((got.sum(1) != n).any(), 'the number of hidden positions in row b is not n[b]')
+    fail_if((hidden != n).any(), 'the number of hidden positions in row b is not n[b]')
 
+    for message, count, noise, where in [
+            ('n = 0 hides nothing', n * 0, u, maskable), ('n = 0 hides nothing', n * (n > 1), u, maskable),
+            ('n can be all that is maskable', full, u, maskable),
+            ('n can differ in every row', (u[:, 0] * (full + 1)).long(), u, maskable),
+            ('a row may have nothing that is maskable', n * (n > 1), u, maskable & (n > 1)[:, None]),
+            ('some u are equal (noise in float32 has equal numbers), so count by rank, not by a threshold',
+             n, (u * 3).floor() / 3, maskable),
+            ('u reaches up to 1, so what is not maskable needs noise of 1 or more',
+             n, 0.9999 + u.argsort(1).argsort(1) / 1e5, maskable)]:
+        again = hide(count, noise, where)
+        fail_if((again.sum(1) != count).any() or (again & ~where).any(),
+                f'the number of hidden positions is wrong: {message}')
+
+    shares = []
     for k in range(3):
-        subsets, counts = got[k::3].unique(dim=0, return_counts=True)
-        n_subsets = math.comb(int(maskable[k].sum()), int(n[k]))
-        fail_if(len(subsets) == 1, 'these are always the same positions, so u is not used')
+        _, counts = got[k::3].unique(dim=0, return_counts=True)
+        shares.append(counts)
+        n_subsets = math.comb(int(full[k]), int(n[k]))
         expected = 2000 / n_subsets
-        uneven = (counts - expected).abs().max() > 5 * expected ** 0.5
-        fail_if(len(subsets) != n_subsets or uneven,
+        fail_if(len(counts) != n_subsets or (counts - expected).abs().max() > 5 * expected ** 0.5,
                 f'the {n_subsets} subsets are not equally likely: {counts.tolist()} of 2000')
+    # they must be the n smallest u of the maskable ones, or the n largest, if the ranks are turned round
+    ranks = late.argsort(1).argsort(1)
+    ordered = [torch.equal(got, mask & maskable) for mask in (ranks < n[:, None], ranks >= (full - n)[:, None])]
+    fail_if(not any(ordered), 'the subsets are not equally likely: hide the n positions with the smallest u, '
+        'and do not '
+            'change u by a factor, a power or a position')
+    return f'exactly n, and the 6 ways to hide 2 of 4 came {sorted(shares[0].tolist())} times of 2000'
 
 
 def ex3(my):
-    x0, masks = TEXTS[11], MASKS[1:]
-    n = masks.sum(1)
-    logp = log_p(MODEL(torch.where(masks, MASK, x0)), x0.expand(len(masks), -1))
-    logp = torch.where(masks, logp, 0.0).sum(1)
-    right = (T / n * logp).mean()
-    got = my.ex3_bound(MODEL, x0, masks, MASK)
-    compare(got, right, {
-        'the sign is wrong: it is a bound on log p, which is negative': -right,
-        'T/l is missing, but a mask that hides few tokens stands for all T of them': logp.mean(),
-        'this is log p of one token; for T tokens multiply by T': (logp / n).mean(),
-        'this is the ratio of two sums, not the mean of the ratios: T/l belongs to its mask':
-            logp.sum() / n.sum() * T,
-        'this is a sum over the masks, but Eq. 6 is their mean': (T / n * logp).sum(),
-        'the factor is T/l, not l/T': (n / T * logp).mean()})
+    # 1) five tokens, a model that is also unsure of visible ones, and a mask that comes twice
+    x0 = torch.tensor([1, 0, 3, 2, 0])
+    masks = [[1, 0, 1, 0, 0], [0, 1, 1, 1, 0], [1, 0, 1, 0, 0], [0, 0, 0, 0, 1], [1, 1, 0, 1, 1]]
+    masks = torch.tensor(masks).bool()
+    masks = torch.cat((masks, masks[3:4], ~masks[2:3]))
+    model, n, rows = unsure(5, 4), masks.sum(1), x0.expand(len(masks), -1)
+    got = call(my.ex3_bound, model=model, x0=x0, masks=masks, mask_id=4)
+    fail_if(torch.is_tensor(got) and got.dim(), 'expected a number, got the shape '
+        f'{tuple(getattr(got, "shape", ()))}')
 
-    # the independent truth: with l uniform, and all masks of the same l equally likely, the mean is -entropy
-    total = 0.0
-    for text, p in zip(TEXTS, P.flatten()):
-        for size in range(1, T + 1):
-            bound = my.ex3_bound(MODEL, text, MASKS[MASKS.sum(1) == size], MASK)
-            total += float(p) * float(bound) / T
+    order = torch.arange(5)
+    in_order = log_p(model(torch.where(order >= order[:, None], 4, x0)), x0.expand(5, -1)).diagonal().sum()
+    fail_if(near(got, in_order), 'this is the chain rule from left to right, but Eq. 6 uses the masks it is '
+        'given')
+
+    def value(factor, over, logp, reduce, sign):
+        return sign * reduce(factor * torch.where(over, logp, 0.0).sum(1))
+
+    def mean_by_size(values):
+        return torch.stack([values[n == size].mean() for size in n.unique()]).mean()
+
+    factors = {
+        '': 5 / n,
+        'T/l is missing, but a mask that hides few tokens stands for all T of them': torch.ones(len(n)),
+        'this is log p of one token; for T tokens multiply by T': 1 / n, 'the factor is T/l, not l/T': n / 5,
+        'T is the length of x0, but this has 3 written into it': 3 / n,
+        'l is the number of masked tokens, not of the visible ones': 5 / (5 - n)}
+    over = {'': masks, 'this counts all tokens, but only the masked ones are in the sum': masks | True,
+            'this counts the visible tokens, but the masked ones are in the sum': ~masks}
+    logps = versions_of_log_p(model(torch.where(masks, 4, x0)), rows)
+    logps.update({
+        'the model sees x0 itself, so it need not guess: put [MASK] where the mask is True':
+            log_p(model(rows), rows),
+        'hidden and visible are exchanged in what the model sees: [MASK] belongs where the mask is True':
+            log_p(model(torch.where(masks, x0, 4)), rows)})
+    reduce = {
+        '': torch.mean, 'this is a sum over the masks, but Eq. 6 is their mean': torch.sum,
+        'this is the ratio of two sums, not the mean of the ratios: T/l belongs to its mask':
+            lambda values: (values * n).sum() / n.sum(),
+        'this is the log of a mean, but Eq. 6 is a mean of logs (a bound for each mask)':
+            lambda values: values.logsumexp(0) - math.log(len(n)),
+        'this averages by the number of hidden tokens first, but every mask counts the same': mean_by_size,
+        'a mask that comes twice counts twice': lambda values: values[[0, 1, 3, 4, 6]].mean(),
+        'this takes the best mask, but Eq. 6 is the mean': torch.max}
+    sign = {'': 1, 'the sign is wrong: it is a bound on log p, which is negative': -1}
+    explain(got, value, factors, over, logps, reduce, sign)
+    for some in (masks[:1], masks[3:6], masks | True):
+        logp = torch.where(some, log_p(model(torch.where(some, 4, x0)), x0.expand(len(some), -1)), 0.0).sum(1)
+        got, right = call(my.ex3_bound, model=model, x0=x0, masks=some, mask_id=4), (5 / some.sum(1) * logp).mean()
+        fail_if(not near(got, right), f'with {len(some)} masks {float(got):.6f} is not {float(right):.6f}')
+
+    # 2) the independent truth: with l uniform, and all masks of one l equally likely, the mean is -entropy
+    def bound(model, text):
+        of_size = [MASKS[MASKS.sum(1) == size] for size in (1, 2, 3)]
+        return sum(float(my.ex3_bound(model, text, masks, MASK)) for masks in of_size) / T
+
+    total = sum(float(p) * bound(MODEL, text) for text, p in zip(TEXTS, P.flatten()))
     fail_if(not near(-total, ENTROPY),
             f'over all texts and masks it is {-total:.6f} nats, the entropy is {ENTROPY:.6f}')
 
+    # 3) a predictor that contradicts itself: exercise 4 writes in a random order, so p is a mean over orders
+    noise = torch.randn(*(V + 1,) * T, T, V + 1, generator=seeded(1), dtype=torch.float64)
 
-def frequencies(texts):
-    """Count texts (N, T) -> frequencies (V,) * T."""
-    number = (texts * torch.tensor([V * V, V, 1])).sum(1)
-    counts = torch.zeros(V ** T).index_add_(0, number, torch.ones(len(texts)))
-    return counts.view((V,) * T) / len(texts)
+    def torn(ids):
+        return MODEL(ids) + noise[tuple(ids.T)]
+
+    orders = []
+    for ranks in itertools.permutations(range(T)):
+        ranks = torch.tensor(ranks)
+        steps = [log_p(torn(torch.where(ranks >= k, MASK, TEXTS)), TEXTS)[:, ranks == k] for k in range(T)]
+        orders.append(torch.cat(steps, 1).sum(1))
+    log_of_mean = torch.stack(orders).logsumexp(0) - math.log(len(orders))
+    bounds = torch.tensor([bound(torn, text) for text in TEXTS])
+    fail_if((bounds > log_of_mean + 1e-6).any(), 'with a predictor that contradicts itself it is above log p')
+    return (f'a perfect predictor has a bound of {total:.4f} nats, and {-ENTROPY:.4f} is the truth. One that '
+        'contradicts '
+            f'itself has {float((P.flatten() * bounds).sum()):.4f}, and what it writes has log p '
+            f'{float((P.flatten() * log_of_mean).sum()):.4f}: a bound, not the value. {spread(my)}')
 
 
-def total_variation(p, q):
-    return float((p - q).abs().sum() / 2)
+def spread(my, text=5):
+    """Compare the standard deviation of one draw of Eq. 6 and of Eq. 5 (t uniform on 0.001 ... 1), exactly."""
+    text, masks, n = TEXTS[text], MASKS[1:], MASKS[1:].sum(1)
+    eq6 = torch.stack([torch.as_tensor(my.ex3_bound(MODEL, text, mask[None], MASK)) for mask in masks]).double()
+    t = torch.linspace(0.001, 1, 100_001, dtype=torch.float64)[:, None]
+    sums, chance = eq6 * n / T, t ** n * (1 - t) ** (T - n)
+    share = torch.tensor([1 / T / math.comb(T, int(size)) for size in n], dtype=torch.float64)
+    sd6 = (share @ eq6 ** 2 - (share @ eq6) ** 2) ** 0.5
+    mean5, square5 = ((chance * (sums / t) ** k).sum(1).mean() for k in (1, 2))
+    return (f'One draw of Eq. 6 on text {"".join(map(str, text.tolist()))}: {share @ eq6:.2f} +- {sd6:.2f}, '
+        'and of Eq. 5: '
+            f'{mean5:.2f} +- {(square5 - mean5 ** 2) ** 0.5:.2f}.')
 
 
 def ex4(my):
-    def step(x, n, generator, model=MODEL):
-        return my.ex4_step(model, x, MASK, n, generator)
+    # 1) canvases [s, ?, ?, ?, ?] whose position s + 1 is far more certain than the others
+    flat, sharp = torch.tensor([0.5, 0.3, 0.15, 0.045, 0.005]), torch.tensor([0.02, 0.03, 0.05, 0.1, 0.8])
+    logits_of = torch.stack((flat, sharp)).double().log() + 1
+    logits_of = torch.cat((logits_of, torch.full((2, 1), -math.inf)), 1)
+    calls = []
 
-    # 1) on canvases for which the right result is plain to see
-    all_masks = torch.full((600, T), MASK)
-    new = step(all_masks[:4], 5, seeded(0))
-    fail_if((new == MASK).any(), 'if fewer than n masks are left, it must write all of them')
-    some = torch.tensor([[0, MASK, 1], [MASK, 2, MASK]]).repeat(200, 1)
-    anything = torch.zeros(V + 1)
-    anything[MASK] = -math.inf
-    new = step(some, 2, seeded(0), lambda ids: anything.expand(*ids.shape, -1))
-    fail_if((new != some)[some != MASK].any(), 'where fewer than n masks are left, it writes over visible tokens')
+    def model(ids):
+        calls.append(len(ids))
+        certain = torch.arange(ids.shape[1]) == ids[:, :1].clamp(max=4) + 1
+        return logits_of[certain.long()]
 
-    share = (step(all_masks, 1, seeded(0)) != MASK).float().mean(0)
-    fail_if(share.max() > 0.99,
-            f'it always fills position {int(share.argmax())}, but each row must choose its positions at random')
+    def step(x, n, generator, model=model):
+        mask_id = MASK if model is MODEL else 5
+        new = call(my.ex4_step, model=model, x=x, mask_id=mask_id, n=n, generator=generator)
+        fail_if(new.shape != x.shape or new.dtype != x.dtype, f'expected ids of shape {tuple(x.shape)}, got '
+                f'{tuple(new.shape)} {new.dtype}')
+        return new
 
-    # 2) the independent truth: 20,000 texts, written one token per step
-    x = torch.full((20000, T), MASK)
+    s = torch.arange(4).repeat(20_000)
+    x = torch.cat((s[:, None], torch.full((len(s), 4), 5)), 1)
+    new = step(x[:400], 1, seeded(0))
+    left = (new == 5).sum(1)
+    fail_if((left == 1).all(), 'n is the number of tokens that are written, not of those that stay masked')
+    fail_if(left.unique().numel() > 1, 'the number of written tokens varies, but it is exactly n in each row')
+    fail_if((left != 3).any(), f'after a step of one token {left.unique().tolist()} masks are left, not 3')
+    fail_if((new[:, 0] != x[:400, 0]).any(), 'it changes tokens that were written before')
+
+    # rows with 1, 3, 2 and 0 masks
+    some = torch.tensor([[0, 5, 1, 2, 3], [3, 5, 5, 4, 5], [1, 2, 5, 5, 0], [2, 0, 1, 0, 1]])
+    for n, rows in ((2, some), (2, some[[1, 0]]), (9, some), (1, some), (1, some[3:])):
+        new = step(rows.repeat(200, 1), n, seeded(0)).view(200, *rows.shape)
+        fail_if(((new != rows) & (rows != 5)).any(), 'it writes over visible tokens where fewer than n masks '
+            'are left, '
+                'or changes tokens that were written before')
+        before, left = (rows == 5).sum(1), (new[0] == 5).sum(1)
+        fail_if(((new == 5).sum(2) != (before - n).clamp(min=0)).any(),
+                f'rows with {before.tolist()} masks and n = {n} have {left.tolist()} masks after the step, '
+                'but each row '
+                'must lose n of its own, or all it has, if fewer than n are left')
+    calls.clear()
+    step(x[:8], 3, seeded(0))
+    fail_if(len(calls) != 1, f'one step looks at the canvas once, but this calls the model {len(calls)} '
+        'times: tokens of '
+            'one step do not see each other')
+
+    # 2) who decides? The generator, and nothing else
+    tokens, places, again = [], [], seeded(7)
+    for global_seed, generator in ((0, seeded(7)), (1, seeded(7)), (0, seeded(7)), (0, again), (0, again)):
+        torch.manual_seed(global_seed)
+        tokens.append(step(x[:400], 4, generator))
+        places.append(step(x[:400], 2, generator) == 5)
+    for k, what in ((tokens, 'tokens'), (places, 'positions')):
+        fail_if(not torch.equal(k[0], k[1]) or not torch.equal(k[0], k[2]),
+                f'the same generator gives other {what}, so their draw does not use it')
+    again = 'two steps in a row draw the same {}, so the generator is seeded again (or not used)'
+
+    # 3) all tokens at once: each from its own softmax, independent of the others
     generator = seeded(1)
-    for left in range(T - 1, -1, -1):
-        before = x.clone()
-        new = step(x, 1, generator)
-        fail_if(not torch.equal(x, before), 'it writes into x itself, so work on a copy')
-        n_masks = (new == MASK).sum(1)
-        fail_if((n_masks != left).any(),
-                f'after a step of one token {n_masks.unique().tolist()} masks are left, not {left}')
-        fail_if((new[x != MASK] != x[x != MASK]).any(), 'it changes tokens that were written before')
-        x = new
+    new = step(x, 4, generator)[:, 1:]
+    fail_if((new[::4] == new[0]).all(), 'all rows get the same tokens: is there one draw for all rows, or '
+        'none?')
+    certain = torch.arange(4) == s[:, None]
+    best = torch.where(certain, 4, 0)
+    fail_if((new == best).all(), 'it writes the most probable token, but tokens are drawn from the softmax')
+    for p, drawn in ((flat, new[~certain]), (sharp, new[certain])):
+        counts = torch.bincount(drawn, minlength=5)[:5].double()
+        f = counts / counts.sum()
+        fail_if((f == 0).any(), f'it never draws tokens of probability {p[f == 0].tolist()}: top-k, top-p, '
+            'or the maximum?')
+        x_, y_ = p.log(), f.log()
+        power = float(((x_ - x_.mean()) * (y_ - y_.mean())).sum() / ((x_ - x_.mean()) ** 2).sum())
+        fail_if(surprise(counts, p) > 9, f'tokens of probability {[round(float(q), 3) for q in p]} come with '
+            'frequency '
+                f'{[round(float(q), 3) for q in f]}: like p to the power {power:.2f}. Is there a '
+                'temperature, or other '
+                'noise than Gumbel noise?')
+    drawn = new[~certain].view(-1, 3)
+    for pair, rows in ((drawn[:, :2], 'of one row'), (drawn[:, 0].view(-1, 2), 'of two rows')):
+        counts = torch.bincount(pair[:, 0] * 5 + pair[:, 1], minlength=25).double()
+        fail_if(surprise(counts, torch.outer(flat, flat).flatten()) > 5,
+                f'tokens {rows} depend on each other, but every mask has a draw of its own')
 
-    frequency = frequencies(x)
-    distance = total_variation(frequency, P)
-    fail_if((frequency > 0).sum() < 20,
-            'there is hardly any variety. Is it the most probable token, or one draw for all rows?')
-    fail_if((share - 1 / 3).abs().max() > 0.1,
-            'positions are not equally likely, but the choice must not depend on the confidence')
-    fail_if(distance > 0.02,
-            f'the texts are {distance:.3f} (total variation) from the true distribution, noise is 0.016')
+    fail_if(torch.equal(tokens[3], tokens[4]), again.format('tokens'))
 
+    # 4) two of four: which positions, and do they know what was drawn?
+    new = step(x, 2, generator)[:, 1:]
+    written = new != 5
+    fail_if((written == written[0]).all(), 'it fills the same positions in every row, but each row must '
+        'choose its own '
+            f'at random (here it always fills position {int(written[0].int().argmax()) + 1})')
+    fail_if(abs(float(written[certain].double().mean()) - 0.5) > 0.01,
+            f'the most certain position is written in {float(written[certain].double().mean()):.0%} of the '
+            'rows, not in '
+            'half of them: the choice must not depend on the confidence')
+    counts = torch.bincount(new[~certain & written], minlength=5)[:5].double()
+    fail_if(surprise(counts, flat) > 7, 'the choice of positions depends on the tokens that were drawn: it '
+        'must not '
+            'depend on the confidence, nor use the random numbers of the tokens again')
+    share = written.double().mean(0)
+    ways = (written.long() * torch.tensor([8, 4, 2, 1])).sum(1)
+    ways = torch.bincount(ways, minlength=16)[[3, 5, 6, 9, 10, 12]]
+    fail_if(surprise(ways.double(), torch.full((6,), 1 / 6)) > 8 or ways.sum() < len(x),
+            f'positions are not equally likely: {[round(float(q), 3) for q in share]} instead of a half each')
 
-def ex5(my):
-    import diffusion
-    got = torch.as_tensor(my.ex5_law(MODEL, MASK, T, V))
-    shape = (V,) * T
-    fail_if(got.shape != shape, f'expected probabilities of shape {shape}, got {tuple(got.shape)}')
-    fail_if(not near(got.sum(), 1), f'probabilities add up to 1, these to {float(got.sum()):.6f}')
-    fail_if(total_variation(got, P) < 0.05,
-            'this is the true distribution, but the position must be chosen after the draw, by what was drawn')
-    fail_if((got > 0).sum() == 1,
-            'this is the mode, but at temperature 1 the proposals are drawn, and only the choice is greedy')
+    fail_if(torch.equal(places[3], places[4]), again.format('positions'))
 
-    # the independent truth: what the sampler of the project writes
-    params = diffusion.SamplingParams(steps=T, temperature=1.0)
-    x, _ = diffusion.generate(MODEL, torch.full((20000, T), MASK), MASK, params, generator=seeded(0))
-    distance = total_variation(got, frequencies(x))
-    fail_if(distance > 0.03,
-            f'20,000 real samples are {distance:.3f} (total variation) from this law, noise is 0.016')
-
-
-def ex6(my):
-    cases = json.loads((GOLDEN / 'transfer_tokens.json').read_text())['cases']
-    pairs = [(case['mask_num'], case['steps']) for case in cases if 'mask_num' in case]
-    for n, steps in [(7, 3), (5, 8), (64, 64), *pairs]:
-        got = [int(count) for count in my.ex6_counts(n, steps)]
-        where = f'{n} masks in {steps} steps'
-        fail_if(len(got) != steps, f'{where}: expected {steps} numbers, got {len(got)}')
-        fail_if(sum(got) != n, f'{where}: {got[:8]} adds up to {sum(got)} (rounding loses or invents some)')
-        fail_if(max(got) - min(got) > 1,
-                f'{where}: {got[:8]} is uneven, because one step gets all of the remainder')
-        fail_if(got != sorted(got, reverse=True), f'{where}: the remainder comes first, not {got[:8]}')
-
-    cond, uncond = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.0, 1.0, 0.5])
-    fail_if(not torch.allclose(my.ex6_guide(cond, uncond, 0.0), cond), 'w = 0 must give the conditional logits')
-    got = my.ex6_guide(cond, uncond, 1.5)
-    fail_if(torch.allclose(got, cond + 1.5 * (uncond - cond)),
-            'the direction is wrong: it must lead away from the unconditional logits')
-    fail_if(not torch.allclose(got, uncond + 2.5 * (cond - uncond)),
-            f'expected uncond + (w + 1)(cond - uncond), got {got.tolist()}')
-
-
-def ex7(my):
-    import model as models
-    generator = seeded(0)
-    keys = torch.randn(2, 3, 8, 4, generator=generator)
-    new = torch.randn(2, 3, 2, 4, generator=generator)
-    pos = torch.tensor([6, 1])
-    before = keys.clone()
-
-    got = my.ex7_write(keys, new, pos)
-    fail_if(not torch.equal(keys, before), 'keys itself has changed, so work on a copy')
-    fail_if(got.shape != keys.shape,
-            f'expected the keys of all positions, {tuple(keys.shape)}, got {tuple(got.shape)}')
-    fail_if(torch.equal(got[:, :, :2], new), 'this writes to the first positions, but pos says where')
-    fail_if(torch.equal(got[:, :, pos.sort().values], new),
-            'in the wrong order: new[:, :, k] belongs to position pos[k]')
-    others = [0, 2, 3, 4, 5, 7]
-    fail_if(not torch.equal(got[:, :, others], keys[:, :, others]), 'positions that are not in pos must stay')
-    fail_if(not torch.equal(got[:, :, pos], new), 'the keys at pos are not the new ones')
-
-    # the independent truth: a Transformer that is given its canvas in two parts, in any order
-    def forward(self, x, cos, sin, kv, kv_positions, pattern):
-        q = models.apply_rope(self.heads(self.q(x)), cos, sin)
-        k = models.apply_rope(self.heads(self.k(x)), cos, sin)
-        v = self.heads(self.v(x))
-        kv[0] = my.ex7_write(kv[0], k, kv_positions)
-        kv[1] = my.ex7_write(kv[1], v, kv_positions)
-        y = models.attention(q, kv[0], kv[1], **pattern)
-        return self.out(y.transpose(1, 2).flatten(2))
-
-    net = tiny_model()
-    ids = torch.arange(12)[None] + 5
-    original = models.Attention.forward
-    with torch.no_grad():
-        expected = net(ids)[:, [3, 9, 4]]
-        kv = net.new_kv(1, 12)
-        models.Attention.forward = forward
-        try:
-            for pos in (torch.arange(12), torch.tensor([3, 9, 4])):
-                logits = net(ids[:, pos], kv=kv, kv_positions=pos)
-        finally:
-            models.Attention.forward = original
-    fail_if(not torch.allclose(logits, expected, atol=1e-5), 'a Transformer with this cache gives other logits')
+    # 5) the independent truth: 40,000 texts
+    x = all_masks = torch.full((40_000, T), MASK)
+    for _ in range(T):
+        x = step(x, 1, generator, MODEL)
+    distance = total_variation(frequencies(x), P)
+    fail_if(distance > 0.016,
+            f'the texts are {distance:.3f} (total variation) from the true distribution, noise is 0.009')
+    # and all tokens in one step: the product of what each position has by itself
+    once = frequencies(step(all_masks, T, generator, MODEL))
+    product = torch.einsum('a,b,c->abc', P.sum((1, 2)), P.sum((0, 2)), P.sum((0, 1)))
+    fail_if(total_variation(once, product) > 0.016, 'all tokens in one step should be independent of each '
+        'other')
+    return (f'one token per step: {distance:.3f} (total variation) from the true distribution, which is '
+        'noise. All at '
+            f'once: {total_variation(once, P):.3f}, because tokens of one step do not see each other')
 
 
-def ex8(my):
-    text, n, nats = 'naïve: 漢字 in 6 words', 11, 2.5
-    n_bytes = len(text.encode())
-    bits = nats / math.log(2)
-    compare(my.ex8_bits_per_byte(nats, n, text), bits * n / n_bytes, {
-        'these are nats, and one bit is log 2 nats': nats * n / n_bytes,
-        'these are bits per token, but a token is not a byte': bits,
-        'these are bits per character, but in UTF-8 some characters take more than a byte': bits * n / len(text),
-        'nats are divided by log 2, not multiplied': nats * n * math.log(2) / n_bytes,
-        'the nats are per token, and there are n_tokens of them': bits / n_bytes,
-        'this multiplies by bytes per token, but divide by it': bits * n_bytes / n})
-
-
-def schedules(n, k):
-    """Yield all lists of k positive numbers that add up to n."""
-    for cuts in itertools.combinations(range(1, n), k - 1):
-        yield [b - a for a, b in zip((0, *cuts), (*cuts, n))]
-
-
-def ex9(my):
-    generator = seeded(3)
-    for n, k in ((7, 3), (9, 4), (7, 7), (5, 1)):
-        cost = [[0.0] * (n + 1) for _ in range(n + 1)]
-        for a, b in itertools.combinations(range(n + 1), 2):
-            cost[a][b] = 0.5 + (b - a - 1) ** 2 * float(torch.rand(1, generator=generator)) / (1 + a)
-
-        def price(sizes, cost=cost):
-            ends = list(itertools.accumulate(sizes))
-            return sum(cost[end - size][end] for size, end in zip(sizes, ends))
-
-        best = min(map(price, schedules(n, k)))
-        sizes = [int(size) for size in my.ex9_schedule(cost, n, k)]
-        where = f'{n} tokens in {k} steps'
-        fail_if(len(sizes) != k, f'{where}: expected {k} numbers, got {sizes}')
-        fail_if(sum(sizes) != n or min(sizes) < 1, f'{where}: {sizes} are not positive numbers that add up to {n}')
-
-        got = price(sizes)
-        if not near(got, best):
-            equal = [n // k + (i < n % k) for i in range(k)]
-            fail_if(sizes == equal,
-                    f'equal steps cost {got:.4f} and the best ones {best:.4f}, so let the costs decide')
-            fail_if(near(price(sizes[::-1]), best), f'these are the best sizes in the wrong order: {sizes}')
-            fail_if(True, f'{sizes} costs {got:.4f}, the best schedule {best:.4f}: is there a greedy choice in it?')
-
-
-def ex10(my):
-    from model import attention
-    lengths = [3, 1, 4]
-    got = my.ex10_attention_mask(lengths)
-    fail_if(tuple(got.shape) != (8, 8) or got.dtype != torch.bool,
-            f'expected (8, 8) bool, got {tuple(got.shape)} {got.dtype}')
-    right = torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool()
-    fail_if(torch.equal(got, ~right), 'it is the wrong way round: True is where a query may attend')
-    fail_if(torch.equal(got, right.tril()), 'this is causal, but a mask predictor looks in both directions')
-    fail_if(got.all(), 'everything attends to everything, but segments must not see each other')
-    fail_if((got & ~right).any(), 'a query attends across a border')
-    fail_if((right & ~got).any(), 'a query does not attend to all of its own segment')
-
-    # the independent truth: packed segments give what each segment gives alone
-    generator = seeded(0)
-    q, k, v = (torch.randn(1, 2, 8, 4, generator=generator) for _ in range(3))
-    packed = attention(q, k, v, attn_mask=got[None, None])
-    for part in (slice(0, 3), slice(3, 4), slice(4, 8)):
-        alone = attention(q[:, :, part], k[:, :, part], v[:, :, part])
-        fail_if(not torch.allclose(packed[:, :, part], alone, atol=1e-5),
-                'attention in a packed segment differs from the segment alone')
-
-
-CHECKS = {f.__name__: f for f in (ex1, ex2, ex3, ex4, ex5, ex6, ex7, ex8, ex9, ex10)}
+CHECKS = {f.__name__: check_of(f) for f in (ex1, ex2, ex3, ex4, *checks_more.CHECKS)}

@@ -1,7 +1,8 @@
 """Your answers. Replace each `raise NotImplementedError`; the README.md beside this file explains how.
 
-Letters: B rows, T tokens in a row, V vocabulary, M masked positions of all rows. A `model` is any function
-ids (B, T) int64 -> logits (B, T, V). Its logits at position i predict token i, so there is no shift.
+Letters: B rows, T tokens in a row, V vocabulary. A `model` is any function ids (B, T) int64 -> logits (B, T, V + 1),
+the last one for [MASK]. Its logits at position i predict token i, so there is no shift. Logits need not be normalised,
+and a model may be unsure of the tokens that it sees. Do not change your inputs.
 """
 
 import torch  # noqa: F401  (you will need it)
@@ -41,7 +42,8 @@ def ex4_step(model, x, mask_id, n, generator):
     """Take one step of random remasking (Alg. 4 with a fixed count): x (B, T) -> x with n masks fewer in each row.
 
     n: an int. Draw a token for every mask from the softmax of its logits. Then choose n of the masks of each row at
-    random (all of them, if fewer are left) and write their tokens into a copy of x. generator: for both draws.
+    random (all of them, if fewer are left) and write their tokens into a copy of x. Rows may have different numbers of
+    masks. Call the model once. generator: for both draws. (The logit of [MASK] is -inf in 4 and 5.)
     """
     raise NotImplementedError
 
@@ -51,7 +53,7 @@ def ex5_law(model, mask_id, T, V):
 
     Take one token per step and temperature 1. Begin with T masks. Draw a proposal for every mask from its own
     softmax, and write only the proposal with the highest probability (the leftmost one of ties). Repeat until no
-    mask is left. Return the exact probability of every text. (T and V are 3, so you can enumerate all proposals.)
+    mask is left. Return the exact probability of every text. (T and V are small, so you can enumerate all proposals.)
     """
     raise NotImplementedError
 
@@ -82,6 +84,18 @@ def ex7_write(keys, new, pos):
 
 def ex8_bits_per_byte(nats_per_token, n_tokens, text):
     """Return the cross-entropy in bits per byte of UTF-8, from the mean nats per token of this text."""
+    raise NotImplementedError
+
+
+def ex9_cost(h):
+    """Return what a step loses: a table of (T + 1) x (T + 1) numbers (lists in a list), from T entropies h.
+
+    h[j] is the mean entropy in nats of a hidden token, given j others. If a tokens are there, a step that writes
+    the tokens a, ..., b - 1 draws all of them with entropy h[a]. One at a time they would have h[a], h[a + 1], ...,
+    h[b - 1]. The difference is what is lost (a Kullback-Leibler divergence):
+
+        cost[a][b] = (b - a) h[a] - (h[a] + ... + h[b - 1])        for a < b; the other entries are not used
+    """
     raise NotImplementedError
 
 
