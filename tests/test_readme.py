@@ -8,7 +8,8 @@ import pytest
 from helpers import ROOT, checkpoint, script, small_corpus, write_worlds
 
 TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
-COMMANDS = [command for command in re.findall(r'`(python [^`]+)`', TEXT) if 'FOLDER' not in command]
+COMMANDS = re.findall(r'`(python [^`]+)`', TEXT) + re.findall(r'^(python .+)', TEXT, re.M)
+COMMANDS = [command for command in COMMANDS if 'FOLDER' not in command]
 OWN_DATA = ('world', 'sft_toy', 'reversal', 'talks', 'data/my')     # commands that bring their own data set
 TINY = ('--n_layer=1 --n_head=2 --n_kv_head=2 --d_model=32 --d_ff=48 --seq_len=96 --batch_size=2 --max_iters=4 '
         '--eval_interval=2 --eval_windows=4 --eval_draws=1 --sample_tokens=4 --warmup_iters=1 --device=cpu').split()
@@ -20,7 +21,8 @@ def desk(tmp_path_factory):
     folder = tmp_path_factory.mktemp('desk')
     small_corpus(folder / 'small', 60)
     write_worlds(folder / 'data')
-    (folder / 'config').symlink_to(ROOT / 'config')
+    for name in ('config', 'tests'):
+        (folder / name).symlink_to(ROOT / name)
     talks = [json.dumps({'prompt': f'question {i}', 'response': 'yes'}) for i in range(90)]
     for name, text in {
             'a.txt': 'the words of a file of mine\n' * 4000, 'b.jsonl': '{"text": "a line of mine"}\n' * 40,
