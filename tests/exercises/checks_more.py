@@ -77,7 +77,7 @@ def ex5(my):
         fail_if(got.shape != shape, f'expected probabilities of shape {shape}, got {tuple(got.shape)}')
         right = law(model, length, size, confidence)
         distance = total_variation(got, right)
-        if distance < 1e-6:
+        if distance < 1e-5:
             continue
         fail_if(not near(got.sum(), 1), f'probabilities add up to 1, these to {float(got.sum()):.6f}')
         fail_if(model is MODEL and total_variation(got, P) < 0.05, 'this is the true distribution, but the '
@@ -293,7 +293,6 @@ def ex9(my):
     cost = call(my.ex9_cost, h=h)
     fail_if(len(cost) != n + 1 or any(len(row) != n + 1 for row in cost), f'cost is a table of {n + 1} x '
         f'{n + 1} numbers')
-    fail_if(all(abs(row[b]) < 1e-12 for row in cost for b in range(n + 1)), 'all costs are 0')
     steps = list(itertools.combinations(range(n + 1), 2))
     got = torch.tensor([float(cost[a][b]) for a, b in steps])
     versions = {
@@ -312,7 +311,7 @@ def ex9(my):
         'one token is always given by itself: h(a) is counted b - a times, not b - a - 1': lambda a, b: (
             step_cost(h, a, b) - h[a])}
     versions = {m: torch.tensor([f(a, b) for a, b in steps]) for m, f in versions.items()}
-    transposed = torch.tensor([float(cost[b][a]) for a, b in steps])
+    transposed = torch.tensor([float(cost[b][a] or 0) for a, b in steps])
     fail_if(torch.allclose(transposed, versions['']) and not torch.allclose(got, versions['']),
             'the table is transposed: a, what is already written, is the row')
     name_it(got, versions.pop(''), versions, 'these are not the costs (b - a) h(a) - (h(a) + ... + h(b - 1))')
