@@ -337,11 +337,11 @@ def ex4(my):
     # 3) all tokens at once: each from its own softmax, independent of the others
     generator = seeded(1)
     new = step(x, 4, generator)[:, 1:]
-    fail_if((new[::4] == new[0]).all(), 'all rows get the same tokens: is there one draw for all rows, or '
-        'none?')
     certain = torch.arange(4) == s[:, None]
     best = torch.where(certain, 4, 0)
     fail_if((new == best).all(), 'it writes the most probable token, but tokens are drawn from the softmax')
+    fail_if((new[::4] == new[0]).all(), 'all rows get the same tokens: is there one draw for all rows, or '
+        'none?')
     for p, drawn in ((flat, new[~certain]), (sharp, new[certain])):
         counts = torch.bincount(drawn, minlength=5)[:5].double()
         f = counts / counts.sum()
