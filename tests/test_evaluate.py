@@ -72,12 +72,12 @@ def test_bound_is_the_mean_over_rows(at_desk, capsys):
     assert [row[2] for row in rows] == ['<=', '=']
 
     source = data.open_source(data.open_dataset('text'), 'val', 'unified', TOK, 96)
-    [(x0, maskable)], n_bytes = source.held_out(5)
+    pairs, n_bytes = source.held_out(5)
     models = [evaluate.load(name, settings()).model for name in ('diffusion', 'causal')]
     bounds = [diffusion.log_likelihood(models[0], *row, TOK.mask_id, mc_num=4, batch_size=64,
                                        generator=diffusion.keyed_generator(1, i))
-              for i, row in enumerate(zip(x0, maskable))]
-    exact = [diffusion.ar_log_likelihood(models[1], *row, bos_id=TOK.eos_id) for row in zip(x0, maskable)]
+              for i, row in enumerate(pairs)]
+    exact = [diffusion.ar_log_likelihood(models[1], *row, bos_id=TOK.eos_id) for row in pairs]
     nats = -torch.tensor([bounds, exact], dtype=torch.float64) / 96
     bits = nats * 96 / n_bytes / math.log(2)
     values = torch.stack((nats, bits, bits - bits[0]), 1)                           # (models, columns, rows)
@@ -240,10 +240,10 @@ def test_every_task_runs(at_desk, capsys, argv, word):
     ('nonsense diffusion', 'task must be one of bound, exact, choice, lm_eval'),
     ('bound', 'at least one checkpoint'), ('bound none', 'none: no checkpoint here'),
     ('bound released', 'give --dataset'), ('bound diffusion --split=test', 'split must be one of'),
-    ('choice diffusion', 'needs --input'), ('choice diffusion --input=no.jsonl', 'no.jsonl'),
+    ('choice diffusion', 'no questions'), ('choice diffusion --input=no.jsonl', 'no.jsonl'),
     ('choice diffusion --input=sums.jsonl', 'sums.jsonl:1'),
     ('choice diffusion --input=choices.jsonl --method=guess', 'method must be one of likelihood, confidence'),
-    ('exact diffusion', 'holds out no examples'), ('exact examples --variable_length', 'a block_length'),
+    ('exact diffusion', 'no questions'), ('exact examples --variable_length', 'a block_length'),
     ('exact examples --block_length=3 --gen_length=8', 'block_length must divide the 8')])
 def test_mistakes_get_one_line(at_desk, capsys, argv, message):
     assert message in refused(capsys, 'evaluate', *argv.split())

@@ -197,7 +197,7 @@ def test_the_texts_are_right_about_learning_and_likelihood(played):
     assert abs(colour - as_it_is) < 2 and max(contradictions) < as_it_is - 3
 
     # every order gives nearly the same sum
-    assert all(value == pytest.approx(seen['truth'], abs=4) for value in seen['sums'].values())
+    assert all(value == pytest.approx(seen['truth'], abs=6) for value in seen['sums'].values())
 
 
 @needs_weights
@@ -227,7 +227,7 @@ def test_the_texts_are_right_about_writing(played):
     (colour, left, both), (_, relative_left, relative), (name, *_) = seen['filled'].values()
     assert colour == name == seen['text']
     assert probability(left, 'red') < 0.3 and probability(both, 'red') > 0.9
-    assert 1.2 < probability(relative, 'brother') / probability(relative, 'friend') < 4
+    assert 1.2 < probability(relative, 'brother') / probability(relative, 'friend') < 6
     assert probability(relative_left, 'sister') > 0.2 > probability(relative, 'sister')
 
 

@@ -308,6 +308,7 @@ def test_a_signal_saves_and_says_so(corpus, straight, tmp_path, number, monkeypa
     for name in ('stdout', 'stderr'):
         monkeypatch.setattr(sys, name, getattr(sys, name))
     before = signal.getsignal(number)
+    signal.signal(number, signal.SIG_DFL)                   # a process in the background may ignore it
     real, updates = train.train_step, []
 
     def interrupted(*args):

@@ -115,13 +115,13 @@ def test_what_we_write_is_what_the_official_code_reads(name, tmp_path):
 
 NORM = 'model.transformer.ln_f.weight'
 DOCTORED = {
-    'no folder': (lambda f: f.rename(f.parent / 'elsewhere'), 'no checkpoint here; train.py writes one'),
+    'no folder': (lambda f: f.rename(f.parent / 'elsewhere'), 'no checkpoint here; there are'),
     'an old run': (lambda f: (f / 'config.json').rename(f / '.metadata'), 'an older version of nanoLLaDA'),
     'no weights': (lambda f: (f / 'model.safetensors').unlink(), '20 tensors .* missing'),
     'one of two': (lambda f: (shard(f), next(f.glob('*2.safetensors')).unlink()), '10 tensors .* missing'),
     'missing tensor': (lambda f: retensor(f, lambda t: t.pop(NORM)), f'1 tensors .*{NORM} is missing'),
-    'one more': (lambda f: retensor(f, lambda t: t.update(odd=t[NORM] + 1)), 'another architecture, .* odd'),
-    'wrong shape': (lambda f: retensor(f, lambda t: t.update({NORM: torch.ones(7)})), r'\[7\], .* is \[32\]'),
+    'one more': (lambda f: retensor(f, lambda t: t.update(odd=t[NORM] + 1)), 'odd is .*, by config.json missing'),
+    'wrong shape': (lambda f: retensor(f, lambda t: t.update({NORM: torch.ones(7)})), r'\[7\], .* \[32\]'),
     'more layers': (lambda f: edit(f, n_layers=3), r'9 tensors .*blocks\.2'),
     'cut short': (lambda f: os.truncate(f / 'model.safetensors', 5000), 'damaged or incomplete'),
     'broken config': (lambda f: (f / 'config.json').write_text('{'), 'config.json: not a JSON object'),

@@ -95,13 +95,13 @@ def keep_as_compiled(blocks, share):
     from torch.nn.utils.stateless import _reparametrize_module
     plans = {}
 
-    def forward(block, x, cos, sin, kv, kv_positions, pattern, positions=None):
+    def forward(block, x, rope, kv, kv_positions, pattern, positions=None):
         def compute(params, x, cos, sin, *positions):
             with _reparametrize_module(block, params):
-                return models.Block.forward(block, x, cos, sin, None, None, pattern, *positions)
+                return models.Block.forward(block, x, (cos, sin), None, None, pattern, *positions)
 
         # parameters are inputs of a plan, so all blocks share one, but the last one, which gets `positions`
-        inputs = [x, cos, sin] if positions is None else [x, cos, sin, positions]
+        inputs = [x, *rope] if positions is None else [x, *rope, positions]
         if len(inputs) not in plans:
             plans[len(inputs)] = aot_function(
                 compute, fw_compiler=nop, partition_fn=min_cut_rematerialization_partition)
