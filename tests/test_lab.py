@@ -347,6 +347,7 @@ def estimated(argv, capsys):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_estimate_of_the_8b(capsys):
     """(Of two of its layers, so that it takes a moment.)"""
     out = estimated([ROOT / 'config' / 'llada_8b.py', '--gpus=320', '--n_layer=2'], capsys)

@@ -72,6 +72,7 @@ def test_at_temperature_1_it_samples_what_the_model_knows(monkeypatch):
     assert total_variation(frequencies(texts), P) < 0.02
 
 
+@pytest.mark.slow
 def test_its_data_are_first_lines_of_docstrings():
     x0, vocabulary = mini.tokenize(mini.first_lines())
     assert len(x0) > 500 and 300 < len(vocabulary) < 3000

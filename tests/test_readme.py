@@ -45,6 +45,8 @@ def smaller(command, name, argv):
     if name == 'evaluate':
         few = {'choice': ['--mc_num=2'], 'exact': ['--gen_length=8', '--limit=3']}
         return [*argv, *few.get(argv[0], ['--draws=1', '--windows=4', *small_data])]
+    if 'estimate' in name:
+        return [*argv, '--n_layer=2']
     if 'experiments' in name:
         return [*argv, '--limit=3', '--samples=2', '--draws=1', '--windows=4', *small_data]
     if '8B' in command:
