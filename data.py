@@ -1,8 +1,7 @@
 """Text becomes ids, ids become files, and files become batches.
 
-    python data.py                                      # names the data sets that it can make
-    python data.py shakespeare                          # downloads one and tokenizes it to data/shakespeare
-    python data.py --input=a.txt,b.jsonl --out=data/my --tokenizer=gpt2
+    python data.py --input=a.txt,b.jsonl --out=data/my
+    python data.py --input="talks/*.jsonl" --out=data/talks --tokenizer=gpt2
 
 A data set is a folder: a tokenizer, token ids (train_00000.bin, val_00000.bin) and a manifest of them.
 Batches have no state: the rows of iteration `it` are a function of (seed, it, row). So a run resumes from a
@@ -29,7 +28,6 @@ from collections import namedtuple
 from dataclasses import dataclass
 from itertools import chain, count, groupby
 from pathlib import Path
-from urllib.request import urlopen
 
 import jinja2
 import numpy as np
@@ -45,11 +43,10 @@ from tokenizers.trainers import BpeTrainer
 
 from configurator import UserError, read_json, run, say
 
-name = ''                       # docs or shakespeare
 input = ''                      # your files or patterns, with commas between: .txt .jsonl(.gz) .json .parquet
 val_input = ''                  # files to hold out, likewise. Default: hold out a part of the input
-out = ''                        # folder to write, default data/NAME. A data set that is there is replaced
-tokenizer = ''                  # bytes, bpe-N (learned), gpt2 or another tiktoken name, or a tokenizer.json
+out = ''                        # folder to write. A data set that is there is replaced
+tokenizer = 'bpe-1024'          # bytes, bpe-N (learned), gpt2 or another tiktoken name, or a tokenizer.json
 val_every = 10                  # hold out every N-th piece of a document, or one in N examples
 
 # ----------------------------------------------------------------------------------------------------------
@@ -338,17 +335,6 @@ def docs_text():
             yield 'docs', {'text': '\n\n'.join(fresh) + '\n'}
 
 
-def shakespeare_text():
-    """Yield the 1.1 MB of tiny Shakespeare, downloaded."""
-    url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-    yield url, {'text': urlopen(url).read().decode()}
-
-
-DATASETS = {
-    'docs': (docs_text, 'bpe-4096'),
-    'shakespeare': (shakespeare_text, 'bpe-1024')}
-
-
 def read_records(source, accept=None):
     """Yield (where, record) of a file. A .txt is one document, and the other formats have a record per row.
 
@@ -615,8 +601,8 @@ class Corpus:
         manifest = read_json(self.folder / 'manifest.json')
         if manifest.get('format') != FORMAT:
             raise UserError(f'{self.folder}: no data set, or one of another version; make it: '
-                            f'python data.py {self.folder.name}, or python data.py --input=FILE '
-                            f'--out={name}, or for world, instruct and facts: python tests/lab/worlds.py')
+                            f'python data.py --input=FILE --out={self.folder}, or for world, instruct and '
+                            'facts: python tests/lab/worlds.py')
 
         self.facts = manifest['splits']
         self.tokens = {}
@@ -837,35 +823,25 @@ def files_of(patterns):
     """Return the files that names and patterns with commas between stand for, each once."""
     found = []
     for pattern in filter(None, patterns.split(',')):
-        # a name that exists is that file, even if it looks like a pattern, as part[1].txt does
-        matches = [] if Path(pattern).exists() else sorted(glob.glob(pattern))
-        found += matches or [pattern]
+        # what matches nothing is the name of a file
+        found += sorted(glob.glob(pattern)) or [pattern]
     return list(dict.fromkeys(found))
 
 
 def main(cfg):
-    if cfg.name not in DATASETS and not (cfg.input and cfg.out):
-        raise UserError('expected docs (documentation that comes with Python), shakespeare (1.1 MB to '
-                        'download), or your own text: --input=FILE --out=data/my')
-
-    # a file may also stand in for the download
-    sources = files_of(cfg.input)
-    default = 'bpe-1024'
-    if cfg.name in DATASETS:
-        records, default = DATASETS[cfg.name]
-        sources = sources or [list(records())]
-    out = cfg.out or f'data/{cfg.name}'
+    if not (cfg.input and cfg.out):
+        raise UserError('expected your own text: --input=FILE --out=data/my   (train.py makes the data set docs itself)')
     manifest = prepare(
-        sources, out, cfg.tokenizer or default,
+        files_of(cfg.input), cfg.out, cfg.tokenizer,
         val=files_of(cfg.val_input), val_every=cfg.val_every)
 
     for split, n in manifest['splits'].items():
-        print(f'{out}/{split}: {n["tokens"]:,} tokens, {n["bytes"] / n["tokens"]:.2f} bytes per token')
-    train = ['python', 'train.py', f'--dataset={out}', f'--out_dir=out/{Path(out).name}']
+        print(f'{cfg.out}/{split}: {n["tokens"]:,} tokens, {n["bytes"] / n["tokens"]:.2f} bytes per token')
+    train = ['python', 'train.py', f'--dataset={cfg.out}', f'--out_dir=out/{Path(cfg.out).name}']
     if n['examples']:
         train.append('--masking=response')
     print(f'train on it: {shlex.join(train)}')
 
 
 if __name__ == '__main__':
-    run(main, globals(), positional=('name',))
+    run(main, globals())

@@ -13,6 +13,7 @@ Letters: B batch, T sequence length, S keys attended to (S = T without a cache),
 
 import hashlib
 import json
+import re
 import timeit
 import warnings
 import zlib
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -405,16 +407,19 @@ def pick_device(device, dtype):
         device = available[0]
     if device not in available:
         raise UserError(f'device {device!r} is not available, choose one of: auto, {", ".join(available)}')
-    if dtype not in ('auto', 'bfloat16', 'float32'):
+    if dtype == 'auto':
+        dtype = 'bfloat16' if bfloat16_pays(device) else 'float32'
+    if dtype not in ('bfloat16', 'float32'):
         raise UserError(f'dtype must be auto, bfloat16 or float32, got {dtype!r}')
-    # bfloat16 pays only where the hardware multiplies it, and a CPU may have it and be slower with it
-    fast = False
+    return device, getattr(torch, dtype)
+
+
+def bfloat16_pays(device):
+    """Tell whether a device is faster in bfloat16 than in float32."""
     if device == 'cuda':
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif dtype == 'auto' and device == 'cpu':
-        fast = product_seconds(torch.float32) > 1.2 * product_seconds(torch.bfloat16)
-    narrow = dtype == 'bfloat16' or dtype == 'auto' and fast
-    return device, torch.bfloat16 if narrow else torch.float32
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # a CPU may have bfloat16 and be slower with it, so it is tried
+    return device == 'cpu' and product_seconds(torch.float32) > 1.2 * product_seconds(torch.bfloat16)
 
 
 def product_seconds(dtype):
@@ -498,18 +503,6 @@ def column(table, layout):
     return {row[0]: row[number] for row in rows}
 
 
-def released_names(config, layout):
-    """Return a dict: our parameter name -> its name in the layout."""
-    names = {}
-    # the names of a block come once for each layer
-    for ours, theirs in column(NAMES, layout).items():
-        for i in range(config.n_layer if '{i}' in ours else 1):
-            names[f'{ours.format(i=i)}.weight'] = f'{theirs.format(i=i)}.weight'
-    if config.tied:
-        del names['head.weight']
-    return names
-
-
 def type_of(config):
     """Return the model_type under which a model is saved."""
     if config.causal:
@@ -520,8 +513,14 @@ def type_of(config):
 def released_parameters(model):
     """Return the parameters of a model by the names under which they are saved."""
     layout, _ = MODEL_TYPES[type_of(model.config)]
-    names = released_names(model.config, layout)
-    return {names[ours]: p for ours, p in model.named_parameters()}
+    names = column(NAMES, layout)
+    released = {}
+    for ours, p in model.named_parameters():
+        # the table has blocks.{i}.attn.q for blocks.0.attn.q.weight
+        layer = re.search(r'\d+|$', ours)[0]
+        key = ours.removesuffix('.weight').replace(f'.{layer}.', '.{i}.')
+        released[names[key].format(i=layer) + '.weight'] = p
+    return released
 
 
 def save_model(model, folder, meta):
@@ -587,14 +586,11 @@ def load_model(path, device='cpu', dtype=None):
     # a run of train.py has state.json beside the weights, a release has not
     state = read_state(folder)
     raw = read_json(folder / 'config.json')
-    config, layout = config_from(raw, folder)
-    names = released_names(config, layout)
-    stored = read_headers(folder, config, names)
+    model = empty_model(config_from(raw, folder))
+    stored = check_headers(folder, model)
     # the parameters get their memory on the device, and then their values
-    model = empty_model(config).to(dtype or stored)
-    model = model.to_empty(device=device)
-    tensors = {names[ours]: p.data for ours, p in model.named_parameters()}
-    read_tensors(folder, tensors)
+    model = model.to(dtype or stored).to_empty(device=device)
+    read_tensors(folder, released_parameters(model))
     meta = {f'{role}_id': raw.get(f'{role}_token_id') for role in ROLES}
     meta['folder'] = str(folder)
     meta['settings'] = state.get('settings')
@@ -626,7 +622,7 @@ def list_checkpoints(run):
 
 
 def config_from(raw, folder):
-    """Turn a config.json into ModelConfig, layout. What this code does not compute is refused by its name."""
+    """Turn a config.json into ModelConfig. What this code does not compute is refused by its name."""
     model_type = raw.get('model_type')
     if model_type not in MODEL_TYPES:
         raise UserError(f'{folder}: model_type {model_type!r} is not one of {", ".join(MODEL_TYPES)}')
@@ -655,17 +651,14 @@ def config_from(raw, folder):
     scaled = rope.get('rope_type', 'default') != 'default'
     if scaled or rope.keys() - {'rope_theta', 'rope_type'}:
         raise UserError(f'{folder}/config.json: rope_parameters = {rope} is not supported')
-    return ModelConfig(**values, causal=model_type == 'nanollada_ar'), layout
+    return ModelConfig(**values, causal=model_type == 'nanollada_ar')
 
 
-def read_headers(folder, config, names):
-    """Compare names and shapes of the stored tensors with config.json -> dtype of the stored embedding."""
+def check_headers(folder, model):
+    """Compare names and shapes of the stored tensors with those of a model -> dtype in which they are stored."""
     # rotary frequencies follow from rope_theta, and a tied head may be stored twice
     ignored = ('.inv_freq', 'lm_head.weight', 'transformer.ff_out.weight')
-    expected = {}
-    for ours, p in empty_model(config).named_parameters():
-        expected[names[ours]] = list(p.shape)
-
+    expected = {name: list(p.shape) for name, p in released_parameters(model).items()}
     stored = {}
     for file in sorted(folder.glob('model*.safetensors')):
         try:
@@ -674,7 +667,6 @@ def read_headers(folder, config, names):
                     tensor = opened.get_slice(name)         # its header, not its values
                     if name in expected or not name.endswith(ignored):
                         stored[name] = tensor.get_shape()
-                    if name == names['embed.weight']:
                         dtype = tensor[:1].dtype
         except safetensors.SafetensorError as error:
             raise UserError(f'{file}: damaged or incomplete ({error})') from None
@@ -692,7 +684,6 @@ def read_headers(folder, config, names):
 def read_tensors(folder, tensors):
     """Fill tensors (name -> tensor or DTensor) from the safetensors files of a folder; each rank reads its part."""
     import torch.distributed.checkpoint as dcp
-    # each rank reads only its part of a sharded tensor
     reader = dcp.HuggingFaceStorageReader(str(folder))
     dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
 
@@ -710,8 +701,5 @@ def read_state(folder):
 
 def file_sha256(path):
     """Return the checksum of a file of any size, as a hexadecimal string."""
-    total = hashlib.sha256()
-    with path.open('rb') as file:
-        while chunk := file.read(1 << 20):
-            total.update(chunk)
-    return total.hexdigest()
+    # mapped into memory, not read
+    return hashlib.sha256(np.memmap(path, mode='r')).hexdigest()

@@ -518,7 +518,7 @@ def load_checkpoint(model, optimizers, cfg, tok):
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     step(optimizers, 0.0)
-    models.read_tensors(folder, {name: p.data for name, p in models.released_parameters(model).items()})
+    models.read_tensors(folder, models.released_parameters(model))
     models.read_tensors(folder / 'optimizer', optimizer_state(model, optimizers))
     return state['iteration']
 

@@ -1,6 +1,8 @@
 """Tiny Shakespeare, 1.1 MB, trained like docs.py.
 
-First:  python data.py shakespeare       (or with --input=input.txt, if you have the file)
+First:
+curl -O https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
+python data.py --input=input.txt --out=data/shakespeare
 """
 
 from pathlib import Path
