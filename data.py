@@ -170,6 +170,7 @@ class Tokenizer:
 
     def fingerprint(self):
         """Return a checksum, the same for two tokenizers that encode every text to the same ids."""
+        # two files with the same vocabulary may still call another token [MASK]
         facts = f'{self.hf.to_str()} {self.mask_id} {self.eos_id}'
         return hashlib.sha256(facts.encode()).hexdigest()
 
@@ -737,11 +738,11 @@ class Windows(Source):
                 is_end = x0[b] == self.tok.eos_id
                 ends.update((is_end.nonzero()[:, 0] + 1).tolist())
             limits += [b * self.T + end for end in sorted(ends)]
-        if len(limits) == len(x0) + 1 and not self.isolate:
-            return maskable, None
+        if len(limits) == len(x0) + 1:
+            return maskable, None                           # nothing was cut
 
         # empty segments at the end make few different shapes, because each new shape compiles a graph
-        n = len(limits) // 64 * 64 + 64 if self.isolate else 2 * len(x0) + 1
+        n = len(limits) // 32 * 32 + 32
         limits += [x0.numel()] * (n - len(limits))
         return maskable, torch.tensor(limits, dtype=torch.int32)
 
@@ -830,7 +831,7 @@ def files_of(patterns):
 
 def main(cfg):
     if not (cfg.input and cfg.out):
-        raise UserError('expected your own text: --input=FILE --out=data/my   (train.py makes the data set docs itself)')
+        raise UserError('expected your own text: --input=FILE --out=data/my')
     manifest = prepare(
         files_of(cfg.input), cfg.out, cfg.tokenizer,
         val=files_of(cfg.val_input), val_every=cfg.val_every)

@@ -36,14 +36,8 @@ def sample_t(batch_size, eps=1e-3,
     # one number per row decides how much of it is hidden
     u = torch.rand(batch_size, generator=generator)
     if stratified:
-        # Multiples of the golden ratio spread evenly over [0, 1). Their ranks order the slices so that every
-        # contiguous part of the batch (a micro-batch, the rows of one rank) covers [0, 1) evenly as well.
-        golden_ratio = (1 + 5 ** 0.5) / 2
-        multiples = torch.arange(batch_size, dtype=torch.float64) * golden_ratio % 1
-        slices = multiples.argsort().argsort()
-        # a random shift, so that each row meets each slice equally often
-        shift = torch.randint(batch_size, (1,), generator=generator)
-        slices = (slices + shift) % batch_size
+        # each row gets a slice of [0, 1) of its own
+        slices = torch.randperm(batch_size, generator=generator)
         u = (slices + u) / batch_size
     # a uniform number becomes a normal one, and a sigmoid brings it back to (0, 1)
     if logit_normal:
@@ -73,7 +67,8 @@ def forward_process(x0, t, mask_id, maskable=None,
     # either exactly ceil(t L) tokens, or each token with probability t
     if fixed_count:
         L = maskable.sum(1)
-        count = (t.double() * L).ceil().clamp(min=1)
+        count = torch.ceil(t.double() * L)
+        count = count.clamp(min=1)
         # rank the maskable positions at random: u orders them, and all others come last
         order = u.masked_fill(~maskable, 2.).argsort(1)
         rank = order.argsort(1)
@@ -155,13 +150,11 @@ def masked_batch(x0, xt, masked, weights, cu_seqlens=None):
 
 def plain(f):
     """Turn a function ids (B, T) -> logits (B, T, V) into a mask predictor (without padding, packing, cache)."""
-    # called like model.Transformer; all other arguments are ignored, so there is no padding and no packing
     def predictor(ids, *, positions=None, targets=None, **unused):
         logits = f(ids)
-        if positions is not None and positions.dtype == torch.bool:
-            logits = logits[positions]                                              # (M, V)
-        elif positions is not None:
-            logits = logits.flatten(0, 1)[positions]
+        if positions is not None:
+            # bool (B, T), or numbers (M,) in the flattened batch
+            logits = logits.flatten(0, 1)[positions.flatten()]                      # (M, V)
         if targets is None:
             return logits
         return -log_prob(logits, targets)
@@ -234,10 +227,9 @@ def log_likelihood(model, x0, maskable, mask_id,
         logp = log_prob(logits, x0.expand_as(xt)[masked])
 
         # the log-probability of each row's tokens, times L / l
-        row = masked.nonzero()[:, 0]
-        sums = logp.new_zeros(len(xt))
-        sums.index_add_(0, row, logp)
-        terms.append(sums * maskable.sum() / masked.sum(1))                         # Eq. 6
+        everywhere = logp.new_zeros(xt.shape).masked_scatter(masked, logp)          # (B, T)
+        scale = maskable.sum() / masked.sum(1)                                      # L / l, (B,)
+        terms.append(scale * everywhere.sum(1))                                     # Eq. 6
     terms = torch.cat(terms).cpu().double()
     return float(probabilities @ terms)
 
@@ -253,7 +245,8 @@ def nats_and_bits(logp, n_tokens, n_bytes):
     bits = -logp / n_bytes / math.log(2)
     for values in (nats, bits):
         std, mean = torch.std_mean(values)
-        numbers += [mean.item(), std.item() / len(values) ** 0.5]
+        stderr = std / len(values) ** 0.5
+        numbers += [mean.item(), stderr.item()]
     return numbers
 
 
@@ -396,7 +389,8 @@ def guided_logits(model, x, positions, prompt, cfg_scale, mask_id,
     without_prompt = torch.where(prompt, mask_id, x)
     unconditional = model(
         without_prompt, positions=positions, kv=kv[1], **options)
-    return unconditional + (cfg_scale + 1) * (conditional - unconditional)          # Sec. 2.4
+    difference = conditional - unconditional
+    return unconditional + (cfg_scale + 1) * difference                             # Sec. 2.4
 
 
 def uniform(positions, n, generator):
@@ -411,9 +405,10 @@ def uniform(positions, n, generator):
         counts = [sum(counts)]
         generator = [generator]
     dtype = torch.float32 if positions.is_mps else torch.float64
-    # each generator draws for its own row
     return torch.cat([
-        torch.rand(m, n, generator=g, dtype=dtype, device=positions.device)
+        torch.rand(
+            m, n, generator=g,
+            dtype=dtype, device=positions.device)
         for m, g in zip(counts, generator)])
 
 
@@ -434,7 +429,8 @@ def forbid(logits, ids):
     return logits.index_fill(-1, ids, -math.inf)
 
 
-def draw(logits, positions, never=(), temperature=1., generator=None):
+def draw(logits, positions,
+         never=(), temperature=1., generator=None):
     """Draw a token for each True position of (B, T) from logits (M, V), none of them in `never` -> (M,)."""
     logits = forbid(logits, never)
     # without noise the most probable token
@@ -459,7 +455,8 @@ def propose(logits, masked, params, never, deferred, generator):
     return guess, confidence[:, 0]                                                  # Alg. 5
 
 
-def commit(x, masked, guess, confidence, n, threshold=None):
+def commit(x, masked, guess, confidence,
+           n, threshold=None):
     """Write the most confident of the guesses (M,) into the masked positions of x (B, T) -> x, committed (B, T).
 
     These are n[b] in row b and, with a threshold, all that reach it. (Alg. 5 as printed keeps the least
@@ -598,7 +595,8 @@ def generate_variable_length(model, prompts, mask_id, eos_id, params,
         raise ValueError(f'block_length must lie in 1..{max_length} (max_length), got {block_length}')
     # padding is never attended to, so any id but mask_id will do
     pad_id = int(mask_id == 0)
-    x, attention_mask, _ = canvas(prompts, 0, mask_id, pad_id, device_of(model))
+    device = device_of(model)
+    x, attention_mask, _ = canvas(prompts, 0, mask_id, pad_id, device)
     # a row is what is known of a text so far, without padding
     rows = list(prompts)
     running = set(range(len(rows)))
@@ -616,7 +614,8 @@ def generate_variable_length(model, prompts, mask_id, eos_id, params,
 
         # rows that have ended stay in the batch, but what is written there is not kept
         for b in sorted(running):
-            rows[b] = x[b][attention_mask[b]].tolist()
+            is_text = attention_mask[b]
+            rows[b] = x[b][is_text].tolist()
             new = rows[b][len(prompts[b]):]
             stopped = stop is not None and stop(new)
             if stopped or eos_id in new:
@@ -627,8 +626,7 @@ def generate_variable_length(model, prompts, mask_id, eos_id, params,
 
 
 def device_of(model):
-    """Return the device of a model's parameters (a function has none)."""
-    # a table of the tests lives on the CPU
+    """Return the device of a model's parameters, the CPU for a table of the tests."""
     if not hasattr(model, 'parameters'):
         return 'cpu'
     return next(model.parameters()).device
@@ -685,8 +683,9 @@ def score_row(model, x0, maskable, mask_id, eos_id,
     if model.config.causal:
         # EOS in front, as in training, so that the first token has something before it
         return ar_log_likelihood(model, x0, maskable, bos_id=eos_id)
+    generator = keyed_generator(*key)
     return log_likelihood(
-        model, x0, maskable, mask_id, generator=keyed_generator(*key), **options)
+        model, x0, maskable, mask_id, generator=generator, **options)
 
 
 @torch.no_grad()
@@ -706,9 +705,8 @@ def ar_generate(model, prompt, n_new,
     if attention_mask is not None:
         attention_mask = F.pad(attention_mask, (0, n_new), value=True)
     # one token at a time, each behind the last
-    for k in range(n_new):
-        # after the first pass, the cache holds all but the newest token
-        start = x.shape[1] - 1 if k and kv is not None else 0
+    start = 0
+    for _ in range(n_new):
         newest = torch.zeros_like(x[:, start:], dtype=torch.bool)
         newest[:, -1] = True
         kv_positions = torch.arange(start, x.shape[1], device=x.device)
@@ -716,5 +714,7 @@ def ar_generate(model, prompt, n_new,
             x[:, start:], positions=newest, attention_mask=attention_mask,
             kv=kv, kv_positions=kv_positions)                                       # (B, V)
         token = draw(logits, newest, list(suppress), **sampling)
+        if kv is not None:
+            start = x.shape[1]                              # the cache holds everything before the new token
         x = torch.cat((x, token[:, None]), dim=1)
     return Generated(x, n_new)

@@ -278,7 +278,7 @@ class Transformer(nn.Module):
             return dict(cu_seqlens=cu_seqlens)
 
         # anything else needs a mask: True where a query may attend to a key
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=x.device)
+        mask = x.new_ones(1, 1, 1, 1, dtype=torch.bool)
         if attention_mask is not None:
             mask = attention_mask.bool()[:, None, None, :]                          # (B, 1, 1, S)
         if cu_seqlens is not None:
@@ -587,14 +587,14 @@ def load_model(path, device='cpu', dtype=None):
     state = read_state(folder)
     raw = read_json(folder / 'config.json')
     model = empty_model(config_from(raw, folder))
-    stored = check_headers(folder, model)
+    stored = read_headers(folder, model)
     # the parameters get their memory on the device, and then their values
     model = model.to(dtype or stored).to_empty(device=device)
     read_tensors(folder, released_parameters(model))
     meta = {f'{role}_id': raw.get(f'{role}_token_id') for role in ROLES}
-    meta['folder'] = str(folder)
-    meta['settings'] = state.get('settings')
-    meta['iteration'] = state.get('iteration')
+    meta.update(
+        folder=str(folder), settings=state.get('settings'),
+        iteration=state.get('iteration'))
     return model.eval(), meta
 
 
@@ -654,7 +654,7 @@ def config_from(raw, folder):
     return ModelConfig(**values, causal=model_type == 'nanollada_ar')
 
 
-def check_headers(folder, model):
+def read_headers(folder, model):
     """Compare names and shapes of the stored tensors with those of a model -> dtype in which they are stored."""
     # rotary frequencies follow from rope_theta, and a tied head may be stored twice
     ignored = ('.inv_freq', 'lm_head.weight', 'transformer.ff_out.weight')
@@ -671,11 +671,11 @@ def check_headers(folder, model):
         except safetensors.SafetensorError as error:
             raise UserError(f'{file}: damaged or incomplete ({error})') from None
 
-    # one example says more than a list of hundreds
-    names = sorted(expected.keys() | stored.keys())
+    names = expected.keys() | stored.keys()
     wrong = [name for name in names if stored.get(name) != expected.get(name)]
     if wrong:
-        name = wrong[0]
+        # one example says more than a list of hundreds
+        name = min(wrong)
         raise UserError(f'{folder}: {len(wrong)} tensors do not fit: {name} is {stored.get(name, "missing")}, '
                         f'by config.json {expected.get(name, "missing")}')
     return dtype

@@ -281,6 +281,7 @@ def write(run, prompts, new, cfg, first=0, answers=True, show=False):
     """Call generate_text with the settings of a script -> lists of ids. first: number of prompt 0."""
     params = sampling_params(cfg, new, answers)
     on_step = screen(run.tok) if show else None
+    # the number of a prompt decides on its noise, whatever else is in its batch
     seeds = [(cfg.seed, first + k) for k in range(len(prompts))]
     started = time.perf_counter()
     rows, n_forward = generate_text(

@@ -18,6 +18,7 @@ def one_rank(rank, n, port, cfg):
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n),
         MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     import torch
+
     import train
     torch.set_num_threads(1)
     train.main(cfg)

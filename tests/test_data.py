@@ -269,7 +269,7 @@ def test_cu_seqlens_are_the_borders_padded_to_few_shapes(corpus):
         _, maskable, cu_seqlens = source.batch(it, range(4), 4)
         if cu_seqlens is not None:
             limits = cu_seqlens.tolist()
-            assert cu_seqlens.dtype == torch.int32 and len(limits) == 9 and limits == sorted(limits)
+            assert cu_seqlens.dtype == torch.int32 and len(limits) == 32 and limits == sorted(limits)
             assert {0, 16, 32, 48, 64} <= set(limits) and limits[-1] == 64
             assert all(16 * i + int(n) in limits for i, n in enumerate(maskable.sum(1)))
 
@@ -278,7 +278,7 @@ def test_isolated_documents_end_behind_their_eos(corpus):
     x0, maskable, cu_seqlens = windows(corpus, 100, isolate=True).batch(0, range(20), 20)
     ends = np.flatnonzero(x0 == TOK.eos_id) + 1
     assert set(cu_seqlens.tolist()) == {0, *ends.tolist(), *range(0, 2001, 100)}
-    assert maskable.all() and len(ends) and len(cu_seqlens) % 64 == 0
+    assert maskable.all() and len(ends) and len(cu_seqlens) % 32 == 0
 
 
 def test_held_out_windows_are_in_order_and_evenly_chosen(corpus):
