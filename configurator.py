@@ -141,13 +141,12 @@ def help_text(namespace, defaults, positional):
     # the comments beside the settings are the manual
     path = Path(namespace.get('__file__', ''))
     source = path.read_text(encoding='utf-8') if path.is_file() else ''
-    # a comment may go on in the next lines
-    source = re.sub(r'\n {20,}#', '', source)
-    comments = dict(re.findall(r'^(\w+) = .*?  # (.*)', source, re.M))
+    # a comment may go on in the next lines, which are then moved to its column
+    comments = dict(re.findall(r'^(\w+) = .*?  # (.*(?:\n {20,}# .*)*)', source, re.M))
     words = ''.join(f' [{name}]' for name in positional)
     lines = [(namespace.get('__doc__') or '').strip(), '', f'usage: [config.py ...]{words} [--name=value ...]']
     lines += [f'  --{name}={value!r}'.ljust(36) + comments.get(name, '') for name, value in defaults.items()]
-    return '\n'.join(lines)
+    return re.sub(r'\n {20,}#', '\n' + ' ' * 35, '\n'.join(lines))
 
 
 def run(main, namespace, positional=()):

@@ -38,7 +38,7 @@ resume = False                  # continue from the newest checkpoint in out_dir
 init_from = ''                  # start from the weights of this checkpoint or released folder, at iteration 0
 seed = 1337                     # of the weights, the order of the data, and the noise
 # --- data
-dataset = 'docs'                # a name that `python data.py` lists, a folder, or a mixture 'a:0.7,b:0.3'
+dataset = 'docs'                # the name of a folder in data/, any other folder, or a mixture 'a:0.7,b:0.3'
 masking = 'unified'             # 'unified': windows of text, any token may be hidden (pre-training; iLLaDA's SFT)
                                 # 'response': examples whose prompt is never hidden (LLaDA's SFT)
 random_length = 0.0             # share of windows of which only a random length is kept (LLaDA: 0.01)

@@ -130,13 +130,13 @@ def test_a_mistake_in_python_keeps_its_traceback(config):
 
 def test_help_lists_settings_defaults_and_comments(tmp_path, capsys):
     script = tmp_path / 's.py'
-    script.write_text('"""Doc."""\nalpha = 3     # the first # letter\nbeta = "b"\n')
+    script.write_text(f'''"""Doc."""\nalpha = 3     # the first # letter\n{' ' * 32}# and more\nbeta = "b"\n''')
     names = {'alpha': 3, 'beta': 'b', '__doc__': 'Doc.', '__file__': str(script)}
     with pytest.raises(SystemExit) as stop:
         configure(names, ['--help'], ('beta',))
     printed = capsys.readouterr().out
     assert not stop.value.code and printed.startswith('Doc.') and '[beta] [--name=value' in printed
-    assert re.search(r"--alpha=3 +the first # letter\n  --beta='b'", printed)
+    assert re.search(r"--alpha=3 +the first # letter\n {36}and more\n  --beta='b'", printed)
 
 
 def test_run_passes_the_settings(monkeypatch):
