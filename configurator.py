@@ -38,7 +38,7 @@ def configure(namespace, argv=None, positional=()):
     settings = deepcopy(defaults)
     words = list(sys.argv[1:] if argv is None else argv)
     unfilled = list(positional)
-    listed = set()                                          # list settings that a flag or a word has begun
+    lists = {}
 
     # before anything is checked, so that help is always to be had
     if '--help' in words:
@@ -61,13 +61,12 @@ def configure(namespace, argv=None, positional=()):
             raise UserError(f'{word}: expected a config file (.py) or --name=value')
 
         if type(defaults[name]) is list:
-            # --prompt=a --prompt=b collects both; the first one replaces what a config file has set
-            before = settings[name] if name in listed else []
-            settings[name] = [*before, text]
-            listed.add(name)
+            lists.setdefault(name, []).append(text)
         else:
             settings[name] = parse(text, type(defaults[name]), f'--{name}')
 
+    # --prompt=a --prompt=b collects both, and replaces what a config file has set
+    settings.update(lists)
     # a script may list the words that a setting can be
     for name, words in namespace.get('ALLOWED', {}).items():
         if settings[name] not in words:

@@ -77,7 +77,7 @@ class Tokenizer:
     """Turn text into ids and back. mask_id, eos_id, pad_id, bos_id, eot_id: the special tokens, int or None.
 
     hf: a tokenizers.Tokenizer. config: what is in tokenizer_config.json, which may name special tokens.
-    complete: add those of ROLES that are missing. (Released weights do not know them, so they go without.)
+    complete: add those of ROLES that are missing, if there is no mask.
     """
 
     def __init__(self, hf, config=(), template=None, complete=True):
@@ -88,18 +88,23 @@ class Tokenizer:
         hf.no_padding()
 
         vocab = hf.get_vocab()
+        best = {}
         for role, usual in ROLES.items():
             named = dict(config).get(f'{role}_token')
             if isinstance(named, dict):
                 named = named['content']
             names = [named, *usual.split()]
-            best = next((name for name in names if name in vocab), named or names[1])
-            if complete or best in vocab:
+            best[role] = next((name for name in names if name in vocab), named or names[1])
+
+        # with a mask it is the vocabulary of released weights, which know no other tokens
+        complete = complete and not {best['mask'], best['eos']} <= vocab.keys()
+        for role, name in best.items():
+            if complete or name in vocab:
                 # Some files have the token but do not call it special.
                 # Then its name in a text would be read as the token.
-                hf.add_special_tokens([best])
-                self.names[f'{role}_token'] = best
-            setattr(self, f'{role}_id', hf.token_to_id(best))
+                hf.add_special_tokens([name])
+                self.names[f'{role}_token'] = name
+            setattr(self, f'{role}_id', hf.token_to_id(name))
 
         vocab = hf.get_vocab()
         self.ids = set(vocab.values())
@@ -142,7 +147,8 @@ class Tokenizer:
 
         # If somebody types the name of a special token, it stays text. We put a BREAK before and behind it,
         # so that every other part is such a name. All the rest is encoded as transformers does.
-        text = self.render(messages, lambda content: self.special.sub(rf'{BREAK}\g<0>{BREAK}', content))
+        text = self.render(
+            messages, lambda content: self.special.sub(rf'{BREAK}\g<0>{BREAK}', content.replace(BREAK, '')))
         ids = []
         for i, part in enumerate(text.split(BREAK)):
             ids += self.encode(part, special_names=i % 2 == 0)
@@ -170,8 +176,11 @@ class Tokenizer:
 
     def fingerprint(self):
         """Return a checksum, the same for two tokenizers that encode every text to the same ids."""
-        # two files with the same vocabulary may still call another token [MASK]
-        facts = f'{self.hf.to_str()} {self.mask_id} {self.eos_id}'
+        # special tokens stand in no text (those of a chat are named by LLaDA's Instruct, but not by Base)
+        file = json.loads(self.hf.to_str())
+        del file['post_processor']                          # which adds some to a text, but not here
+        file['added_tokens'] = [token for token in file['added_tokens'] if not token['special']]
+        facts = f'{file} {self.mask_id} {self.eos_id}'
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def unused(self, vocab_size):
@@ -220,19 +229,19 @@ def get_tokenizer(spec, complete=True):
     return Tokenizer(tokenizers.Tokenizer.from_file(str(path)), config, template, complete)
 
 
-def tokenizer_of(meta, mask_id=None):
+def tokenizer_of(meta):
     """Return the Tokenizer of loaded weights (meta of model.load_model), with the special ids that they name.
 
-    mask_id: given by the user where nothing else names it. UserError if sources differ, or if there is none.
+    UserError if config.json and tokenizer differ in mask or EOS, or if neither names them.
     """
     tok = get_tokenizer(meta['folder'], complete=False)
     for key in 'mask_id eos_id pad_id bos_id eot_id'.split():
-        ids = [meta[key], getattr(tok, key), mask_id if key == 'mask_id' else None]
-        ids = [i for i in ids if i is not None]
+        ids = {meta[key], getattr(tok, key)} - {None}
         # a guess, such as the unknown token for the mask, would go wrong silently
-        if key in ('mask_id', 'eos_id') and len(set(ids)) != 1:
-            raise UserError(f'{meta["folder"]}: config.json, tokenizer, --mask_id must give one {key}: {ids}')
-        setattr(tok, key, ids[0] if ids else None)
+        if key in ('mask_id', 'eos_id') and len(ids) != 1:
+            raise UserError(f'{meta["folder"]}: config.json and tokenizer must give one {key}, got {ids or "none"}')
+        if meta[key] is not None:
+            setattr(tok, key, meta[key])
     return tok
 
 
@@ -303,7 +312,7 @@ def learn_tokenizer(texts, vocab_size):
 
 
 def docs_text():
-    """Yield real text that comes with Python: pydoc's language reference, docstrings of the standard library.
+    """Yield records of text that comes with Python: pydoc's language reference, docstrings of its library.
 
     About 1.5 million characters, which vary a little with the Python version.
     """
@@ -487,8 +496,7 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10):
         for split in SPLITS:
             records = [record for which, record in parts if which == split]
             if not records:
-                raise UserError('not enough text to hold out a validation split; give more, or pass '
-                                '--val_input=FILE')
+                raise UserError('not enough text to hold out a validation split; give more, or --val_input=FILE')
             manifest['splits'][split] = write_split(records, tok, aside / f'{split}_00000.bin', dtype)
 
         manifest['files'] = sorted(path.name for path in aside.iterdir())
@@ -515,12 +523,13 @@ def check_out(out):
 
 def split_source(source, number, every):
     """Yield (split, record) of a source, with one in `every` held out (0: none). Documents come in parts."""
-    # each source counts its pieces from another number, because of many short files some must be held out
+    # sources begin at different numbers, or else no file of less than `every` pieces would be held out
     numbers = count(number + 1)
     for _, record in read_records(source):
         if 'text' in record:
             # some pieces of it, spread evenly, because its tail would share long passages with the rest
             pieces = PIECE.findall(record['text'])
+            # (a bool is an index: SPLITS[True] is 'val')
             for held_out, part in groupby(pieces, lambda piece: every and next(numbers) % every == 0):
                 yield SPLITS[held_out], {'text': ''.join(part)}
             continue
@@ -685,7 +694,7 @@ class Source:
 
 @dataclass
 class Windows(Source):
-    """Pre-training (Eq. 3): windows of T tokens, all maskable. Each epoch cuts the text at other places."""
+    """Pre-training (Eq. 3): windows of T tokens. Each epoch cuts the text elsewhere (a mixture has no epochs)."""
 
     def __post_init__(self):
         self.n_tokens = [corpus.facts[self.split]['tokens'] for corpus in self.dataset.parts]
@@ -720,9 +729,9 @@ class Windows(Source):
 
     def cut(self, x0, it, rows, size):
         """Cut some windows at random, and others where documents end -> maskable, cu_seqlens of `batch`."""
-        # drawn for all rows, so that it does not depend on how they are divided
+        # drawn for all rows, so that it does not depend on how they are divided, and alike for copies
         draws = default_rng([self.seed, it, CUTS]).random((2, size))
-        which, where = draws[:, rows.start:rows.stop]
+        which, where = draws[:, [row // self.copies for row in rows]]
         maskable = x0 >= 0                                  # all
         limits = [0]
         for b in range(len(x0)):
@@ -784,7 +793,7 @@ class Examples(Source):
         return self.rows[rng.integers(*self.dialogues[i:i + 2])]
 
     def batch(self, it, rows, size):
-        """Return x0 (B, T) int64, maskable (B, T) bool, None. rows: a range inside of one group."""
+        """Return x0 (B, T) int64, maskable (B, T) bool, None. (Rows of several groups are padded as one.)"""
         # the whole group says how long its rows are, however the rows are split over processes
         each = self.pad_group or size
         first = rows.start // each * each

@@ -43,7 +43,7 @@ def sample_t(batch_size, eps=1e-3,
     if logit_normal:
         z = torch.special.ndtri(u)
         u = torch.sigmoid(logit_normal * z)
-    return 1 - (1 - eps) * u                                # u < 1, hence t > eps
+    return 1 - (1 - eps) * u                                # u <= 1, hence t >= eps
 
 
 def forward_process(x0, t, mask_id, maskable=None,
@@ -129,7 +129,6 @@ def loss_weights(maskable, masked, t,
         weights = L / masked.sum(1).clamp(min=1)                                    # Eq. 14: L / l (config/docs.py)
     else:
         weights = 1 / t                                                             # Eq. 3: 1 / t
-    # then divide, so that the loss is per token
     if normalize == 'token':
         return weights / (normalizer or L.sum())                                    # Eq. 3: 1 / (b L)
     assert normalize == 'sequence', normalize
@@ -166,7 +165,8 @@ def log_prob(logits, targets):
     """Return log softmax(logits)[targets] in float32 or wider: (M, V), (M,) -> (M,)."""
     # float32 at least, because 1/t multiplies a rounding error by up to 1000
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return -F.cross_entropy(logits.to(wide), targets, reduction='none')
+    ce = F.cross_entropy(logits.to(wide), targets, reduction='none')
+    return -ce
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -177,8 +177,7 @@ def draw_masks(maskable, n_masks, generator=None):
     """Draw masks (n_masks, T) bool of a sequence, maskable (T,) bool: l uniform on 1..L, then l random positions."""
     rows = maskable.expand(n_masks, -1)
     # stratified, and exactly uniform. (The official code rounds l, so that its ends are rarer.)
-    u = torch.arange(n_masks) + torch.rand(n_masks, generator=generator)
-    t = 1 - u / n_masks
+    t = sample_t(n_masks, 0.0, generator=generator)
     _, masks = forward_process(
         rows.long(), t, 0, rows, fixed_count=True, generator=generator)
     return masks
@@ -205,8 +204,7 @@ def log_likelihood(model, x0, maskable, mask_id,
     """Estimate Eq. 6 for one sequence, a lower bound on log p(maskable | the rest), in nats -> float.
 
     x0 (T,) int64, maskable (T,) bool. mc_num: masks to average over. If there are no more than that (2^L - 1), all
-    are used, and the bound is computed exactly. cfg_scale: guidance away from the prediction without the tokens
-    that are not maskable (the prompt). generator: on the CPU.
+    are used, and the bound is exact. cfg_scale: guidance by all that is not maskable. generator: on the CPU.
     """
     # an empty sum would be 0, the best of all scores
     if not maskable.any():
@@ -226,7 +224,6 @@ def log_likelihood(model, x0, maskable, mask_id,
         logits = guided_logits(model, xt, masked, ~maskable, cfg_scale, mask_id)    # (M, V)
         logp = log_prob(logits, x0.expand_as(xt)[masked])
 
-        # the log-probability of each row's tokens, times L / l
         everywhere = logp.new_zeros(xt.shape).masked_scatter(masked, logp)          # (B, T)
         scale = maskable.sum() / masked.sum(1)                                      # L / l, (B,)
         terms.append(scale * everywhere.sum(1))                                     # Eq. 6
@@ -234,20 +231,22 @@ def log_likelihood(model, x0, maskable, mask_id,
     return float(probabilities @ terms)
 
 
-def nats_and_bits(logp, n_tokens, n_bytes):
+def mean_and_error(values):
+    """Return the mean of values (N,) and its standard error."""
+    std, mean = torch.std_mean(values)
+    return [mean.item(), std.item() / len(values) ** 0.5]
+
+
+def nats_and_bits(logp, rows, n_bytes):
     """Return nats per token, its standard error, bits per byte, its standard error, from log p of rows (N,).
 
-    n_tokens (N,): maskable tokens of each row. n_bytes: bytes of text in a row, on average.
+    rows: pairs of x0 (T,) and maskable (T,). n_bytes: bytes of text in a row, on average.
     """
-    numbers = []
     # nats depend on the vocabulary, but bits per byte can be compared between tokenizers
+    n_tokens = torch.stack([maskable.sum() for _, maskable in rows])
     nats = -logp / n_tokens
     bits = -logp / n_bytes / math.log(2)
-    for values in (nats, bits):
-        std, mean = torch.std_mean(values)
-        stderr = std / len(values) ** 0.5
-        numbers += [mean.item(), stderr.item()]
-    return numbers
+    return mean_and_error(nats) + mean_and_error(bits)
 
 
 @torch.no_grad()
@@ -271,7 +270,8 @@ def confidence_score(model, x0, maskable, mask_id,
         logp = log_prob(logits, x0[hidden])
         best = logp.argmax()
         total += logp[best].item()
-        hidden[hidden.nonzero()[best, 0]] = False
+        position = hidden.nonzero()[best, 0]
+        hidden[position] = False
     return total
 
 
@@ -280,14 +280,15 @@ def confidence_score(model, x0, maskable, mask_id,
 
 
 def num_transfer_tokens(n_masked, steps):
-    """Divide masks among steps: n_masked (B,) int64 -> tokens to commit (B, steps). The remainder comes first.
+    """Share out masks among steps: n_masked (B,) int64 -> tokens to commit (B, steps). The remainder comes first.
 
     >>> num_transfer_tokens(torch.tensor([8, 5]), 3).tolist()
     [[3, 3, 2], [2, 2, 1]]
     """
     step = torch.arange(steps, device=n_masked.device)
-    # the first steps take one token more, until the remainder is used up
-    one_more = step < (n_masked % steps)[:, None]
+    # the first steps take one token more
+    remainder = n_masked % steps
+    one_more = step < remainder[:, None]
     return (n_masked // steps)[:, None] + one_more
 
 
@@ -297,7 +298,6 @@ def generate_simple(model, prompt, gen_length, mask_id, steps):
     prompt = torch.as_tensor(prompt, dtype=torch.long)
     masks = torch.full((gen_length,), mask_id, device=prompt.device)
     x = torch.cat((prompt, masks))[None]                                            # (1, T)
-    # the masks are divided evenly among the steps
     n_masked = (x == mask_id).sum(1)
     for n in num_transfer_tokens(n_masked, steps)[0].tolist():
         # 1. guess all tokens at once, but never [MASK] itself
@@ -327,7 +327,7 @@ class SamplingParams:
     temperature: float = 0.             # of the guesses. 0 takes the most probable token
     remasking: str = 'low_confidence'   # keep the most probable guesses (Alg. 5), or 'random' ones (Alg. 4)
     cfg_scale: float = 0.               # classifier-free guidance. 0 is none
-    threshold: float | None = None      # if set, a step commits all guesses at least this probable; no steps then
+    threshold: float | None = None      # if set, a step commits all guesses at least this probable, without `steps`
     cache: str | None = None            # 'prefix' or 'dual' reuse keys and values, which is fast and inexact
     logits_eos_inf: bool = False        # never write EOS (App. B.4)
     confidence_eos_eot_inf: bool = False    # low_confidence: write EOS and EoT last (App. B.4)
@@ -352,6 +352,7 @@ class SamplingParams:
 def canvas(prompts, gen_length, mask_id, pad_id, device='cpu'):
     """Make a batch of prompts (lists of ids), padded on the left so that what is generated lines up.
 
+    pad_id: any token but [MASK], because masks are filled in.
     Returns x (B, T) int64, which ends in gen_length masks; attention_mask (B, T) bool, False on padding; and
     prompt (B, T) bool, the given tokens. (A mask inside a prompt is a gap to fill, so it is not given.)
 
@@ -359,9 +360,6 @@ def canvas(prompts, gen_length, mask_id, pad_id, device='cpu'):
     >>> x.tolist()
     [[5, 6, 0, 0], [1, 7, 0, 0]]
     """
-    # only [MASK] is ever filled in, so padding must be another token
-    if pad_id == mask_id:
-        raise ValueError(f'pad_id and mask_id are both {mask_id}, so padding would be filled in')
     masks = [mask_id] * gen_length
     rows = [torch.tensor([*ids, *masks], dtype=torch.long) for ids in prompts]
     # padding on the left, so that all rows end together; -1 is no token
@@ -376,8 +374,8 @@ def guided_logits(model, x, positions, prompt, cfg_scale, mask_id,
                   *, kv=(None, None), **options):
     """Return logits (M, V) at positions (B, T) bool of x (B, T), with classifier-free guidance.
 
-    The unconditional pass sees the same canvas with the prompt (B or 1, T) bool hidden as well. Without
-    guidance (cfg_scale 0) it is left out. kv: a cache for each pass. options: of the model.
+    The unconditional pass sees the same canvas with the prompt (bool, broadcastable to (B, T)) hidden as well.
+    Without guidance (cfg_scale 0) it is left out. kv: a cache for each pass. options: of the model.
     """
     conditional = model(x, positions=positions, kv=kv[0], **options)
     # weights in float16 can overflow, and then a score or a sample would mean nothing
@@ -443,12 +441,12 @@ def draw(logits, positions,
 def propose(logits, masked, params, never, deferred, generator):
     """Guess a token for each masked position of (B, T) from logits (M, V) -> guess (M,), confidence (M,).
 
-    never: tokens that are not guessed. deferred: tokens that get confidence 0.
+    never: tokens that are not guessed. deferred: tokens that get confidence 0 (low_confidence only).
     """
-    # the guess itself is the same for both ways of remasking
     guess = draw(logits, masked, never, params.temperature, generator)
     if params.remasking == 'random':
-        return guess, uniform(masked, 1, generator)[:, 0]                           # Alg. 4
+        noise = uniform(masked, 1, generator)
+        return guess, noise[:, 0]                                                   # Alg. 4
     # the probability of the guess, without noise or temperature
     probability = forbid(logits, deferred).softmax(-1)
     confidence = probability.gather(-1, guess[:, None])
@@ -596,7 +594,7 @@ def generate_variable_length(model, prompts, mask_id, eos_id, params,
     # padding is never attended to, so any id but mask_id will do
     pad_id = int(mask_id == 0)
     device = device_of(model)
-    x, attention_mask, _ = canvas(prompts, 0, mask_id, pad_id, device)
+    x, attention_mask, prompt = canvas(prompts, 0, mask_id, pad_id, device)
     # a row is what is known of a text so far, without padding
     rows = list(prompts)
     running = set(range(len(rows)))
@@ -607,9 +605,10 @@ def generate_variable_length(model, prompts, mask_id, eos_id, params,
         start = x.shape[1]
         x = F.pad(x, (0, block_length), value=mask_id)
         attention_mask = F.pad(attention_mask, (0, block_length), value=True)
+        prompt = F.pad(prompt, (0, block_length))           # finished blocks are none
         x, n = generate(
             model, x, mask_id, params, gen_start=start, eos_id=eos_id,
-            attention_mask=attention_mask, **options)
+            attention_mask=attention_mask, prompt=prompt, **options)
         n_forward += n
 
         # rows that have ended stay in the batch, but what is written there is not kept
@@ -678,8 +677,9 @@ def score_row(model, x0, maskable, mask_id, eos_id,
 
     x0 (T,) int64, maskable (T,) bool. key: integers that decide on the masks. options: of log_likelihood.
     """
-    x0 = x0.to(device_of(model))
-    maskable = maskable.to(device_of(model))
+    device = device_of(model)
+    x0 = x0.to(device)
+    maskable = maskable.to(device)
     if model.config.causal:
         # EOS in front, as in training, so that the first token has something before it
         return ar_log_likelihood(model, x0, maskable, bos_id=eos_id)

@@ -34,14 +34,13 @@ dataset = ''                    # a data set; '' = the one that the first checkp
 split = 'val'                   # 'val' or 'train' (bound)
 input = []                      # files of questions or choices (repeat, or patterns)
                                 # Without any, exact asks what the data set of the model holds out.
-windows = 0                     # windows or examples (bound), evenly spaced; 0 = all (of a mixture, 1000)
+windows = 0                     # windows or examples (bound), evenly spaced; 0 = all
 limit = 0                       # questions, evenly spaced; 0 = all
 # --- likelihood
 seq_len = 0                     # tokens in a window (bound); 0 = the shortest context among the checkpoints
 draws = 16                      # masks for each window (bound)
 mc_num = 128                    # masks for each choice (choice, lm_eval): Eq. 6
 method = 'likelihood'           # of choice and lm_eval: 'likelihood' (Eq. 6) or 'confidence' (iLLaDA)
-same_masks = True               # if True, the choices of a question share their masks, for far less noise
 add_bos = False                 # if True, plain prompts begin with BOS (iLLaDA)
                                 # Those of a model that was trained with masking = 'response' always do.
 pad_eos = False                 # if True, a visible EOS follows what is scored, but is not scored (iLLaDA)
@@ -69,7 +68,6 @@ seed = 1                        # of masks and samples
 device = 'auto'                 # 'cuda', 'mps' or 'cpu'
 dtype = 'auto'                  # 'bfloat16' or 'float32'
 compile = False                 # torch.compile each block
-mask_id = -1                    # id of [MASK]; -1 = what the weights or their tokenizer say
 out = ''                        # also write the table to this .csv
 show = 0                        # how many of the answers to print (exact)
 
@@ -91,8 +89,7 @@ def load(name, cfg):
 
 def dataset_of(runs, cfg):
     """Open the data set that checkpoints are measured on. UserError if its tokenizer is not theirs."""
-    trained = runs[0].meta['settings'] or {}
-    name = cfg.dataset or trained.get('dataset')
+    name = cfg.dataset or runs[0].meta['settings'].get('dataset')
     if not name:
         raise UserError('released weights do not say what they were trained on; give --dataset')
 
@@ -118,8 +115,8 @@ def read_items(files, accept, cfg):
 
 def percent(hits):
     """Return the mean of booleans and its standard error, in per cent, as texts."""
-    std, mean = torch.std_mean(100 * torch.tensor(hits).double())
-    return [f'{mean:.1f}', f'{std / len(hits) ** 0.5:.1f}']
+    numbers = diffusion.mean_and_error(100 * torch.tensor(hits).double())
+    return [f'{number:.1f}' for number in numbers]
 
 
 SHARES = ['checkpoint', 'task', 'questions', 'right %', '+-']
@@ -153,10 +150,7 @@ def table(rows, columns, out=''):
 
 
 def score_row(run, x0, maskable, cfg, n_masks, key):
-    """Return log p of the maskable tokens of x0 (T,) int64, maskable (T,) bool, given the others -> float.
-
-    It is exact for a causal model, and otherwise the bound of Eq. 6. key: integers that decide on the masks.
-    """
+    """Call diffusion.score_row with the settings of a script -> float."""
     # masks depend on the key alone, so all models get the same
     return diffusion.score_row(
         run.model, x0, maskable, run.tok.mask_id, run.tok.eos_id, key=(cfg.seed, *key),
@@ -172,15 +166,14 @@ def bound(cfg):
     # all see the same windows, so these must fit into the shortest context
     seq_len = cfg.seq_len or min(run.model.config.seq_len for run in runs)
     source = data.open_source(dataset_of(runs, cfg), cfg.split, masking, runs[0].tok, seq_len)
-    pairs, n_bytes = source.held_out(cfg.windows)
-    n_tokens = torch.tensor([int(maskable.sum()) for _, maskable in pairs])
-    say(f'{cfg.split}: {len(pairs)} rows of {n_tokens.float().mean():.0f} tokens, {cfg.draws} masks each')
+    rows, n_bytes = source.held_out(cfg.windows)
+    say(f'{cfg.split}: {len(rows)} rows, {cfg.draws} masks each')
 
-    rows = []
+    lines = []
     first = None
     for run in runs:
         logp = []
-        for i, (x0, maskable) in enumerate(tqdm(pairs, run.name, disable=None)):
+        for i, (x0, maskable) in enumerate(tqdm(rows, run.name, disable=None)):
             logp.append(score_row(run, x0, maskable, cfg, cfg.draws, key=(i,)))
         logp = torch.tensor(logp, dtype=torch.float64)
         if first is None:
@@ -188,17 +181,17 @@ def bound(cfg):
 
         # The difference on the same windows and masks is far more precise than either number, because what
         # makes a window hard makes it hard for both.
-        numbers = diffusion.nats_and_bits(logp, n_tokens, n_bytes)
-        numbers += diffusion.nats_and_bits(logp - first, n_tokens, n_bytes)[2:]
+        numbers = diffusion.nats_and_bits(logp, rows, n_bytes)
+        numbers += diffusion.nats_and_bits(logp - first, rows, n_bytes)[2:]
         numbers = [f'{number:.4f}' for number in numbers]
         sign = '=' if run.model.config.causal else '<='
-        rows.append([run.name, run.meta['iteration'] or '', sign, *numbers])
+        lines.append([run.name, run.meta['iteration'] or '', sign, *numbers])
 
     # the difference is shown only if there is something to differ from
     columns = ['checkpoint', 'iteration', '', 'nats/token', '+-', 'bits/byte', '+-']
     if len(runs) > 1:
         columns += ['above the first', '+-']
-    table([row[:len(columns)] for row in rows], columns, cfg.out)
+    table([line[:len(columns)] for line in lines], columns, cfg.out)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -252,9 +245,8 @@ def score(run, before, after, cfg):
         return diffusion.confidence_score(
             run.model, x0, maskable, run.tok.mask_id, cfg_scale=cfg.cfg_scale)
 
-    # if choices share their masks, they differ by what they say and not by luck
-    key = before if cfg.same_masks else before + after
-    return score_row(run, x0, maskable, cfg, cfg.mc_num, key)
+    # the choices of a question share their masks, so they differ by what they say and not by luck
+    return score_row(run, x0, maskable, cfg, cfg.mc_num, before)
 
 
 def choice(cfg):
@@ -290,6 +282,7 @@ def choice(cfg):
 def as_question(row):
     """Return a record of data.py that ends in an answer. "accept" may be a regular expression for it."""
     record = data.as_record(row)
+    # (no messages is a KeyError, which names the row)
     return {'accept': '', 'task': '', **record, 'messages': record['messages']}
 
 
@@ -422,9 +415,10 @@ class Harness:
         results = []
         for arguments, group in groupby(requests, lambda request: request.args[1]):
             cfg = self.sampler(**arguments)
-            # a prompt that is too long loses its beginning
-            room = self.run.model.config.seq_len - cfg.gen_length
-            prompts = [self.encode(request.args[0])[-room:] for request in group]
+            # a prompt that is too long loses its beginning, but not BOS
+            start = self.run.start
+            room = self.run.model.config.seq_len - cfg.gen_length - len(start)
+            prompts = [start + self.encode(request.args[0])[-room:] for request in group]
             results += answers(self.run, prompts, cfg)
         return results
 
@@ -444,7 +438,7 @@ class Harness:
         """Return the ids of a prompt, which may be messages from apply_chat_template."""
         if self.cfg.instruct:
             return self.run.tok.encode_chat(json.loads(context))
-        return self.run.start + self.run.tok.encode(context)
+        return self.run.tok.encode(context)
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         """Return messages for `encode`, because the special tokens of a template are no text."""

@@ -85,8 +85,8 @@ class RMSNorm(nn.Module):
 def rope_angles(positions, head_dim, theta):
     """Return cos and sin of position * theta^(-2j/D), j = 0 .. D/2-1: (...) -> two float32 tensors (..., D/2)."""
     # low dimensions turn fast and tell neighbours apart, high ones tell distances
-    j = torch.arange(0, head_dim, 2, device=positions.device)
-    frequency = 1.0 / theta ** (j.float() / head_dim)
+    two_j = torch.arange(0, head_dim, 2, device=positions.device)
+    frequency = 1.0 / theta ** (two_j.float() / head_dim)
     # float32, because bfloat16 could not tell position 300 from 301
     angle = positions.to(torch.float32)[..., None] * frequency
     return angle.cos(), angle.sin()
@@ -153,7 +153,7 @@ class Attention(nn.Module):
         return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(self, x, rope, kv, kv_positions, pattern):
-        # x (B, T, C), rope (cos, sin), kv: one layer of the cache, or None
+        # x (B, T, C), rope (cos, sin), kv: one layer of the cache, or None, pattern: arguments of `attention`
         q = self.heads(self.q(x))                                                   # (B, H, T, D)
         k = self.heads(self.k(x))                                                   # (B, Hkv, T, D)
         v = self.heads(self.v(x))
@@ -235,6 +235,7 @@ class Transformer(nn.Module):
             # a narrow residual stream halves the memory traffic
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if positions is not None and positions.dtype == torch.bool:
+            # here, because inside of a block it would break the compiled graph
             positions = positions.flatten().nonzero()[:, 0]
 
         # where on the canvas, or in its segment, each token stands
@@ -247,7 +248,7 @@ class Transformer(nn.Module):
         if not config.rope_fp32:
             rope = tuple(z.to(x.dtype) for z in rope)
 
-        # who attends to whom: everyone to everyone, or (causal) to what stands before, needs no mask
+        # who attends to whom takes a mask only with padding, segments, or fewer queries than keys
         pattern = dict(causal=config.causal)
         cached_causal = config.causal and kv is not None        # more keys than queries
         if attention_mask is not None or cu_seqlens is not None or cached_causal:
@@ -516,7 +517,7 @@ def released_parameters(model):
     names = column(NAMES, layout)
     released = {}
     for ours, p in model.named_parameters():
-        # the table has blocks.{i}.attn.q for blocks.0.attn.q.weight
+        # the table has blocks.{i}.attn.q for blocks.0.attn.q.weight ('' outside of the blocks)
         layer = re.search(r'\d+|$', ours)[0]
         key = ours.removesuffix('.weight').replace(f'.{layer}.', '.{i}.')
         released[names[key].format(i=layer) + '.weight'] = p
@@ -562,12 +563,11 @@ def save_model(model, folder, meta):
 
 def open_model(path, device='auto', dtype='auto', compile=False):
     """Load a model for a script, with its settings device and dtype -> model in eval mode, meta (of load_model)."""
-    # our own weights are float32, so they are cast to what the device is fast in
     device, compute = pick_device(device, dtype)
-    released = not (newest_checkpoint(path) / 'state.json').is_file()
-    if released and dtype == 'auto':
-        compute = None                                      # as they are stored
-    model, meta = load_model(path, device, compute)
+    model, meta = load_model(path, device)
+    # our own weights are float32, so they are cast to what the device is fast in; released ones stay as stored
+    if meta['settings'] or dtype != 'auto':
+        model = model.to(compute)
     if compile:
         torch._dynamo.config.recompile_limit = 64           # batches and canvases have many shapes
         for block in model.blocks:
@@ -580,7 +580,7 @@ def load_model(path, device='cpu', dtype=None):
 
     path: a folder with config.json, or a run of train.py (its newest checkpoint). dtype: None = as stored.
     meta: mask_id, eos_id, pad_id, bos_id, eot_id (None if the files do not say), folder; of a run of train.py
-    also its settings and iteration, else None. Raises UserError if it is not a model that this code computes.
+    also its settings and iteration, else {} and None. Raises UserError if it is not a model that this code computes.
     """
     folder = newest_checkpoint(path)
     # a run of train.py has state.json beside the weights, a release has not
@@ -593,7 +593,7 @@ def load_model(path, device='cpu', dtype=None):
     read_tensors(folder, released_parameters(model))
     meta = {f'{role}_id': raw.get(f'{role}_token_id') for role in ROLES}
     meta.update(
-        folder=str(folder), settings=state.get('settings'),
+        folder=str(folder), settings=state.get('settings', {}),
         iteration=state.get('iteration'))
     return model.eval(), meta
 
@@ -694,8 +694,9 @@ def read_state(folder):
     # a flipped bit would go unnoticed for the rest of the training
     for name, sha256 in state.get('sha256', {}).items():
         file = folder / name
-        if not file.is_file() or file_sha256(file) != sha256:
-            raise UserError(f'{file}: missing or damaged (its checksum is not the one in state.json)')
+        # (optimizer/ may be left out when weights are passed on)
+        if file.is_file() and file_sha256(file) != sha256:
+            raise UserError(f'{file}: damaged (its checksum is not the one in state.json)')
     return state
 
 

@@ -62,7 +62,6 @@ show = False                    # if True, draw the canvas after every step
 device = 'auto'                 # 'cuda', 'mps' or 'cpu'; auto = the first that is available
 dtype = 'auto'                  # 'bfloat16' or 'float32'; auto = released weights as they are stored
 compile = False                 # torch.compile each block (half a minute; then up to twice as fast on a GPU)
-mask_id = -1                    # id of [MASK]; -1 = what the weights or their tokenizer say
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -75,8 +74,8 @@ Run = namedtuple('Run', 'name model meta tok start masking')
 def load(name, cfg):
     """Open a checkpoint with the settings of a script -> Run."""
     model, meta = open_model(name, cfg.device, cfg.dtype, cfg.compile)
-    tok = data.tokenizer_of(meta, None if cfg.mask_id < 0 else cfg.mask_id)
-    masking = (meta['settings'] or {}).get('masking')
+    tok = data.tokenizer_of(meta)
+    masking = meta['settings'].get('masking')
     # in training an example begins with BOS, but a window begins anywhere in a text
     start = [tok.bos_id] if masking == 'response' else []
     return Run(name, model, meta, tok, start, masking)
@@ -128,16 +127,17 @@ def encode_prompt(prompt, run, cfg):
 def tokens_to_append(prompts, run, cfg):
     """Return how many tokens to append to prompts, 0 if they have gaps. UserError if they do not fit."""
     config = run.model.config
-    gaps = any(run.tok.mask_id in ids for ids in prompts)
-    if gaps and config.causal:
+    gaps = [run.tok.mask_id in ids for ids in prompts]
+    if any(gaps) and config.causal:
         raise UserError('an autoregressive model does not see what follows a gap, so it cannot fill a ___')
+    if any(gaps) != all(gaps):
+        raise UserError('prompts with a ___ are filled and the others continued, so they need a run each')
 
-    # By default as much as fits, but at most 64 tokens, because each of them costs a forward pass over the
-    # whole canvas.
     # the longest prompt decides, because all share one canvas
     longest = max(map(len, prompts))
     room = max(1, config.seq_len - longest)
-    new = 0 if gaps else cfg.gen_length or min(64, room)
+    # at most 64 unless asked for, because each token costs a forward pass over the whole canvas
+    new = 0 if any(gaps) else cfg.gen_length or min(64, room)
     if longest + new > config.seq_len:
         raise UserError(f'the context holds {config.seq_len} tokens, but the longest prompt has {longest}, and {new} '
                         'are to be written; shorten the prompt or gen_length')
@@ -224,7 +224,7 @@ def generate_batch(model, prompts, gen_length, tok, params,
             temperature=params.temperature, generator=options['generator'])
         return [ids + row[-gen_length:].tolist() for ids, row in zip(prompts, x)], n
 
-    # 2) block after block, on a canvas that grows until every row has ended
+    # 2) block after block, on a canvas that grows until every row has ended (what would be cut off has ended)
     options.update(eot_id=tok.eot_id, suppress=never)
     if variable_length:
         return diffusion.generate_variable_length(
@@ -298,8 +298,8 @@ def write(run, prompts, new, cfg, first=0, answers=True, show=False):
 
 def talk(run, cfg):
     """Chat on the terminal, until /quit or Ctrl-D."""
-    messages = []
     # what has been said is kept here, and sent to the model anew with each question
+    messages = []
     say('/reset forgets the conversation, /quit leaves')
     while True:
         try:
@@ -349,9 +349,9 @@ def main(cfg):
     num_samples = cfg.num_samples or (1 if given else 3)
     given = (given or [run.start]) * num_samples
     prompts = [encode_prompt(prompt, run, cfg) for prompt in given]
-    if run.model.config.causal and (cfg.remasking != 'auto' or cfg.steps or cfg.block_length or cfg.cache):
-        say('an autoregressive model writes from left to right: of the sampler only the temperature counts')
     new = tokens_to_append(prompts, run, cfg)
+    if run.model.config.causal:
+        say('an autoregressive model writes from left to right: of the sampler only the temperature counts')
     answers = cfg.instruct or run.masking != 'unified'
 
     if cfg.out:

@@ -131,7 +131,7 @@ def micro_batches(source, it, cfg, tok):
     if cfg.masking == 'response':
         form = dict(normalize='sequence', normalizer=size)                          # Eq. 5: 1/(b L')
     else:
-        # (a window that random_length has cut counts by its tokens, and L is the full length)
+        # (L is the full length, also of a window that random_length has cut)
         form = dict(normalize='token', normalizer=size * cfg.seq_len)               # Eq. 3: 1/(b L)
 
     # the rows of this rank, one micro-batch after the other
@@ -165,16 +165,12 @@ def draw_noise(it, rows, T, cfg):
     u = diffusion.row_noise(cfg.seed, it, drawn, T)
 
     if cfg.complementary:
-        complement(t, u, rows, eps)
+        # Noise that is turned around is as likely, and hides what the row before shows. (Both hide one token
+        # in 1000, by eps, or one of each row, because both counts are rounded up.)
+        odd = torch.tensor(rows) % 2 == 1
+        t[odd] = 1 + eps - t[odd]
+        u[odd] = 1 - u[odd]
     return t, u
-
-
-def complement(t, u, rows, eps):
-    """Turn the noise of every second row of t (B,), u (B, T) around, in place: 1 + eps - t and 1 - u."""
-    # equally likely, and it hides what the row before shows (but for a token in 1000, by eps or by rounding)
-    odd = torch.tensor(rows) % 2 == 1
-    t[odd] = 1 + eps - t[odd]
-    u[odd] = 1 - u[odd]
 
 
 def autocast(cfg):
@@ -205,7 +201,7 @@ def train_step(net, optimizers, batches, factor, cfg):
     norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
     norm = norm.item()                          # the only point of an update where the host waits for the device
     if not math.isfinite(norm):
-        last = [*map(str, models.list_checkpoints(cfg.out_dir))][-1:]
+        last = [None, *models.list_checkpoints(cfg.out_dir)][-1]
         raise UserError(f'stopped before an update: loss {float(total)}, gradient norm {norm}; '
                         f'the last good checkpoint: {last}')
     step(optimizers, factor)
@@ -372,9 +368,8 @@ def held_out_bound(model, held_out, cfg, tok):
 
     # each rank has filled in its own rows, so the sum has them all
     all_reduce(logp)
-    n_tokens = torch.tensor([int(maskable.sum()) for _, maskable in rows])
     names = ('val_nats', 'val_nats_stderr', 'val_bits_per_byte', 'val_bits_per_byte_stderr')
-    return dict(zip(names, diffusion.nats_and_bits(logp, n_tokens, n_bytes)))
+    return dict(zip(names, diffusion.nats_and_bits(logp, rows, n_bytes)))
 
 
 @torch.compiler.set_stance('force_eager')                   # the sampler's shapes are not worth compiling
@@ -484,7 +479,7 @@ def save_checkpoint(it, model, optimizers, cfg, tok):
         (unfinished / 'state.json').write_text(json.dumps(state, indent=1), encoding='utf-8')
         shutil.rmtree(final, ignore_errors=True)            # a damaged one that was passed over
         unfinished.rename(final)
-        for old in models.list_checkpoints(cfg.out_dir)[:-cfg.keep_last]:
+        for old in models.list_checkpoints(cfg.out_dir)[:-cfg.keep_last]:       # none for 0
             shutil.rmtree(old)
     broadcast()
 
@@ -505,6 +500,10 @@ def load_checkpoint(model, optimizers, cfg, tok):
     """Continue from the newest undamaged checkpoint in out_dir -> its iteration."""
     folder, state = broadcast(newest_undamaged(cfg.out_dir) if RANK == 0 else None)
     before = state['settings']
+    # a CPU is timed for it, and might take the other one today
+    if cfg.dtype == 'auto':
+        cfg.dtype = before['dtype']
+        cfg.bf16 = cfg.dtype == 'bfloat16'
     now = settings_of(cfg)
     # with another architecture nothing fits; with another batch, data and schedule would jump
     fixed = ['optimizer', 'global_batch', *(field.name for field in fields(models.ModelConfig))]
@@ -636,6 +635,7 @@ def main(cfg):
     model, net = build(cfg)
     optimizers = make_optimizers(model, cfg)
     it = init_or_resume(model, optimizers, cfg, tok)
+    cfg.dtype = 'bfloat16' if cfg.bf16 else 'float32'
     Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     announce(it, model, cfg)
     if net is not model:

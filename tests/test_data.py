@@ -250,6 +250,8 @@ def test_batches_do_not_depend_on_how_they_are_split_and_copies_are_neighbours(c
 
     single, _, cu_seqlens = windows(corpus, 32).batch(3, range(4), 4)
     double, _, _ = windows(corpus, 32, copies=2).batch(3, range(8), 8)
+    _, maskable, _ = windows(corpus, 32, copies=2, random_length=0.5).batch(3, range(8), 8)
+    assert torch.equal(maskable[0::2], maskable[1::2]) and not maskable.all()
     assert torch.equal(double, single.repeat_interleave(2, 0)) and cu_seqlens is None
 
 

@@ -141,10 +141,10 @@ def test_choices_of_a_question_share_their_masks(monkeypatch):
     seeds = []
     monkeypatch.setattr(diffusion, 'log_likelihood', lambda *_, generator, **options: seeds.append(
         generator.initial_seed()))
-    for same_masks in (True, False):
+    for question in ('which?', 'who?'):
         for text in (' this', ' that'):
-            evaluate.score(run, *evaluate.encode_pair('which?', text, run), settings(same_masks=same_masks))
-    assert seeds[0] == seeds[1] and seeds[2] != seeds[3]
+            evaluate.score(run, *evaluate.encode_pair(question, text, run), settings())
+    assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
 
 
 def test_a_context_that_is_too_long_loses_its_beginning_but_not_bos(monkeypatch):
@@ -287,6 +287,11 @@ def test_requests_are_answered_in_order(monkeypatch):
     short, long = {'max_gen_toks': 4}, {'max_gen_toks': 8}
     requests = [request('a', short), request('b' * 99 + 'c', short), request('d', long)]
     assert lm.generate_until(requests) == ['a', 'b' * 19 + 'c', 'd'] and seen == [(2, 4), (1, 8)]
+
+    # a prompt that loses its beginning keeps BOS
+    lm = evaluate.Harness(run_of(seq_len=24)._replace(start=[TOK.bos_id]), settings())
+    text, = lm.generate_until([request('b' * 99 + 'c', short)])
+    assert text == TOK.decode([TOK.bos_id]) + 'b' * 18 + 'c'
 
     lm = evaluate.Harness(run_of(seq_len=200), settings(instruct=True))
     messages = [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'well'}]

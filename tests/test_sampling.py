@@ -133,8 +133,6 @@ def test_canvas():
     assert x.tolist() == [[1, MASK, 2, MASK, MASK], [PAD, PAD, 3, MASK, MASK]]
     assert attention_mask.tolist() == [[True] * 5, [False, False, True, True, True]]
     assert prompt[0].tolist() == [True, False, True, False, False] and not prompt[:, 3:].any()
-    with pytest.raises(ValueError, match='padding would be filled in'):
-        diffusion.canvas([[1]], 2, MASK, MASK)
 
 
 # ------------------------------------------------------------------------------------------ single settings
@@ -245,6 +243,20 @@ def test_variable_length(block_length, settings):
         assert together[i] == prompt + new
         assert 7 in new[-block_length:] or len(new) == 12
         assert len(new) % block_length == 0 and 7 not in new[:-block_length]
+
+
+def test_guidance_in_variable_length_hides_the_prompt_and_no_finished_block(monkeypatch):
+    hidden = []
+    real = diffusion.guided_logits
+
+    def spy(model, x, positions, prompt, *rest, **options):
+        hidden.append(prompt.sum().item())
+        return real(model, x, positions, prompt, *rest, **options)
+
+    monkeypatch.setattr(diffusion, 'guided_logits', spy)
+    params = SamplingParams(block_length=2, cfg_scale=1.0)
+    generate_variable_length(MODEL, [[1, 2, 3]], MASK, None, params, max_length=6)
+    assert hidden == [3] * 6
 
 
 def test_variable_length_stops_when_told():

@@ -202,7 +202,7 @@ def test_the_unknown_token_is_never_the_mask(tmp_path):
     assert data.get_tokenizer(folder, complete=False).mask_id is None
     with pytest.raises(UserError, match='mask'):
         data.tokenizer_of(meta(folder))
-    tok = data.tokenizer_of(meta(folder), mask_id=7)
+    tok = data.tokenizer_of(meta(folder, mask_id=7))
     assert (tok.mask_id, tok.eos_id, tok.bos_id) == (7, 3, None) and tok.vocab_size == 4
     assert data.get_tokenizer(folder).mask_id == 5                                # to train with, it is added
 
@@ -211,9 +211,8 @@ def test_config_json_has_a_say(tmp_path):
     folder = unknown_roles(tmp_path)
     tok = data.tokenizer_of(meta(folder, mask_id=2, eot_id=1, pad_id=0))
     assert (tok.mask_id, tok.eot_id, tok.pad_id) == (2, 1, 0)
-    for ids, given in (({'mask_id': 2}, 1), ({'mask_id': 2, 'eos_id': 1}, None)):
-        with pytest.raises(UserError, match='must give one'):
-            data.tokenizer_of(meta(folder, **ids), mask_id=given)
+    with pytest.raises(UserError, match='must give one eos_id'):
+        data.tokenizer_of(meta(folder, mask_id=2, eos_id=1))
 
 
 @pytest.mark.parametrize('spec', ['gpt9', 'none/tokenizer.json', '.'])
@@ -288,6 +287,10 @@ def test_a_special_name_typed_in_a_chat_is_text(folders, name, tmp_path):
         special = [tok.hf.token_to_id(name) for name in SPECIAL]
         assert [i for i in ids if i in special] == [i for i in plain if i in special]
         assert say in tok.decode(ids)
+    # nor does a character that stands in no text turn the name into the token
+    say = f'{data.BREAK}{SPECIAL[0]} b'
+    ids = tok.encode_chat([{'role': 'user', 'content': say}])
+    assert ids == tok.encode_chat([{'role': 'user', 'content': say.replace(data.BREAK, '')}])
 
 
 def test_our_own_vocabularies_speak_llada_and_leave_a_last_answer_open():
@@ -321,4 +324,23 @@ def test_which_template_counts(folders, tmp_path):
     assert data.get_tokenizer(folder).template == 'J'
     (folder / 'chat_template.jinja').unlink()
     with pytest.raises(UserError, match='no chat template'):
-        data.tokenizer_of(meta(unknown_roles(tmp_path)), mask_id=7).encode_chat(TALK)
+        data.tokenizer_of(meta(unknown_roles(tmp_path), mask_id=7)).encode_chat(TALK)
+
+
+def test_data_for_released_weights_has_their_tokens_and_no_others(tmp_path):
+    """A file with a mask gets no tokens. It may name none of a chat, and another one with the same words may."""
+    chat = ['<|eot_id|>', '<|start_header_id|>', '<|end_header_id|>']
+    file = json.loads(build('gpt2').to_str())
+    file['added_tokens'] = [token for token in file['added_tokens'] if token['content'] not in chat]
+    for name in chat:
+        del file['model']['vocab'][name]
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(file))
+    ours, theirs = data.get_tokenizer(tmp_path), data.get_tokenizer(tmp_path, complete=False)
+    assert ours.vocab_size == theirs.vocab_size and ours.eot_id is None and not ours.template
+    data.check_same(ours, theirs, 'a', 'b')
+
+    instruct = Tokenizer.from_str(json.dumps(file))
+    instruct.add_special_tokens(chat)
+    instruct = data.Tokenizer(instruct)
+    assert instruct.template and instruct.eot_id is not None
+    data.check_same(instruct, theirs, 'a', 'b')

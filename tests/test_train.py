@@ -216,9 +216,10 @@ def test_noise_of_pairs_is_as_uniform_as_that_of_single_rows(corpus):
         assert torch.histc(sizes.float(), 8, 0.5, 32.5).sub(125).abs().max() < 30   # five standard deviations
 
     # and the complement of t stays in [eps, 1], because its weight is 1/t
-    t = torch.tensor([1.0, 1.0, 0.1, 0.1])
-    train.complement(t, torch.rand(4, 3), range(4), eps=0.1)
-    assert t.tolist() == pytest.approx([1.0, 0.1, 0.1, 1.0])
+    cfg.mask_eps = 0.1
+    cfg.fixed_count = False
+    t, _ = train.draw_noise(0, range(8), 32, cfg)
+    assert t[0::2].tolist() == pytest.approx((1.1 - t[1::2]).tolist()) and 0.1 <= t.min() and t.max() <= 1
 
 
 def test_packed_training_equals_separate_training(corpus):
@@ -350,6 +351,15 @@ def test_what_is_set_on_resume_counts(corpus, straight, tmp_path, capsys):
     assert 'muon_lr 0.01 -> 0.0' in capsys.readouterr().err
     before, after = (models.load_model(run / f'iter_00000{it}')[0] for it in (40, 42))
     assert all(map(torch.equal, before.parameters(), after.parameters()))
+
+
+def test_a_run_keeps_its_dtype_however_a_busy_cpu_is_timed(corpus, tmp_path, monkeypatch):
+    run = tmp_path / 'run'
+    steps = (2, True, 'auto', 'bfloat16'), (4, False, 'auto', 'bfloat16'), (6, True, 'float32', 'float32')
+    for it, pays, dtype, is_so in steps:
+        monkeypatch.setattr(models, 'bfloat16_pays', lambda device, pays=pays: pays)
+        train.main(settings(corpus, run, dtype=dtype, max_iters=it, eval_interval=2, resume=it > 2))
+        assert models.load_model(run)[1]['settings']['dtype'] == is_so
 
 
 @pytest.mark.parametrize('where', ['loss', 'gradient'])
