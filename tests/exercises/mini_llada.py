@@ -97,7 +97,7 @@ def loss_of(model, x0, t, u):
     masked = u < t[:, None]                                                 # (B, T)
     logits = model(torch.where(masked, MASK, x0))                           # (B, T, V)
     cross_entropy = F.cross_entropy(logits.transpose(1, 2), x0, reduction='none')
-    # only hidden words count, but the mean is over all B T of them, and 1/t makes up for that
+    # only hidden words count, but the mean is over all B T words, and 1/t makes up for that
     return torch.where(masked, cross_entropy / t[:, None], 0).mean()
 
 
@@ -132,7 +132,7 @@ def fill(model, x, temperature=0., watch=None):
     """Fill the masks of x (B, T) -> (B, T). watch: a function that is called with x after each step.
 
     With temperature 0 it keeps the guess that the model is most confident of (Alg. 5). Otherwise it draws the
-    guesses and keeps any of them (Alg. 4). At temperature 1, that samples exactly what the model has learned.
+    guesses and keeps one at random (Alg. 4). At temperature 1, that samples exactly what the model has learned.
     """
     while (x == MASK).any():
         masked = x == MASK
