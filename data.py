@@ -471,12 +471,10 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10):
     out = Path(out).resolve()
     check_out(out)
     parts = []
-    for number, source in enumerate([*sources, *val]):
-        every = val_every
-        # 1: all of a source is held out, 0: nothing
-        if val:
-            every = 1 if number >= len(sources) else 0
-        parts += split_source(source, number, every)
+    for number, source in enumerate(sources):
+        parts += split_source(source, number, 0 if val else val_every)
+    for source in val:
+        parts += split_source(source, 0, 1)
 
     size = str(tokenizer).removeprefix('bpe-')
     if size.isdecimal():
@@ -537,8 +535,7 @@ def split_source(source, number, every):
         # By a hash of the first question, so that no question is in both splits. If many answers are right
         # ("accept"), there may be too few questions for that.
         asked = [message['content'] for message in record.get('messages', []) if message['role'] == 'user']
-        asked.append(record.get('response', ''))
-        key = asked[0].strip()
+        key = (asked or [record.get('response', '')])[0].strip()
         if 'accept' in record:
             key = json.dumps(record, sort_keys=True, default=str)
         held_out = every and zlib.crc32(key.encode()) % every == 0
@@ -566,7 +563,8 @@ def turns_of(record, tok):
                 turns.append((prompt, tok.encode(message['content'].strip())))
         return turns
     # a canvas of masks alone looks the same everywhere, so positions need an edge to count from
-    return [([tok.bos_id], tok.encode(record['response'].strip()))]
+    response = tok.encode(record['response'].strip())
+    return [([tok.bos_id], response)]
 
 
 def write_split(records, tok, path, dtype):
@@ -578,7 +576,8 @@ def write_split(records, tok, path, dtype):
         for prompt, response in turns_of(record, tok):
             start = len(ids)
             ids.extend([*prompt, *response, tok.eos_id])
-            n_bytes += len(tok.decode(ids[start:], skip_special_tokens=True).encode())
+            text = tok.decode(ids[start:], skip_special_tokens=True)
+            n_bytes += len(text.encode())
             # documents are no rows, because windows are cut from all of them
             if prompt:
                 rows.append((start, start + len(prompt), len(ids), dialogue))
@@ -708,8 +707,9 @@ class Windows(Source):
         rng = default_rng([self.seed, sample, MIXTURE])
         part = rng.choice(len(self.share), p=self.share)
         # as many windows as fit behind any offset
-        n = max(1, (self.n_tokens[part] - self.T + 1) // self.T)
-        room = min(self.T, self.n_tokens[part] - n * self.T + 1)
+        n_tokens = self.n_tokens[part]
+        n = max(1, (n_tokens - self.T + 1) // self.T)
+        room = min(self.T, n_tokens - n * self.T + 1)
         epoch, i = divmod(sample, n)
         start = shuffled(n, self.seed, epoch)[i] * self.T
         start += default_rng([self.seed, epoch, OFFSET]).integers(room)
@@ -776,9 +776,12 @@ class Examples(Source):
         if not self.corpus.facts[self.split]['examples']:
             raise UserError(f"{self.corpus.folder}: masking='response' needs examples, got documents")
         rows = np.load(self.corpus.folder / f'{self.split}_00000.rows.npy')
-        self.rows = rows[rows[:, 2] - rows[:, 0] <= self.T]
+        lengths = rows[:, 2] - rows[:, 0]
+        self.rows = rows[lengths <= self.T]
         if len(self.rows) < len(rows):
             say(f'{self.corpus.folder}: {len(self.rows)} of {len(rows)} examples fit into seq_len={self.T}')
+        if not self.rows.size:
+            raise UserError(f'{self.split}: no example fits into seq_len={self.T}')
         # where each dialogue begins
         _, first_turns = np.unique(self.rows[:, 3], return_index=True)
         self.dialogues = np.append(first_turns, len(self.rows))
@@ -841,9 +844,10 @@ def files_of(patterns):
 def main(cfg):
     if not (cfg.input and cfg.out):
         raise UserError('expected your own text: --input=FILE --out=data/my')
-    manifest = prepare(
-        files_of(cfg.input), cfg.out, cfg.tokenizer,
-        val=files_of(cfg.val_input), val_every=cfg.val_every)
+    # what is held out may be among the files that a pattern finds
+    val = files_of(cfg.val_input)
+    sources = [file for file in files_of(cfg.input) if file not in val]
+    manifest = prepare(sources, cfg.out, cfg.tokenizer, val=val, val_every=cfg.val_every)
 
     for split, n in manifest['splits'].items():
         print(f'{cfg.out}/{split}: {n["tokens"]:,} tokens, {n["bytes"] / n["tokens"]:.2f} bytes per token')

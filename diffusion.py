@@ -372,7 +372,7 @@ def canvas(prompts, gen_length, mask_id, pad_id, device='cpu'):
 
 def guided_logits(model, x, positions, prompt, cfg_scale, mask_id,
                   *, kv=(None, None), **options):
-    """Return logits (M, V) at positions (B, T) bool of x (B, T), with classifier-free guidance.
+    """Return logits (M, V) at positions (B, T) bool or (M,) int64 of x (B, T), with classifier-free guidance.
 
     The unconditional pass sees the same canvas with the prompt (bool, broadcastable to (B, T)) hidden as well.
     Without guidance (cfg_scale 0) it is left out. kv: a cache for each pass. options: of the model.
@@ -463,10 +463,9 @@ def commit(x, masked, guess, confidence,
     # over the full length, so that ties break as they do in the official top-k
     everywhere = confidence.new_full(x.shape, -math.inf)
     everywhere = everywhere.masked_scatter(masked, confidence)                      # (B, T)
-    committed = everywhere >= (threshold or math.inf)
-    # rows may have different numbers of masks, so each has its own count
+    threshold = threshold or math.inf
+    committed = everywhere >= threshold
     for b, wanted in enumerate(n):
-        wanted = min(wanted, x.shape[1])
         best = everywhere[b].topk(wanted).indices
         committed[b, best] = True
     # a row may have fewer masks than are wanted
@@ -666,9 +665,10 @@ def ar_log_likelihood(model, x0, maskable, *, bos_id=None):
     if bos_id is None and maskable[0]:
         raise ValueError('ar_log_likelihood: the first token has nothing before it, so give bos_id')
     batch = ar_batch(x0[None], maskable[None], bos_id=bos_id)
-    ce = model(
-        batch.xt, positions=batch.positions, targets=batch.targets)                 # (M,)
-    return -ce.double().sum().item()
+    logits = guided_logits(
+        model, batch.xt, batch.positions, None, 0., None)                           # (M, V)
+    logp = log_prob(logits, batch.targets)
+    return logp.double().sum().item()
 
 
 def score_row(model, x0, maskable, mask_id, eos_id,
@@ -710,9 +710,9 @@ def ar_generate(model, prompt, n_new,
         newest = torch.zeros_like(x[:, start:], dtype=torch.bool)
         newest[:, -1] = True
         kv_positions = torch.arange(start, x.shape[1], device=x.device)
-        logits = model(
-            x[:, start:], positions=newest, attention_mask=attention_mask,
-            kv=kv, kv_positions=kv_positions)                                       # (B, V)
+        logits = guided_logits(
+            model, x[:, start:], newest, None, 0., None, attention_mask=attention_mask,
+            kv=[kv], kv_positions=kv_positions)                                     # (B, V)
         token = draw(logits, newest, list(suppress), **sampling)
         if kv is not None:
             start = x.shape[1]                              # the cache holds everything before the new token

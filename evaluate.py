@@ -31,7 +31,6 @@ from model import newest_checkpoint
 task = 'bound'                  # bound, exact, choice or lm_eval
 checkpoints = []                # runs of train.py, their checkpoints, or folders of released weights
 dataset = ''                    # a data set; '' = the one that the first checkpoint was trained on
-split = 'val'                   # 'val' or 'train' (bound)
 input = []                      # files of questions or choices (repeat, or patterns)
                                 # Without any, exact asks what the data set of the model holds out.
 windows = 0                     # windows or examples (bound), evenly spaced; 0 = all
@@ -107,7 +106,8 @@ def read_items(files, accept, cfg):
     items = []
     for path in data.files_of(','.join(files)):
         for _, item in data.read_records(path, accept):
-            items.append(item | {'file': Path(path).stem})
+            if item:
+                items.append(item | {'file': Path(path).stem})
     if not items:
         raise UserError('no questions; give --input=FILE')
     return [items[i] for i in data.evenly_spaced(len(items), cfg.limit)]
@@ -165,9 +165,9 @@ def bound(cfg):
     masking = 'response' if on_examples else 'unified'
     # all see the same windows, so these must fit into the shortest context
     seq_len = cfg.seq_len or min(run.model.config.seq_len for run in runs)
-    source = data.open_source(dataset_of(runs, cfg), cfg.split, masking, runs[0].tok, seq_len)
+    source = data.open_source(dataset_of(runs, cfg), 'val', masking, runs[0].tok, seq_len)
     rows, n_bytes = source.held_out(cfg.windows)
-    say(f'{cfg.split}: {len(rows)} rows, {cfg.draws} masks each')
+    say(f'{len(rows)} rows, {cfg.draws} masks each')
 
     lines = []
     first = None
@@ -280,10 +280,9 @@ def choice(cfg):
 
 
 def as_question(row):
-    """Return a record of data.py that ends in an answer. "accept" may be a regular expression for it."""
+    """Return a record of data.py, {} without an answer. "accept" may be a regular expression for it."""
     record = data.as_record(row)
-    # (no messages is a KeyError, which names the row)
-    return {'accept': '', 'task': '', **record, 'messages': record['messages']}
+    return {'accept': '', 'task': '', **record} if 'messages' in record else {}
 
 
 def value(text):
@@ -477,7 +476,7 @@ def lm_eval(cfg):
 # ----------------------------------------------------------------------------------------------------------
 
 TASKS = {f.__name__: f for f in (bound, exact, choice, lm_eval)}
-ALLOWED = {'task': TASKS, 'split': ('val', 'train'), 'method': ('likelihood', 'confidence')}
+ALLOWED = {'task': TASKS, 'method': ('likelihood', 'confidence')}
 
 
 def main(cfg):

@@ -558,7 +558,7 @@ def save_model(model, folder, meta):
     file = folder / 'model.safetensors'
     safetensors.torch.save_file(tensors, file, metadata={'format': 'pt'})
     text = json.dumps(raw, indent=1)
-    (folder / 'config.json').write_text(text, encoding='utf-8')
+    (folder / 'config.json').write_text(text)
 
 
 def open_model(path, device='auto', dtype='auto', compile=False):
@@ -648,8 +648,8 @@ def config_from(raw, folder):
     for name, only in SWITCHES[layout].items():
         if raw.get(name) not in (None, only):
             raise UserError(f'{folder}/config.json: {name} = {raw[name]!r} is not supported, only {only!r}')
-    scaled = rope.get('rope_type', 'default') != 'default'
-    if scaled or rope.keys() - {'rope_theta', 'rope_type'}:
+    plain = {'rope_theta': values['rope_theta'], 'rope_type': 'default'}
+    if not rope.items() <= plain.items():
         raise UserError(f'{folder}/config.json: rope_parameters = {rope} is not supported')
     return ModelConfig(**values, causal=model_type == 'nanollada_ar')
 
@@ -660,12 +660,16 @@ def read_headers(folder, model):
     ignored = ('.inv_freq', 'lm_head.weight', 'transformer.ff_out.weight')
     expected = {name: list(p.shape) for name, p in released_parameters(model).items()}
     stored = {}
-    for file in sorted(folder.glob('model*.safetensors')):
+    # all files, because torch reads all
+    for file in sorted(folder.glob('*.safetensors')):
         try:
             with safetensors.safe_open(file, 'pt') as opened:
                 for name in opened.keys():
+                    if name in stored:
+                        raise UserError(f'{file}: {name} is in another file, too')
                     tensor = opened.get_slice(name)         # its header, not its values
-                    if name in expected or not name.endswith(ignored):
+                    strange = file.name.startswith('model') and not name.endswith(ignored)
+                    if name in expected or strange:
                         stored[name] = tensor.get_shape()
                         dtype = tensor[:1].dtype
         except safetensors.SafetensorError as error:

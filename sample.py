@@ -246,7 +246,7 @@ def answer_text(ids, tok, stop=()):
             ids = ids[:ids.index(end)]
     text = tok.decode(ids)
     # whichever stop text comes first ends it
-    for mark in stop:
+    for mark in filter(None, stop):
         text = text.partition(mark)[0]
     return text
 

@@ -41,6 +41,7 @@ seed = 1337                     # of the weights, the order of the data, and the
 dataset = 'docs'                # the name of a folder in data/, any other folder, or a mixture 'a:0.7,b:0.3'
 masking = 'unified'             # 'unified': windows of text, any token may be hidden (pre-training; iLLaDA's SFT)
                                 # 'response': examples whose prompt is never hidden (LLaDA's SFT)
+# (the next three are for diffusion on windows, and not used with causal or 'response')
 random_length = 0.0             # share of windows of which only a random length is kept (LLaDA: 0.01)
 random_split = 0.0              # share of windows cut in two, without attention across the cut (iLLaDA: 0.3)
 isolate = False                 # if True, attention stays within a document of a window (iLLaDA's packing)
@@ -117,8 +118,6 @@ def check(cfg, world=WORLD):
     if size % each:
         raise UserError(f'global_batch {size} must divide into {world} processes of batch_size {cfg.batch_size}; '
                         f'{size - size % each or each} would')
-    if (cfg.causal or cfg.masking == 'response') and (cfg.random_length or cfg.random_split or cfg.isolate):
-        raise UserError('random_length, random_split and isolate are for diffusion on windows of text')
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -400,7 +399,7 @@ def report(model, it, held_out, cfg, tok):
         sign = '=' if cfg.causal else '<='
         print(f"iter {it} | validation {sign} {entry['val_nats']:.3f} nats/token "
               f"{sign} {entry['val_bits_per_byte']:.3f} +- {entry['val_bits_per_byte_stderr']:.3f} bits/byte")
-        print(f"     {entry['sample'][:200]}", flush=True)
+        print(f"     {entry['sample']}", flush=True)
 
 
 def progress(it, losses, norm, n_tokens, seconds, model, cfg):
@@ -432,7 +431,7 @@ def progress(it, losses, norm, n_tokens, seconds, model, cfg):
 def log(cfg, **entry):
     """Append a line to log.jsonl. (After a resume some iterations come twice; the last one counts.)"""
     if RANK == 0:
-        with Path(cfg.out_dir, 'log.jsonl').open('a', encoding='utf-8') as file:
+        with Path(cfg.out_dir, 'log.jsonl').open('a') as file:
             print(json.dumps(entry), file=file)
 
 
@@ -476,7 +475,7 @@ def save_checkpoint(it, model, optimizers, cfg, tok):
         sha256 = {str(file.relative_to(unfinished)): models.file_sha256(file)
                   for file in unfinished.rglob('*') if file.is_file()}
         state = {'iteration': it, 'settings': settings_of(cfg), 'sha256': sha256}
-        (unfinished / 'state.json').write_text(json.dumps(state, indent=1), encoding='utf-8')
+        (unfinished / 'state.json').write_text(json.dumps(state, indent=1))
         shutil.rmtree(final, ignore_errors=True)            # a damaged one that was passed over
         unfinished.rename(final)
         for old in models.list_checkpoints(cfg.out_dir)[:-cfg.keep_last]:       # none for 0
@@ -592,8 +591,8 @@ def announce(it, model, cfg):
         return
     # so `python train.py out/docs/config.py --resume` continues a run, whatever its flags were
     settings = dict(settings_of(cfg), out_dir=cfg.out_dir)
-    lines = [f'{name} = {value!r}\n' for name, value in settings.items()]
-    Path(cfg.out_dir, 'config.py').write_text(''.join(lines), encoding='utf-8')
+    lines = [f'{name} = {value!a}\n' for name, value in settings.items()]
+    Path(cfg.out_dir, 'config.py').write_text(''.join(lines))
     # the first line of the log says what it takes to repeat the run
     device = torch.cuda.get_device_name() if cfg.device == 'cuda' else cfg.device
     log(cfg, resumed=it, config=settings, parameters=model.num_params(), device=device,

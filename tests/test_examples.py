@@ -201,6 +201,8 @@ def test_what_is_too_long_is_left_out(tmp_path, capsys):
     said = f"{len(source.rows)} of {corpus.facts['train']['examples']} examples fit into seq_len=64"
     assert said in capsys.readouterr().err
     assert source.batch(0, range(8), 8)[0].shape[1] <= 64
+    with pytest.raises(UserError, match='no example fits'):
+        examples(corpus, 8)
 
 
 def test_examples_as_windows_and_documents_as_examples(pairs, corpus):

@@ -31,9 +31,9 @@ FILES = tuple(IMPORTS)
 # tokens (names, numbers, operators, strings; no docstrings, no comments), lines, tokens per line with code
 CEILINGS = {
     'configurator': (1120, 192, 10.0),              # goal: 1000 tokens
-    'diffusion': (4130, 720, 10.0),                 # goal: 620 lines
-    'model': (4420, 706, 10.0),                     # goal: 3900, 620
-    'data': (5590, 860, 10.0),                      # goal: 5200, 750
+    'diffusion': (4140, 720, 10.0),                 # goal: 620 lines
+    'model': (4420, 710, 10.0),                     # goal: 3900, 620
+    'data': (5630, 862, 10.0),                      # goal: 5200, 750
     'train': (4500, 700, 10.0),                     # goal: 620 lines
     'sample': (2300, 620, 10.0),
     'evaluate': (3080, 620, 10.0)}

@@ -6,15 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, tiny_model
+from helpers import ROOT, script, tiny_model
 
+import data
 import diffusion
 import evaluate
+import sample
 import train
 
 
-def overflowing():
-    model = tiny_model()
+def overflowing(**shape):
+    model = tiny_model(**shape)
     with torch.no_grad():
         model.head.weight[3] = float('nan')
     return model
@@ -26,7 +28,10 @@ def test_scores_and_samples_of_numbers_that_are_none_are_refused():
     maskable = x0 > 6
     canvas, _, _ = diffusion.canvas([[5, 6]], 4, mask_id=1, pad_id=0)
     params = diffusion.SamplingParams()
-    for call in (lambda: diffusion.log_likelihood(model, x0, maskable, 1, mc_num=4),
+    twin = overflowing(causal=True)
+    for call in (lambda: diffusion.ar_log_likelihood(twin, x0, maskable, bos_id=2),
+                 lambda: diffusion.ar_generate(twin, canvas, 1),
+                 lambda: diffusion.log_likelihood(model, x0, maskable, 1, mc_num=4),
                  lambda: diffusion.confidence_score(model, x0, maskable, 1),
                  lambda: diffusion.generate(model, canvas, 1, params)):
         with pytest.raises(FloatingPointError, match='not finite'):
@@ -40,6 +45,21 @@ def test_a_minus_is_a_minus_however_it_is_written(text):
 
 def test_plus_and_currency_change_nothing():
     assert [evaluate.value(text) for text in ('+7', '$7', '7 apples', '7.')] == [7] * 4
+
+
+def test_a_stop_text_that_is_empty_stops_nothing():
+    tok = data.get_tokenizer('bytes')
+    assert sample.answer_text(tok.encode('a b'), tok, ['', 'b']) == 'a '
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in 'ab':
+        (tmp_path / f'{name}.txt').write_text(f'text of {name}\n' * 200)
+    script('data', '--input=*.txt', '--val_input=b.txt', '--out=d', '--tokenizer=bytes')
+    corpus = data.Corpus('d')
+    text = corpus.tokenizer().decode(corpus.tokens['train'])
+    assert 'text of a' in text and 'text of b' not in text
 
 
 def test_one_beam_is_greedy_and_several_are_refused():

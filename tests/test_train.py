@@ -482,7 +482,6 @@ def test_learning_rates_of_the_papers(name, rates):
     (dict(vocab_size=5), 'vocab_size must hold'), (dict(n_head=3), 'd_model / n_head'),
     (dict(dataset='no/such'), 'no/such'), (dict(seq_len=10 ** 6), 'too few'),
     (dict(device='tpu'), "'tpu' is not available"), (dict(resume=True), 'no checkpoint'),
-    (dict(causal=True, random_split=0.1), 'are for diffusion on windows'),
     (dict(init_from='no/such'), 'no checkpoint')], ids=str)
 def test_a_mistake_is_one_line_and_leaves_nothing(corpus, tmp_path, monkeypatch, changes, says):
     monkeypatch.chdir(tmp_path)

@@ -92,6 +92,11 @@ def test_several_files_and_what_follows_from_other_tensors(folder):
         'model.transformer.blocks.0.rotary_emb.inv_freq': torch.ones(4)}))
     shard(folder)
     assert_same_weights(models.load_model(folder)[0], whole)
+    # torch would take the tensors of whichever file comes last
+    tensors = read_tensors(next(folder.glob('model-*.safetensors')))
+    save_file(tensors, folder / 'consolidated.safetensors')
+    with pytest.raises(UserError, match='is in another file, too'):
+        models.load_model(folder)
 
 
 @pytest.mark.parametrize('name', GOLDEN_MODELS)
@@ -146,6 +151,7 @@ def test_doctored_folders(case, folder):
     (dict(rope_scaling=None, rope_parameters=None, output_attentions=False), 500000.0),
     (dict(rope_parameters={'rope_theta': 7.0, 'rope_type': 'linear', 'factor': 4.0}), None),
     (dict(rope_parameters={'rope_type': 'yarn'}), None),
+    (dict(rope_parameters={'rope_theta': 7.0}), None),              # rope_theta says something else
     (dict(rope_scaling={'type': 'linear', 'factor': 2.0}), None),
     (dict(partial_rotary_factor=0.5), None), (dict(attention_bias=True), None)], ids=str)
 def test_what_config_json_says_is_computed_or_refused(changes, theta, tmp_path):
