@@ -597,8 +597,7 @@ def announce(it, model, cfg):
     device = torch.cuda.get_device_name() if cfg.device == 'cuda' else cfg.device
     log(cfg, resumed=it, config=settings, parameters=model.num_params(), device=device,
         processes=WORLD, torch=torch.__version__)
-    begun = f'resumed from iteration {it}; ' if it else ''
-    print(f'{begun}writing to {cfg.out_dir}/', flush=True)
+    print(f'from iteration {it}; writing to {cfg.out_dir}/', flush=True)
 
 
 def open_data(cfg):

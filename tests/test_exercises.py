@@ -576,7 +576,7 @@ def variants():
             yield pytest.param(name, k, marks=[pytest.mark.slow] if k > 2 else [])
 
 
-@pytest.mark.parametrize('name, k', variants())
+@pytest.mark.parametrize('name, k', list(variants()))
 def test_a_wrong_answer_is_refused_by_its_name(name, k):
     answer, message = WRONG[name][k]
     check = checks.CHECKS[name.partition('_')[0]]
