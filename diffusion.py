@@ -327,7 +327,7 @@ class SamplingParams:
     temperature: float = 0.             # of the guesses. 0 takes the most probable token
     remasking: str = 'low_confidence'   # keep the most probable guesses (Alg. 5), or 'random' ones (Alg. 4)
     cfg_scale: float = 0.               # classifier-free guidance. 0 is none
-    threshold: float | None = None      # if set, a step commits all guesses at least this probable, without `steps`
+    threshold: float | None = None      # if set, commit all guesses at least this probable (steps is not used)
     cache: str | None = None            # 'prefix' or 'dual' reuse keys and values, which is fast and inexact
     logits_eos_inf: bool = False        # never write EOS (App. B.4)
     confidence_eos_eot_inf: bool = False    # low_confidence: write EOS and EoT last (App. B.4)
