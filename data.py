@@ -659,7 +659,7 @@ def open_source(dataset, split, masking, tok, seq_len, seed=0, **options):
     return kind(dataset, split, tok, seq_len, seed, **options)
 
 
-@functools.lru_cache(16)
+@functools.lru_cache(4)
 def shuffled(n, *key):
     """Return a random order of n things, which depends on the key alone: (n,) int64."""
     return default_rng(key).permutation(n)

@@ -661,14 +661,13 @@ def ar_loss(model, x0, maskable, **options):
 
 @torch.no_grad()
 def ar_log_likelihood(model, x0, maskable, *, bos_id=None):
-    """Return log p(maskable | all before) of one sequence, exact: x0 (T,) int64, maskable (T,) bool -> float."""
-    if bos_id is None and maskable[0]:
-        raise ValueError('ar_log_likelihood: the first token has nothing before it, so give bos_id')
+    """Return the exact log p(maskable | all before): x0, maskable (T,) -> float; of x0[0] only with bos_id."""
     batch = ar_batch(x0[None], maskable[None], bos_id=bos_id)
     logits = guided_logits(
         model, batch.xt, batch.positions, None, 0., None)                           # (M, V)
     logp = log_prob(logits, batch.targets)
-    return logp.double().sum().item()
+    total = logp.cpu().double().sum()
+    return total.item()
 
 
 def score_row(model, x0, maskable, mask_id, eos_id,

@@ -534,8 +534,9 @@ def save_model(model, folder, meta):
     for name, p in released_parameters(model).items():
         # all ranks gather a sharded parameter, and rank 0 writes it
         full = p.full_tensor() if hasattr(p, 'full_tensor') else p
-        tensors[name] = full.detach().cpu().contiguous()
-    if dist.is_initialized() and dist.get_rank():
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            tensors[name] = full.detach().cpu().contiguous()
+    if not tensors:
         return
 
     # config.json, in the words of the layout
@@ -569,10 +570,16 @@ def open_model(path, device='auto', dtype='auto', compile=False):
     if meta['settings'] or dtype != 'auto':
         model = model.to(compute)
     if compile:
-        torch._dynamo.config.recompile_limit = 64           # batches and canvases have many shapes
-        for block in model.blocks:
-            block.compile()
+        compile_blocks(model)
     return model, meta
+
+
+def compile_blocks(model):
+    """Let torch.compile make each block of a model when it is first called."""
+    # batches, canvases and segments have many shapes
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.blocks:
+        block.compile()
 
 
 def load_model(path, device='cpu', dtype=None):

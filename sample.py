@@ -290,9 +290,7 @@ def write(run, prompts, new, cfg, first=0, answers=True, show=False):
 
     # on stderr, so that stdout holds nothing but text
     seconds = time.perf_counter() - started
-    n_tokens = sum(len(row) - len(ids) + ids.count(run.tok.mask_id) for ids, row in zip(prompts, rows))
-    say(f'{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:.1f} tokens/s, '
-        f'{n_forward} forward passes')
+    say(f'{n_forward} forward passes in {seconds:.2f} s')
     return rows
 
 

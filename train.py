@@ -5,8 +5,8 @@
     torchrun --nproc-per-node=8 train.py config/llada_8b.py --dataset=data/my
 
 The defaults are the objective of LLaDA (arXiv 2502.09992v3), Eq. 3, or Eq. 5 with masking = 'response'. Data
-and noise of a row depend on (seed, iteration, row) alone. So a resumed run ends with the same bits as one
-without a break, and any number of processes trains on the same rows and masks.
+and noise of a row depend on (seed, iteration, row) alone. So on a CPU a resumed run ends with the same bits as
+one without a break (a GPU may add in another order), and any number of processes trains on the same rows.
 """
 
 import json
@@ -113,11 +113,11 @@ def check(cfg, world=WORLD):
     # a pair of rows must not be torn apart
     if cfg.complementary and size % 2:
         raise UserError(f'complementary masks need an even global_batch, got {size} (or pass --complementary=false)')
-    # every process makes whole micro-batches
+    # every process makes whole micro-batches, and belongs to a whole group of FSDP
     each = cfg.batch_size * world
-    if size % each:
-        raise UserError(f'global_batch {size} must divide into {world} processes of batch_size {cfg.batch_size}; '
-                        f'{size - size % each or each} would')
+    if size % each or world % max(1, min(cfg.fsdp, world)):
+        raise UserError(f'global_batch {size} must divide into {world} processes of batch_size {cfg.batch_size} '
+                        f'({size - size % each or each} would), and these into groups of fsdp {cfg.fsdp}')
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def all_reduce(x):
 
 
 def broadcast(value=None):
-    """Return the value of rank 0 on all ranks. This is a barrier as well."""
+    """Return the value of rank 0 on all ranks. So all wait for rank 0."""
     box = [value]
     if WORLD > 1:
         dist.broadcast_object_list(box)
@@ -309,8 +309,7 @@ def build(cfg):
     if cfg.compile:
         from torch._functorch import config as functorch
         functorch.activation_memory_budget = cfg.act_memory or 1.0
-        for block in model.blocks:
-            block.compile()
+        models.compile_blocks(model)
     model.recompute = cfg.act_memory == 0 or (cfg.act_memory < 1 and not cfg.compile)
 
     # 2) shard the parameters (FSDP2), over all ranks or in groups (HSDP)
@@ -479,7 +478,7 @@ def save_checkpoint(it, model, optimizers, cfg, tok):
         shutil.rmtree(final, ignore_errors=True)            # a damaged one that was passed over
         unfinished.rename(final)
         for old in models.list_checkpoints(cfg.out_dir)[:-cfg.keep_last]:       # none for 0
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     broadcast()
 
 
@@ -499,8 +498,8 @@ def load_checkpoint(model, optimizers, cfg, tok):
     """Continue from the newest undamaged checkpoint in out_dir -> its iteration."""
     folder, state = broadcast(newest_undamaged(cfg.out_dir) if RANK == 0 else None)
     before = state['settings']
-    # a CPU is timed for it, and might take the other one today
-    if cfg.dtype == 'auto':
+    # a CPU is timed for it, and might take the other one today (sharded parameters have theirs already)
+    if cfg.dtype == 'auto' and not cfg.sharded:
         cfg.dtype = before['dtype']
         cfg.bf16 = cfg.dtype == 'bfloat16'
     now = settings_of(cfg)
@@ -542,8 +541,10 @@ def load_init_weights(model, cfg, tok):
 
 def init_or_resume(model, optimizers, cfg, tok):
     """Fill the model from a checkpoint, from other weights, or at random -> the iteration to continue from."""
-    # torchrun replaces a process that died (--max-restarts), and all of them start again
-    restarted = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
+    # torchrun replaces a process that died (--max-restarts), and all of them start again. (Each node counts
+    # its own restarts, so they add up what they know.)
+    restarts = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+    restarted = all_reduce(torch.tensor(restarts))
     exists = broadcast(bool(models.list_checkpoints(cfg.out_dir)))
     if cfg.resume or (exists and restarted):
         return load_checkpoint(model, optimizers, cfg, tok)

@@ -43,7 +43,7 @@ warmup_iters = 2000
 decay_iters = 2000000000000 // (640 * 8192)
 min_lr_ratio = 0.025
 
-eval_interval = 1000
+eval_interval = 2000            # also between checkpoints
 eval_windows = 512
 log_interval = 10
 dtype = 'bfloat16'

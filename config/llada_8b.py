@@ -12,12 +12,13 @@ dataset = 'data/en:0.61,data/code:0.28,data/zh:0.11'. On 256 GPUs batches of 4 d
     HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     ls out/llada_8b/iter_*/state.json >/dev/null 2>&1 && RESUME=--resume
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1     # restarted groups meet in a new store
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=500       # seconds for the last save (torch 2.11 kills after 30)
     srun torchrun --nnodes=$SLURM_NNODES --nproc-per-node=8 --rdzv-id=$SLURM_JOB_ID --rdzv-backend=c10d \\
-         --rdzv-endpoint=$HEAD:29500 --max-restarts=3 --shutdown-timeout=500 \\
+         --rdzv-endpoint=$HEAD:29500 --max-restarts=3 \\
          train.py config/llada_8b.py --dataset=data/my $RESUME
 
-(torchrun itself ends with code 1 after SIGTERM, so look for the line "saved iteration". It kills what has not
-ended after 30 s unless --shutdown-timeout says otherwise, and a save of 8B may take minutes.)
+(torchrun itself ends with code 1 after SIGTERM, so look for the line "saved iteration". A save of 8B may take
+minutes, because rank 0 reads the 96 GB again for their checksums.)
 """
 
 out_dir = 'out/llada_8b'
@@ -54,7 +55,7 @@ schedule = 'points'             # up to 4e-4 in 2000 iterations; 1e-4 from 1.2 T
 lr_points = [[0, 0], [2000 * 1280 * 4096, 4e-4], [1.2e12, 4e-4],
              [1.2e12, 1e-4], [2.0e12, 1e-4], [2.3e12, 1e-5]]
 
-eval_interval = 1000
+eval_interval = 2000            # also between checkpoints
 eval_windows = 512
 log_interval = 10
 dtype = 'bfloat16'

@@ -493,6 +493,10 @@ def test_a_mistake_is_one_line_and_leaves_nothing(corpus, tmp_path, monkeypatch,
 def test_what_does_not_divide_into_processes_is_refused(corpus):
     with pytest.raises(UserError, match='global_batch 8 must divide into 2 processes of batch_size 8'):
         train.check(settings(corpus, 'x', batch_size=8), world=2)
+    with pytest.raises(UserError, match='these into groups of fsdp 3'):
+        train.check(settings(corpus, 'x', batch_size=2, fsdp=3), world=4)
+    for fsdp in (-1, 0, 2, 8):                              # more than there are: one group
+        train.check(settings(corpus, 'x', batch_size=2, fsdp=fsdp), world=4)
 
 
 @pytest.mark.parametrize('changes, says', [
