@@ -1,6 +1,6 @@
 """Draw the pictures of README: a story being written, the forward process, two runs, the loss by t.
 
-    python tests/lab/pictures.py CHECKPOINT --out=tests/lab/pictures
+    python tests/lab/pictures.py tests/exercises/stories --gen_length=38        # those of README
     python tests/lab/pictures.py CHECKPOINT --ar=out/docs_ar --diffusion=out/docs
 
 CHECKPOINT is a model of the made-up stories of worlds.py. The stories that are hidden and measured are drawn
