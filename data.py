@@ -836,8 +836,11 @@ def files_of(patterns):
     """Return the files that names and patterns with commas between stand for, each once."""
     found = []
     for pattern in filter(None, patterns.split(',')):
-        # what matches nothing is the name of a file
-        found += sorted(glob.glob(pattern)) or [pattern]
+        # a name that exists is that file, even if it looks like a pattern, as part[1].txt does
+        matches = [] if Path(pattern).exists() else sorted(glob.glob(pattern))
+        found += matches or [pattern]
+    # a.txt and ./a.txt are one
+    found = map(os.path.normpath, found)
     return list(dict.fromkeys(found))
 
 

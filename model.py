@@ -299,8 +299,7 @@ class Transformer(nn.Module):
         """Return an empty cache for forward(kv=...): (n_layer, 2, B, n_kv_head, S, D)."""
         c = self.config
         shape = (c.n_layer, 2, batch_size, c.n_kv_head, length, c.head_dim)
-        weight = self.embed.weight
-        return torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+        return self.embed.weight.new_zeros(shape)
 
     def num_params(self, non_embedding=False):
         """Count all parameters, or those outside embedding and head (N in the papers' 6ND)."""
@@ -556,10 +555,8 @@ def save_model(model, folder, meta):
     # config.json comes last, because it makes the folder a model
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / 'model.safetensors'
-    safetensors.torch.save_file(tensors, file, metadata={'format': 'pt'})
-    text = json.dumps(raw, indent=1)
-    (folder / 'config.json').write_text(text)
+    safetensors.torch.save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
+    (folder / 'config.json').write_text(json.dumps(raw, indent=1))
 
 
 def open_model(path, device='auto', dtype='auto', compile=False):

@@ -398,7 +398,7 @@ def report(model, it, held_out, cfg, tok):
         sign = '=' if cfg.causal else '<='
         print(f"iter {it} | validation {sign} {entry['val_nats']:.3f} nats/token "
               f"{sign} {entry['val_bits_per_byte']:.3f} +- {entry['val_bits_per_byte_stderr']:.3f} bits/byte")
-        print(f"     {entry['sample']}", flush=True)
+        print(f"     {entry['sample']}")
 
 
 def progress(it, losses, norm, n_tokens, seconds, model, cfg):
@@ -407,19 +407,19 @@ def progress(it, losses, norm, n_tokens, seconds, model, cfg):
     sums = torch.tensor([sum(losses), n_tokens], dtype=torch.float64)
     loss, tokens = all_reduce(sums).tolist()
     rate = tokens / seconds
-    entry = {'loss': loss / len(losses), 'grad_norm': norm, 'tokens_per_second': round(rate)}
+    entry = {'loss': loss / len(losses), 'grad_norm': norm, 'tokens_per_second': rate}
     entry['lr'] = cfg.learning_rate * lr_factor(it - 1, cfg)
     line = f"iter {it}/{cfg.max_iters} | loss {entry['loss']:.3f} | {rate / 1e3:.1f}k tok/s"
 
     # memory, and which share of the peak FLOP/s went into the model (MFU)
     if cfg.device == 'cuda':
-        entry['gb'] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        entry['gb'] = torch.cuda.max_memory_allocated() / 1e9
         name = torch.cuda.get_device_name()
         peaks = [peak for kind, peak in PEAKS.items() if kind in name]
         if peaks:
             # about half of the tokens are masked, and only those need the head
             flops = model.flops_per_token(1.0 if cfg.causal else 0.5) * rate
-            entry['mfu'] = round(flops / WORLD / peaks[0], 4)
+            entry['mfu'] = flops / WORLD / peaks[0]
             line += f" | MFU {entry['mfu']:.1%}"
     log(cfg, iter=it, tokens=it * cfg.global_batch * cfg.seq_len, **entry)
     if RANK == 0:
@@ -598,7 +598,8 @@ def announce(it, model, cfg):
     device = torch.cuda.get_device_name() if cfg.device == 'cuda' else cfg.device
     log(cfg, resumed=it, config=settings, parameters=model.num_params(), device=device,
         processes=WORLD, torch=torch.__version__)
-    print(f'from iteration {it}; writing to {cfg.out_dir}/', flush=True)
+    begun = f'resumed from iteration {it}; ' if it else ''
+    print(f'{begun}writing to {cfg.out_dir}/')
 
 
 def open_data(cfg):

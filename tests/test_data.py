@@ -201,10 +201,10 @@ def test_data_sets_that_are_not_there_or_old(corpus, tmp_path, monkeypatch):
 
 def test_names_and_patterns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ('b.txt', 'a.txt', 'part1.txt', 'part[2].txt'):
+    for name in ('b.txt', 'a.txt', 'part1.txt', 'part[1].txt'):
         (tmp_path / name).write_text('x')
-    assert data.files_of('*.txt,a.txt') == ['a.txt', 'b.txt', 'part1.txt', 'part[2].txt']
-    assert data.files_of('part[2].txt') == ['part[2].txt'] and data.files_of('none.txt,') == ['none.txt']
+    assert data.files_of('*.txt,./a.txt,a.txt') == ['a.txt', 'b.txt', 'part1.txt', 'part[1].txt']
+    assert data.files_of('part[1].txt') == ['part[1].txt'] and data.files_of('none.txt,') == ['none.txt']
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
