@@ -55,6 +55,7 @@ def small_world(monkeypatch):
     worlds.pattern.cache_clear()
 
 
+@pytest.mark.slow
 def test_the_probabilities_of_all_stories_add_up_to_one(small_world):
     found = every_story()
     assert len(found) > 5000
