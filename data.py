@@ -345,6 +345,10 @@ def docs_text():
             yield 'docs', {'text': '\n\n'.join(fresh) + '\n'}
 
 
+# what a file or a row raises that is not what its name or its keys promise
+BROKEN = (ValueError, TypeError, LookupError, AttributeError, EOFError, gzip.BadGzipFile)
+
+
 def read_records(source, accept=None):
     """Yield (where, record) of a file. A .txt is one document, and the other formats have a record per row.
 
@@ -365,7 +369,7 @@ def read_records(source, accept=None):
             # an empty line is no record
             if row != b'':
                 yield f'{source}:{number}', (accept or as_record)(row)
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except BROKEN as error:
         # a .txt is one row of many lines
         if isinstance(error, UnicodeDecodeError):
             number += error.object.count(b'\n', 0, error.start)

@@ -59,6 +59,8 @@ def test_docs_are_real_text_without_repeats():
     ('a.txt', b'ok\nok\n\xff bad', 'a.txt:3: .*utf-8'),
     ('a.txt', b' ', 'a.txt:1: expected a text'),
     ('a.csv', b'x', 'unknown format; expected .txt, .jsonl'),
+    ('a.jsonl.gz', b'hello', 'a.jsonl.gz:1: Not a gzipped file'),
+    ('a.jsonl.gz', gzip.compress(b'{"text": "x"}')[:15], 'a.jsonl.gz:1: Compressed file ended'),
     ('a.jsonl', b'{"text": "x"}\n\n{"text": 3}', 'a.jsonl:3: .*got 3'),
     ('a.jsonl', b'{"text": "x"}\n{"text"', 'a.jsonl:2: this is not JSON'),
     ('a.jsonl', b'{"text": "\\ud800"}', 'a.jsonl:1: .*surrogates'),
