@@ -14,7 +14,6 @@ import ast
 import functools
 import glob
 import gzip
-import hashlib
 import json
 import math
 import os
@@ -175,13 +174,12 @@ class Tokenizer:
         Path(folder, 'tokenizer_config.json').write_text(json.dumps(config, indent=1))
 
     def fingerprint(self):
-        """Return a checksum, the same for two tokenizers that encode every text to the same ids."""
+        """Return a long text, the same for two tokenizers that encode every text to the same ids."""
         # special tokens stand in no text (those of a chat are named by LLaDA's Instruct, but not by Base)
         file = json.loads(self.hf.to_str())
         del file['post_processor']                          # which adds some to a text, but not here
         file['added_tokens'] = [token for token in file['added_tokens'] if not token['special']]
-        facts = f'{file} {self.mask_id} {self.eos_id}'
-        return hashlib.sha256(facts.encode()).hexdigest()
+        return f'{self.mask_id} {self.eos_id} {file}'
 
     def unused(self, vocab_size):
         """Return the ids below vocab_size that are no token: a network may have more outputs than tokens."""
@@ -230,10 +228,7 @@ def get_tokenizer(spec, complete=True):
 
 
 def tokenizer_of(meta):
-    """Return the Tokenizer of loaded weights (meta of model.load_model), with the special ids that they name.
-
-    UserError if config.json and tokenizer differ in mask or EOS, or if neither names them.
-    """
+    """Return the Tokenizer of loaded weights, which must agree with their config.json (meta of load_model)."""
     tok = get_tokenizer(meta['folder'], complete=False)
     for key in 'mask_id eos_id pad_id bos_id eot_id'.split():
         ids = {meta[key], getattr(tok, key)} - {None}
@@ -367,8 +362,11 @@ def read_records(source, accept=None):
             if isinstance(row, bytes):
                 row = row.strip() and json.loads(row)
             # an empty line is no record
-            if row != b'':
-                yield f'{source}:{number}', (accept or as_record)(row)
+            if row == b'':
+                continue
+            if not isinstance(row, dict):
+                raise ValueError(f'expected an object {{...}}, got {row!r:.60}')
+            yield f'{source}:{number}', (accept or as_record)(row)
     except BROKEN as error:
         # a .txt is one row of many lines
         if isinstance(error, UnicodeDecodeError):
@@ -474,6 +472,8 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10):
     # refuse before there is anything to lose
     out = Path(out).resolve()
     check_out(out)
+    if (out / 'manifest.json').exists():
+        say(f'{out}: the data set that is there will be replaced')
     parts = []
     for number, source in enumerate(sources):
         parts += split_source(source, number, 0 if val else val_every)
@@ -519,8 +519,6 @@ def check_out(out):
         others -= {'manifest.json', *manifest['files']}
     if others:
         raise UserError(f'{out} holds files that are no data set, such as {min(others)}; choose another one')
-    if manifest:
-        say(f'{out}: the data set that is there will be replaced')
 
 
 def split_source(source, number, every):
@@ -643,9 +641,8 @@ def open_dataset(name):
 
     names, weights = zip(*(part.rsplit(':', 1) for part in name.split(',')))
     parts = list(map(Corpus, names))
-    first = parts[0]
-    for corpus in parts[1:]:
-        check_same(corpus.tokenizer(), first.tokenizer(), corpus.folder, first.folder)
+    for corpus in parts:
+        check_same(corpus.tokenizer(), parts[0].tokenizer(), corpus.folder, names[0])
     return Dataset(parts, list(map(float, weights)))
 
 

@@ -131,7 +131,7 @@ def loss_weights(maskable, masked, t,
         weights = 1 / t                                                             # Eq. 3: 1 / t
     if normalize == 'token':
         return weights / (normalizer or L.sum())                                    # Eq. 3: 1 / (b L)
-    assert normalize == 'sequence', normalize
+    assert normalize == 'sequence'
     return weights / L.clamp(min=1) / (normalizer or len(L))                        # Eq. 5: 1 / (b L')
 
 
@@ -415,7 +415,8 @@ def gumbel_argmax(logits, temperature, u):
     # The largest of logits + Gumbel noise is a sample of their softmax. In float64 and with logarithms, because
     # in lower precision the tail of the noise is cut off, which silently lowers the temperature (2409.02908).
     gumbel = -(-u.log()).log()
-    noisy = logits.to(u.dtype) / temperature + gumbel
+    # (times the temperature, because a division by a tiny one overflows)
+    noisy = logits.to(u.dtype) + temperature * gumbel
     return noisy.argmax(-1)
 
 

@@ -170,19 +170,18 @@ def bound(cfg):
     say(f'{len(rows)} rows, {cfg.draws} masks each')
 
     lines = []
-    first = None
+    scores = []
     for run in runs:
         logp = []
         for i, (x0, maskable) in enumerate(tqdm(rows, run.name, disable=None)):
             logp.append(score_row(run, x0, maskable, cfg, cfg.draws, key=(i,)))
         logp = torch.tensor(logp, dtype=torch.float64)
-        if first is None:
-            first = logp
+        scores.append(logp)
 
         # The difference on the same windows and masks is far more precise than either number, because what
         # makes a window hard makes it hard for both.
         numbers = diffusion.nats_and_bits(logp, rows, n_bytes)
-        numbers += diffusion.nats_and_bits(logp - first, rows, n_bytes)[2:]
+        numbers += diffusion.nats_and_bits(logp - scores[0], rows, n_bytes)[2:]
         numbers = [f'{number:.4f}' for number in numbers]
         sign = '=' if run.model.config.causal else '<='
         lines.append([run.name, run.meta['iteration'] or '', sign, *numbers])
@@ -291,10 +290,10 @@ def value(text):
     >>> value('$1,080.00'), value('1080.'), value('1/2')
     (1080.0, 1080.0, '1/2')
     """
-    # people write a minus sign in many ways, and a currency behind it
+    # people write a minus sign in many ways, and a currency behind it; <5 and 5½ are other numbers than 5
     text = re.sub('[−–—‐‑﹣－]', '-', text.strip())
     text = re.sub('-[\\s$€£]+', '-', text)
-    number = re.fullmatch(r'[^\w.-]*(-?[\d,]*\.?\d+)\D*', text)
+    number = re.fullmatch(r'[^\w.<>≤≥-]*(-?[\d,]*\.?\d+)[^\d½⅓⅔¼¾]*', text)
     return float(number[1].replace(',', '')) if number else text
 
 
@@ -371,8 +370,6 @@ def exact(cfg):
 class Harness:
     """Answer the requests of lm_eval. Its class LM is mixed in below, because few have it installed."""
 
-    # lm_eval would print a bound as if it were a perplexity, so this is left to the task `bound`
-    loglikelihood_rolling = None
     # a key of its cache, which is not used here
     tokenizer_name = 'nanollada'
 
@@ -407,6 +404,10 @@ class Harness:
                     run.model, [prompt], len(after), run.tok, diffusion.SamplingParams(), seeds=[(0,)])
             results.append((score(run, before, after, self.cfg), rows == [prompt + after]))
         return results
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        """Refuse to score whole texts, because lm_eval would print a bound as if it were a perplexity."""
+        raise UserError('lm_eval would call a bound a perplexity; use the task `bound` of evaluate.py instead')
 
     def generate_until(self, requests, disable_tqdm=False):
         """Continue [(context, generation arguments)] -> [text up to a stop string]."""

@@ -309,8 +309,7 @@ class Transformer(nn.Module):
     def flops_per_token(self, masked_fraction=1.0):
         """Return FLOPs per token of a forward and backward pass, with the head on the masked fraction only."""
         c = self.config
-        matrices = [p for p in self.blocks.parameters() if p.dim() == 2]
-        weights = sum(p.numel() for p in matrices)
+        weights = self.num_params(non_embedding=True)
         attention = 2 * c.n_layer * c.d_model * c.seq_len       # the full square, also under a causal mask
         head = c.d_model * c.vocab_size * masked_fraction
         return 6 * (weights + attention + head)
@@ -595,10 +594,11 @@ def load_model(path, device='cpu', dtype=None):
     # the parameters get their memory on the device, and then their values
     model = model.to(dtype or stored).to_empty(device=device)
     read_tensors(folder, released_parameters(model))
-    meta = {f'{role}_id': raw.get(f'{role}_token_id') for role in ROLES}
-    meta.update(
-        folder=str(folder), settings=state.get('settings', {}),
-        iteration=state.get('iteration'))
+    meta = {'folder': str(folder), 'settings': state.get('settings', {}), 'iteration': state.get('iteration')}
+    for role in ROLES:
+        # some list several EOS, and then the tokenizer says which of them ends a text
+        value = raw.get(f'{role}_token_id')
+        meta[f'{role}_id'] = None if isinstance(value, list) else value
     return model.eval(), meta
 
 

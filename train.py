@@ -253,10 +253,9 @@ def make_optimizers(model, cfg):
     # norms are not decayed
     groups = [{'params': [p for p in rest if p.dim() == 2], 'weight_decay': weight_decay},
               {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
-    # one kernel for many parameters, where torch has it
-    fused = True if cfg.device in ('cuda', 'cpu') else None
+    # fused: one kernel for many parameters
     optimizers.append(torch.optim.AdamW(
-        groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=fused))
+        groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True))
     return optimizers
 
 

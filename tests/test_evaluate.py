@@ -177,7 +177,7 @@ def test_the_likelier_choice_counts(at_desk, capsys, monkeypatch):
     ('#### 72.', '72', True), ('#### 1080', '1,080', True), ('#### 18.00', '18', True),
     ('#### 1,080.00', '1080', True), ('#### \u22125', '-5', True), ('#### 5 \u20ac', '5', True),
     ('#### $18', '18', True), ('#### 18 dollars', '18', True), ('#### .5', '0.50', True),
-    ('#### -5', '5', False), ('#### .', '72', False), ('#### 3/4', '3', False), ('#### A1', 'B1', False),
+    ('#### <5', '5', False), ('#### 5\u00bd', '5', False), ('#### -5', '5', False), ('#### .', '72', False), ('#### 3/4', '3', False), ('#### A1', 'B1', False),
     ('#### yes', 'yes', True), ('#### 70 #### 72', '72', True), ('72', '72', False),
     ('#### 72\nQuestion: 1 + 1?\n#### 2', '72', True)])
 def test_numbers_are_compared_as_numbers(said, wanted, hit):
@@ -374,6 +374,11 @@ def test_a_model_runs_tasks_end_to_end(local_tasks, capsys):
         script('evaluate', 'lm_eval', 'diffusion', *tasks, '--mc_num=2', '--limit=2', *flags)
         out = capsys.readouterr().out
         assert 'exact_match' in out and 'acc_norm' in out
+
+
+def test_a_bound_is_not_printed_as_a_perplexity():
+    with pytest.raises(UserError, match='use the task `bound`'):
+        evaluate.Harness(run_of(), settings()).loglikelihood_rolling([('a text',)])
 
 
 def test_without_lm_eval_one_line_says_what_to_install(at_desk, monkeypatch):

@@ -311,7 +311,7 @@ def test_both_families_get_equal_flops(size, flops):
         model = models.empty_model(models.ModelConfig(**shape))
         per_token = model.flops_per_token(1.0 if cfg.causal else 0.5)
         tokens = cfg.max_iters * cfg.batch_size * cfg.seq_len
-        assert cfg.global_batch == 0 and per_token * tokens == pytest.approx(flops, rel=2e-3)
+        assert cfg.global_batch == 0 and per_token * tokens == pytest.approx(flops, rel=3e-3)
 
 
 @pytest.mark.parametrize('name', [

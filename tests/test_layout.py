@@ -38,7 +38,7 @@ CEILINGS = {
     'sample': (2300, 620, 10.0),
     'evaluate': (3080, 620, 10.0)}
 ALL_TOKENS = 25_000
-ALL_LINES = 4058                                    # goal 3700
+ALL_LINES = 4056                                    # goal 3700
 COMMENTS = 0.095            # at least; lines that are a comment, as a share of all lines. Goal 0.10
 GUARDS = 0.055              # raise, assert and except, as a share of the tokens. Goal 0.05
 LONG_LINES = 0.02           # share of lines with more than 110 columns

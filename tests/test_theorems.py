@@ -257,6 +257,8 @@ def test_gumbel_argmax_samples_the_softmax():
         drawn = diffusion.gumbel_argmax(logits, temperature, u)
         frequency = torch.bincount(drawn, minlength=5) / n
         assert (frequency - (logits[0] / temperature).softmax(-1)).abs().max() < 0.012
+    # a tiny temperature takes the most probable token, and does not overflow
+    assert (diffusion.gumbel_argmax(logits, 1e-320, u) == 0).all()
 
 
 # ------------------------------------------------------------------------------- 5. the autoregressive twin

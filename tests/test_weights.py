@@ -164,6 +164,12 @@ def test_what_config_json_says_is_computed_or_refused(changes, theta, tmp_path):
         assert models.load_model(tmp_path)[0].config.rope_theta == theta
 
 
+def test_of_several_eos_the_tokenizer_decides(folder):
+    edit(folder, eos_token_id=[7, 8])
+    meta = models.load_model(folder)[1]
+    assert meta['eos_id'] is None and meta['mask_id'] == IDS['mask_id']
+
+
 # ----------------------------------------------------------------------------------------- runs of train.py
 
 
