@@ -177,7 +177,8 @@ def test_the_likelier_choice_counts(at_desk, capsys, monkeypatch):
     ('#### 72.', '72', True), ('#### 1080', '1,080', True), ('#### 18.00', '18', True),
     ('#### 1,080.00', '1080', True), ('#### \u22125', '-5', True), ('#### 5 \u20ac', '5', True),
     ('#### $18', '18', True), ('#### 18 dollars', '18', True), ('#### .5', '0.50', True),
-    ('#### <5', '5', False), ('#### 5\u00bd', '5', False), ('#### -5', '5', False), ('#### .', '72', False), ('#### 3/4', '3', False), ('#### A1', 'B1', False),
+    ('#### <5', '5', False), ('#### 5\u00bd', '5', False),
+    ('#### -5', '5', False), ('#### .', '72', False), ('#### 3/4', '3', False), ('#### A1', 'B1', False),
     ('#### yes', 'yes', True), ('#### 70 #### 72', '72', True), ('72', '72', False),
     ('#### 72\nQuestion: 1 + 1?\n#### 2', '72', True)])
 def test_numbers_are_compared_as_numbers(said, wanted, hit):
