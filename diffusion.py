@@ -131,7 +131,7 @@ def loss_weights(maskable, masked, t,
         weights = 1 / t                                                             # Eq. 3: 1 / t
     if normalize == 'token':
         return weights / (normalizer or L.sum())                                    # Eq. 3: 1 / (b L)
-    assert normalize == 'sequence'
+    assert normalize == 'sequence', normalize
     return weights / L.clamp(min=1) / (normalizer or len(L))                        # Eq. 5: 1 / (b L')
 
 
