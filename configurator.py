@@ -8,6 +8,7 @@ names. It is executed, so run only those that you trust. (A helper variable in i
 """
 
 import difflib
+import errno
 import json
 import os
 import re
@@ -106,7 +107,7 @@ def known_name(name, defaults, where):
     """Raise UserError if no setting has this name, with the names that come close."""
     if name not in defaults:
         # most mistakes are a letter or two, or the initials of a name, such as --lr
-        near = difflib.get_close_matches(name, defaults, n=3)
+        near = difflib.get_close_matches(name, defaults)
         near += [known for known in defaults if re.sub('(?<=[a-z])[a-z]*_?', '', known) == name]
         hint = f' (did you mean {" or ".join(near)}?)' if near else ''
         raise UserError(f'{where}: unknown setting {name!r}{hint}')
@@ -138,8 +139,7 @@ def convert(value, kind, where):
 def help_text(namespace, defaults, positional):
     """Return the docstring of the script, then each setting with its default and the comment beside it."""
     # the comments beside the settings are the manual
-    path = Path(namespace.get('__file__', ''))
-    source = path.read_text(encoding='utf-8') if path.is_file() else ''
+    source = Path(namespace['__file__']).read_text(encoding='utf-8')
     # a comment may go on in the next lines, which are then moved to its column
     comments = dict(re.findall(r'^(\w+) = .*?  # (.*(?:\n {20,}# .*)*)', source, re.M))
     words = ''.join(f' [{name}]' for name in positional)
@@ -162,9 +162,9 @@ def run(main, namespace, positional=()):
         os._exit(141)                                       # as in `python sample.py | head`: nobody reads on
     except OSError as error:
         # a missing or unreadable file names itself; any other OSError is a bug and keeps its traceback
-        if not (error.filename and error.strerror):
+        if not error.filename and error.errno != errno.ENOSPC:
             raise
-        die(f'{error.filename}: {error.strerror}')
+        die(f'{error.filename or "the disk"}: {error.strerror}')
 
 
 def die(message, code=2):

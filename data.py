@@ -79,7 +79,7 @@ class Tokenizer:
     complete: add those of ROLES that are missing, if there is no mask.
     """
 
-    def __init__(self, hf, config=(), template=None, complete=True):
+    def __init__(self, hf, config={}, template=None, complete=True):
         self.hf = hf
         self.names = {}
         # some files cut or fill up a text, but here it is always encoded as it is
@@ -89,7 +89,7 @@ class Tokenizer:
         vocab = hf.get_vocab()
         best = {}
         for role, usual in ROLES.items():
-            named = dict(config).get(f'{role}_token')
+            named = config.get(f'{role}_token')
             if isinstance(named, dict):
                 named = named['content']
             names = [named, *usual.split()]
@@ -129,12 +129,12 @@ class Tokenizer:
         """Return the text of ids. Half a character becomes U+FFFD, an id without a token nothing."""
         return self.hf.decode(list(map(int, ids)), skip_special_tokens=skip_special_tokens)
 
-    def encode_chat(self, messages):
+    def encode_chat(self, messages, continued=True):
         """Return the ids of a conversation [{'role', 'content'}, ...] and of the assistant's header.
 
-        If the last message is by the assistant, it is left open instead, to be continued.
+        continued: if the last message is by the assistant, it is left open instead.
         """
-        if messages and messages[-1]['role'] == 'assistant':
+        if continued and messages and messages[-1]['role'] == 'assistant':
             begun = self.encode(messages[-1]['content'].strip())
             return self.encode_chat(messages[:-1]) + begun
 
@@ -160,7 +160,7 @@ class Tokenizer:
         messages = [message | {'content': change(message['content'])} for message in messages]
         try:
             template = compile_template(self.template)
-            return template.render(messages=messages, add_generation_prompt=True, **self.names)
+            return template.render(messages=messages, tools=None, add_generation_prompt=True, **self.names)
         except jinja2.TemplateError as error:
             raise UserError(f'the chat template of the tokenizer says: {error}') from None
 
@@ -179,7 +179,7 @@ class Tokenizer:
         file = json.loads(self.hf.to_str())
         del file['post_processor']                          # which adds some to a text, but not here
         file['added_tokens'] = [token for token in file['added_tokens'] if not token['special']]
-        return f'{self.mask_id} {self.eos_id} {file}'
+        return f'{self.mask_id} {self.eos_id} {self.bos_id} {file}'
 
     def unused(self, vocab_size):
         """Return the ids below vocab_size that are no token: a network may have more outputs than tokens."""
@@ -480,7 +480,7 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10):
     for source in val:
         parts += split_source(source, 0, 1)
 
-    size = str(tokenizer).removeprefix('bpe-')
+    size = tokenizer.removeprefix('bpe-')
     if size.isdecimal():
         texts = [text_of(record) for split, record in parts if split == 'train']
         tok = learn_tokenizer(texts, int(size))
@@ -561,7 +561,7 @@ def turns_of(record, tok):
         turns = []
         for i, message in enumerate(record['messages']):
             if i and message['role'] == 'assistant':
-                prompt = tok.encode_chat(record['messages'][:i])
+                prompt = tok.encode_chat(record['messages'][:i], continued=False)
                 turns.append((prompt, tok.encode(message['content'].strip())))
         return turns
     # a canvas of masks alone looks the same everywhere, so positions need an edge to count from
@@ -584,14 +584,13 @@ def write_split(records, tok, path, dtype):
             if prompt:
                 rows.append((start, start + len(prompt), len(ids), dialogue))
 
-    np.array(ids, dtype).tofile(path)
+    path.write_bytes(np.array(ids, dtype))
     if rows:
-        # where the examples are
+        # where the examples are, and of those that are held out also the text, which evaluate.py asks again
         np.save(path.with_suffix('.rows.npy'), rows)
-    if rows and path.name.startswith('val'):
-        # evaluate.py asks these questions again
-        lines = [json.dumps(record, default=str) + '\n' for record in records]
-        path.with_suffix('.jsonl').write_text(''.join(lines))
+        if path.name.startswith('val'):
+            lines = [json.dumps(record, default=str) + '\n' for record in records]
+            path.with_suffix('.jsonl').write_text(''.join(lines))
     return {'tokens': len(ids), 'bytes': n_bytes, 'examples': len(rows)}
 
 
@@ -611,9 +610,9 @@ class Corpus:
             self.folder = Path('data', name)
         manifest = read_json(self.folder / 'manifest.json')
         if manifest.get('format') != FORMAT:
-            raise UserError(f'{self.folder}: no data set, or one of another version; make it: '
-                            f'python data.py --input=FILE --out={self.folder}, or for world, instruct and '
-                            'facts: python tests/lab/worlds.py')
+            raise UserError(f'{name}: no data set, or one of another version; make it: python data.py '
+                            f'--input=FILE --out=data/{Path(name).name}, or for world, instruct and facts: '
+                            'python tests/lab/worlds.py')
 
         self.facts = manifest['splits']
         self.tokens = {}
@@ -648,7 +647,7 @@ def open_dataset(name):
 
 def a_question(name):
     """Return the first question of a data set's held-out conversations, None if it has none."""
-    file = Corpus(name.split(':')[0]).folder / 'val_00000.jsonl'
+    file = open_dataset(name).parts[0].folder / 'val_00000.jsonl'
     if file.is_file():
         _, record = next(read_records(file))
         return record.get('messages', [{}])[0].get('content')
@@ -855,7 +854,7 @@ def main(cfg):
 
     for split, n in manifest['splits'].items():
         print(f'{cfg.out}/{split}: {n["tokens"]:,} tokens, {n["bytes"] / n["tokens"]:.2f} bytes per token')
-    train = ['python', 'train.py', f'--dataset={cfg.out}', f'--out_dir=out/{Path(cfg.out).name}']
+    train = ['python', 'train.py', 'config/docs.py', f'--dataset={cfg.out}', f'--out_dir=out/{Path(cfg.out).name}']
     if n['examples']:
         train.append('--masking=response')
     print(f'train on it: {shlex.join(train)}')

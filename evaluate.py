@@ -356,7 +356,7 @@ def exact(cfg):
         for item, text in zip(items, answers(run, prompts, cfg)):
             hit = right(text, item, cfg.extract)
             if len(hits) < cfg.show:
-                wanted = item['accept'] or item['messages'][-1]['content']
+                wanted = item['messages'][-1]['content']
                 print(f'{"right" if hit else "WRONG"}: {text!r}, expected {wanted!r}')
             hits.append(hit)
         rows += shares(name, [item['task'] for item in items], hits)

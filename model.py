@@ -620,8 +620,8 @@ def newest_checkpoint(path):
 
 
 def list_checkpoints(run):
-    """Return the checkpoint folders of a run, oldest first. (An unfinished one has another name.)"""
-    states = Path(run).glob('iter_*/state.json')
+    """Return the checkpoint folders of a run, oldest first. (An unfinished one or your own copy has another name.)"""
+    states = Path(run).glob('iter_' + 7 * '[0-9]' + '/state.json')
     return sorted(state.parent for state in states)
 
 
@@ -709,6 +709,6 @@ def read_state(folder):
 
 
 def file_sha256(path):
-    """Return the checksum of a file of any size, as a hexadecimal string."""
+    """Return the checksum of a file of any size, as a hexadecimal string ('' if it is empty)."""
     # mapped into memory, not read
-    return hashlib.sha256(np.memmap(path, mode='r')).hexdigest()
+    return hashlib.sha256(np.memmap(path, mode='r')).hexdigest() if path.stat().st_size else ''

@@ -33,7 +33,7 @@ import model as models
 from configurator import UserError, run, say
 
 # --- run
-out_dir = 'out/docs'            # folder for checkpoints (iter_*/), log.jsonl, and config.py with all settings
+out_dir = 'out/docs'            # folder for checkpoints (iter_*/), log.jsonl, and settings.py with all settings
 resume = False                  # continue from the newest checkpoint in out_dir
 init_from = ''                  # start from the weights of this checkpoint or released folder, at iteration 0
 seed = 1337                     # of the weights, the order of the data, and the noise
@@ -450,19 +450,18 @@ def optimizer_state(model, optimizers):
 
 def save_checkpoint(it, model, optimizers, cfg, tok):
     """Write out_dir/iter_N under another name, rename it when it is complete, then remove the oldest ones."""
-    # a run that is killed here leaves `unfinished`, which the next save removes
+    # a run that is killed here leaves `iter_unfinished`, which the next save removes
     final = Path(cfg.out_dir, f'iter_{it:07d}')
-    unfinished = Path(cfg.out_dir, 'unfinished')
+    unfinished = Path(cfg.out_dir, 'iter_unfinished')
     if RANK == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
     broadcast()                                             # wait for the folder
 
     # rank 0 writes the weights, and each rank its part of the optimizer's state
-    ids = {f'{role}_id': getattr(tok, f'{role}_id') for role in models.ROLES}
     writer = dcp.HuggingFaceStorageWriter(str(unfinished / 'optimizer'), save_distributed=True)
     try:
-        models.save_model(model, unfinished, ids)
+        models.save_model(model, unfinished, vars(tok))
         dcp.save(optimizer_state(model, optimizers), storage_writer=writer, no_dist=WORLD == 1)
     except (OSError, SafetensorError, CheckpointException) as error:
         raise UserError(f'{unfinished} could not be written: {error}') from None
@@ -477,7 +476,8 @@ def save_checkpoint(it, model, optimizers, cfg, tok):
         shutil.rmtree(final, ignore_errors=True)            # a damaged one that was passed over
         unfinished.rename(final)
         for old in models.list_checkpoints(cfg.out_dir)[:-cfg.keep_last]:       # none for 0
-            shutil.rmtree(old, ignore_errors=True)
+            if old < final:                                 # a damaged one may count as newer
+                shutil.rmtree(old, ignore_errors=True)
     broadcast()
 
 
@@ -586,13 +586,13 @@ def catch_signals():
 
 
 def announce(it, model, cfg):
-    """Write all settings to config.py and to the log, and say what is about to run."""
+    """Write all settings to settings.py and to the log, and say what is about to run."""
     if RANK:
         return
-    # so `python train.py out/docs/config.py --resume` continues a run, whatever its flags were
+    # so `python train.py out/docs/settings.py --resume` continues a run, whatever its flags were
     settings = dict(settings_of(cfg), out_dir=cfg.out_dir)
     lines = [f'{name} = {value!a}\n' for name, value in settings.items()]
-    Path(cfg.out_dir, 'config.py').write_text(''.join(lines))
+    Path(cfg.out_dir, 'settings.py').write_text(''.join(lines))
     # the first line of the log says what it takes to repeat the run
     device = torch.cuda.get_device_name() if cfg.device == 'cuda' else cfg.device
     log(cfg, resumed=it, config=settings, parameters=model.num_params(), device=device,
@@ -609,6 +609,7 @@ def open_data(cfg):
     # rank 0 has made it by now
     dataset = data.open_dataset(cfg.dataset)
     tok = dataset.parts[0].tokenizer()
+    cfg._train_tokens = [corpus.facts['train']['tokens'] for corpus in dataset.parts]
     if 0 < cfg.vocab_size < tok.vocab_size:
         raise UserError(f'vocab_size must hold the {tok.vocab_size} tokens of {cfg.dataset}, got {cfg.vocab_size}')
     source = data.open_source(

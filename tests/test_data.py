@@ -216,7 +216,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     (tmp_path / 'b.jsonl').write_text('\n'.join(json.dumps({'text': f'line {i}'}) for i in range(30)))
     script('data', '--input=a.txt,b.jsonl', '--out=data/my', '--tokenizer=bpe-300')
     said = capsys.readouterr().out
-    assert 'bytes per token' in said and 'train.py --dataset=data/my --out_dir=out/my' in said
+    assert 'bytes per token' in said and 'train.py config/docs.py --dataset=data/my --out_dir=out/my' in said
     assert data.Corpus('my').tokenizer().vocab_size <= 300
     for flags in ([], ['--input=a.txt']):
         assert '--input=FILE --out=data/my' in refused(capsys, 'data', *flags)

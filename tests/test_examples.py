@@ -56,6 +56,12 @@ def chat(*contents):
 # ------------------------------------------------------------------------------------------------- records
 
 
+def test_two_answers_in_a_row_are_two_turns(tmp_path):
+    talk = {'messages': [*SAID, {'role': 'assistant', 'content': 'b'}]}
+    rows = rows_of(prepared([talk] * 2, tmp_path / 'talks', val=[[('', talk)]]))
+    assert rows[:2] == [(chat('q'), 'a<|endoftext|>'), (chat('q', 'a'), 'b<|endoftext|>')]
+
+
 @pytest.mark.parametrize('row', [
     {'prompt': 'q', 'response': 'a'}, {'question': 'q', 'answer': 'a'}, {'prompt': 'q', 'completion': 'a'},
     {'instruction': 'q', 'output': 'a'}, {'instruction': 'q', 'input': '', 'output': 'a'},

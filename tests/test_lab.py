@@ -333,9 +333,9 @@ def test_a_twin_differs_in_the_causal_mask_alone(file):
 def test_a_twin_of_a_config_trains_and_resumes_from_its_own_config(desk, monkeypatch, capsys):
     monkeypatch.chdir(desk)
     script('train', ROOT / 'config' / 'lab' / 'reversal_facts_ar.py', *TINY, '--out_dir=out/twin')
-    script('train', 'out/twin/config.py', '--resume', '--max_iters=3')
+    script('train', 'out/twin/settings.py', '--resume', '--max_iters=3')
     assert 'saved iteration 3 of 3' in capsys.readouterr().out
-    written = configure(dict(vars(train)), ['out/twin/config.py'])
+    written = configure(dict(vars(train)), ['out/twin/settings.py'])
     assert written['causal'] and written['seq_len'] == 28 and written['optimizer'] == 'muon'
 
 

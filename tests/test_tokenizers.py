@@ -316,6 +316,12 @@ def test_templates_that_cannot_be_used(source, says, folders, tmp_path):
         tok.encode_chat([*SYSTEM, *TALK])
 
 
+def test_a_template_may_ask_for_tools(folders, tmp_path):
+    source = "{% if tools is not none %}tools{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tok = data.get_tokenizer(with_template(folders['gpt2'], source, tmp_path))
+    assert tok.decode(tok.encode_chat([{'role': 'user', 'content': 'a'}])) == 'a'
+
+
 def test_which_template_counts(folders, tmp_path):
     named = [{'name': 'tool_use', 'template': 'T'}, {'name': 'default', 'template': 'D'}]
     folder = with_template(folders['gpt2'], named, tmp_path)
