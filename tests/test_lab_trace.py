@@ -78,8 +78,9 @@ def test_the_page_explains_itself():
 
 @pytest.mark.parametrize('argv, message', [
     (['--prompt=a', '--prompt=b'], 'one prompt, got 2'), (['--out=tests'], 'tests already exists')])
-def test_a_page_that_cannot_be_written(run, monkeypatch, capsys, argv, message):
-    monkeypatch.chdir(ROOT)
+def test_a_page_that_cannot_be_written(run, tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'tests').mkdir()
     with pytest.raises(SystemExit) as stopped:
         script('tests/lab/trace', run, *argv)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
