@@ -48,6 +48,18 @@ def names(folder):
 # -------------------------------------------------------------------------------------------------- records
 
 
+def test_docs_are_docstrings_without_repeats(tmp_path, monkeypatch):
+    for name in ('a.py', 'b.py', '_private.py', 'test/c.py', 'email/d.py'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f'"""Of {name}.\n\nThe same everywhere."""\ndef f():\n    """Of f in {name}."""\n')
+    monkeypatch.setattr(data.ast, '__file__', str(tmp_path / 'ast.py'))
+    _, *texts = [record['text'] for _, record in data.docs_text()]      # the first one is what help() says
+    assert texts == [
+        'Of a.py.\n\nThe same everywhere.\n\nOf f in a.py.\n', 'Of b.py.\n\nOf f in b.py.\n',
+        'Of email/d.py.\n\nOf f in email/d.py.\n']
+
+
+@pytest.mark.slow
 def test_docs_are_real_text_without_repeats():
     texts = [record['text'] for _, record in data.docs_text()]
     paragraphs = [p.strip() for text in texts for p in text.split('\n\n')]

@@ -183,8 +183,8 @@ def killed_and_restarted(corpus, run, kills, iters):
 
 @needs_ps
 def test_a_killed_process_is_replaced(corpus, tmp_path):
-    train.main(settings(corpus, tmp_path / 'straight', **dict(SMALL, max_iters=60, eval_interval=5)))
-    killed_and_restarted(corpus, tmp_path / 'run', 1, 60)
+    train.main(settings(corpus, tmp_path / 'straight', **dict(SMALL, max_iters=30, eval_interval=5)))
+    killed_and_restarted(corpus, tmp_path / 'run', 1, 30)
     same_weights(tmp_path / 'straight', tmp_path / 'run')
 
 

@@ -93,20 +93,24 @@ BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', '
 def test_the_page_in_a_browser(run, tmp_path):
     """It opens on the finished text, and whatever step is chosen has the right number of masks."""
     page = tmp_path / 'a.html'
-    changed = tmp_path / 'b.html'
     script('tests/lab/trace', run, '--prompt=a </script> b', '--gen_length=8', f'--out={page}')
     html = page.read_text(encoding='utf-8')
     last = 'document.querySelector("#text").lastChild.click();'
     press = 'document.onkeydown({key: "ArrowLeft", target: at("text"), preventDefault() {}});'
-    for act, step, masks, about in (
-            ('', 8, 0, 'Point at a token'), (last, 8, 0, 'was written in step '),
-            (f'move(3); {last}', 3, 5, ''), (f'move(0); {last}', 0, 8, 'the next guesses are '),
-            (press, 7, 1, 'Point at a token')):
-        changed.write_text(html.replace('draw();\n</script>', f'draw();\n{act}\n</script>'), encoding='utf-8')
-        drawn = subprocess.run(
-            [BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom',
-             f'--user-data-dir={tmp_path / "profile"}', changed.as_uri()],
-            capture_output=True, text=True, timeout=60).stdout
+    cases = (
+        ('', 8, 0, 'Point at a token'), (f'move(8); {press}', 7, 1, 'Point at a token'),
+        (f'move(8); {last}', 8, 0, 'was written in step '),
+        (f'move(3); {last}', 3, 5, ''), (f'move(0); {last}', 0, 8, 'the next guesses are '))
+    # one visit: after each act the page is copied to its end
+    keep = 'shots.push(document.body.innerHTML);'
+    acts = ''.join(f'{act}\n{keep}\n' for act, *_ in cases)
+    acts = f'let shots = [];\n{acts}\ndocument.body.innerHTML = shots.join("<hr id=next>");'
+    page.write_text(html.replace('draw();\n</script>', f'draw();\n{acts}\n</script>'), encoding='utf-8')
+    dumped = subprocess.run(
+        [BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom',
+         f'--user-data-dir={tmp_path / "profile"}', page.as_uri()],
+        capture_output=True, text=True, timeout=60).stdout
+    for (act, step, masks, about), drawn in zip(cases, dumped.split('<hr id="next">'), strict=True):
         text = re.search('<p id="text">(.*?)</p>', drawn, re.S)[1]
         assert f'step {step} of 8' in drawn and text.count('class="mask"') == masks, act
         assert about in re.search('<p id="about"[^>]*>(.*?)</p>', drawn, re.S)[1], act

@@ -46,7 +46,7 @@ def smaller(command, name, argv):
         few = {'choice': ['--mc_num=2'], 'exact': ['--gen_length=8', '--limit=3']}
         return [*argv, *few.get(argv[0], ['--draws=1', '--windows=4', *small_data])]
     if 'estimate' in name:
-        return [*argv, '--n_layer=2']
+        return [*argv, '--n_layer=1', '--compile=false']
     if 'experiments' in name:
         return [*argv, '--limit=3', '--samples=2', '--draws=1', '--windows=4', *small_data]
     if '8B' in command:
