@@ -79,7 +79,7 @@ class Tokenizer:
     complete: add those of ROLES that are missing, if there is no mask.
     """
 
-    def __init__(self, hf, config={}, template=None, complete=True):
+    def __init__(self, hf, config=(), template=None, complete=True):
         self.hf = hf
         self.names = {}
         # some files cut or fill up a text, but here it is always encoded as it is
@@ -89,7 +89,7 @@ class Tokenizer:
         vocab = hf.get_vocab()
         best = {}
         for role, usual in ROLES.items():
-            named = config.get(f'{role}_token')
+            named = dict(config).get(f'{role}_token')
             if isinstance(named, dict):
                 named = named['content']
             names = [named, *usual.split()]
@@ -547,7 +547,7 @@ def split_source(source, number, every):
 def text_of(record):
     """Return all text of a document or an example."""
     said = chain(*map(dict.values, record.get('messages', [])))
-    return record.get('text') or '\n\n'.join(said) or record.get('response', '')
+    return record.get('text') or '\n\n'.join(said) or record['response']
 
 
 def turns_of(record, tok):
