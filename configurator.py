@@ -1,4 +1,4 @@
-"""Settings of a script, in nanoGPT's way: global variables, then config files, then flags. The last one wins.
+"""Settings of a script, in nanoGPT's way: global variables, config files and flags. The last one wins.
 
     python train.py config/docs.py --batch_size=16 --compile
     python train.py --help                          # every setting, its default and its comment
@@ -48,12 +48,11 @@ def configure(namespace, argv=None, positional=()):
 
     while words:
         word = words.pop(0)
-        if word.endswith('.py') and not word.startswith('--'):
-            read_config(word, settings, defaults)
-            continue
-
         if word.startswith('--'):
             name, text = split_flag(word, words, defaults)
+        elif word.endswith('.py'):
+            read_config(word, settings, defaults)
+            continue
         elif unfilled:
             name, text = unfilled[0], word
             if type(defaults[name]) is not list:
@@ -93,7 +92,7 @@ def split_flag(word, words, defaults):
     name, equals, text = word[2:].partition('=')
     name = name.replace('-', '_')                           # people type --prompt-file
     known_name(name, defaults, word)
-    is_switch = type(defaults.get(name)) is bool
+    is_switch = type(defaults[name]) is bool
     if equals:
         return name, text
     if words and not words[0].startswith('--') and (not is_switch or words[0].lower() in SWITCH):
@@ -121,7 +120,7 @@ def parse(text, kind, where):
         value = SWITCH.get(text.lower(), text)
     elif kind in (int, float):
         try:
-            value = float(text) if kind is float or not text.isdecimal() else int(text)
+            value = int(text) if text.isdecimal() else float(text)
         except ValueError:
             pass                                            # still a text, so convert refuses it
     return convert(value, kind, where)
@@ -161,8 +160,8 @@ def run(main, namespace, positional=()):
     except BrokenPipeError:
         os._exit(141)                                       # as in `python sample.py | head`: nobody reads on
     except OSError as error:
-        # a missing or unreadable file names itself; any other OSError is a bug and keeps its traceback
-        if not error.filename and error.errno != errno.ENOSPC:
+        # a missing or unreadable file names itself, and a disk may be full; any other OSError is a bug
+        if not error.filename and error.errno not in (errno.ENOSPC, errno.EFBIG):
             raise
         die(f'{error.filename or "the disk"}: {error.strerror}')
 

@@ -76,7 +76,7 @@ class Tokenizer:
     """Turn text into ids and back. mask_id, eos_id, pad_id, bos_id, eot_id: the special tokens, int or None.
 
     hf: a tokenizers.Tokenizer. config: what is in tokenizer_config.json, which may name special tokens.
-    complete: add those of ROLES that are missing, if there is no mask.
+    complete: add those of ROLES that are missing, unless there are a mask and an EOS.
     """
 
     def __init__(self, hf, config=(), template=None, complete=True):
@@ -87,6 +87,8 @@ class Tokenizer:
         hf.no_padding()
 
         vocab = hf.get_vocab()
+        added = hf.get_added_tokens_decoder().values()
+        special = {token.content for token in added if token.special}
         best = {}
         for role, usual in ROLES.items():
             named = dict(config).get(f'{role}_token')
@@ -101,7 +103,8 @@ class Tokenizer:
             if complete or name in vocab:
                 # Some files have the token but do not call it special.
                 # Then its name in a text would be read as the token.
-                hf.add_special_tokens([name])
+                if name not in special:
+                    hf.add_special_tokens([name])
                 self.names[f'{role}_token'] = name
             setattr(self, f'{role}_id', hf.token_to_id(name))
 
@@ -111,8 +114,7 @@ class Tokenizer:
         # our own vocabularies have no template, and speak like LLaDA
         self.template = template or ('<|eot_id|>' in vocab and LLADA_TEMPLATE)
         # finds the name of any special token, the longest one first
-        added = hf.get_added_tokens_decoder().values()
-        special = [re.escape(token.content) for token in added if token.special]
+        special = map(re.escape, special.union(self.names.values()))
         self.special = re.compile('|'.join(sorted(special, reverse=True)) or '(?!)')
 
     def encode(self, text, special_names=False):
@@ -252,7 +254,7 @@ def byte_symbols():
     others = count(256)
     for byte in range(256):
         # those that leave no ink are replaced by the first characters behind the 256
-        visible = chr(byte).isprintable() and byte != 32
+        visible = chr(byte) in ByteLevel.alphabet()
         symbols[byte] = chr(byte if visible else next(others))
     return symbols
 
@@ -471,8 +473,14 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10):
     """
     # refuse before there is anything to lose
     out = Path(out).resolve()
-    check_out(out)
-    if (out / 'manifest.json').exists():
+    # other programs have a manifest.json, too, so we look whether it is ours, and lists all that is there
+    before = read_json(out / 'manifest.json')
+    others = {path.name for path in out.glob('*')}
+    if 'nanollada' in str(before.get('format')):
+        others -= {'manifest.json', *before['files']}
+    if others:
+        raise UserError(f'{out} holds files that are no data set, such as {min(others)}; choose another one')
+    if before:
         say(f'{out}: the data set that is there will be replaced')
     parts = []
     for number, source in enumerate(sources):
@@ -488,7 +496,7 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10):
         tok = get_tokenizer(tokenizer)
     # in uint16, id 126336 would silently become 60800
     dtype = 'uint16' if tok.vocab_size <= 2 ** 16 else 'uint32'
-    manifest = {'format': FORMAT, 'vocab_size': tok.vocab_size, 'dtype': dtype, 'splits': {}}
+    manifest = {'format': FORMAT, 'dtype': dtype, 'splits': {}}
 
     # written under another name and then renamed, so that a data set is complete or absent
     aside = out.with_name(f'.{out.name}.{os.getpid()}')
@@ -504,21 +512,10 @@ def prepare(sources, out, tokenizer, *, val=(), val_every=10):
         manifest['files'] = sorted(path.name for path in aside.iterdir())
         (aside / 'manifest.json').write_text(json.dumps(manifest, indent=1))
         shutil.rmtree(out, ignore_errors=True)
-        os.replace(aside, out)
+        aside.replace(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return manifest
-
-
-def check_out(out):
-    """Raise UserError if `out` holds anything but a data set that prepare has made (such as the input)."""
-    # other programs have a manifest.json, too, so we look whether it is ours, and lists all that is there
-    manifest = read_json(out / 'manifest.json')
-    others = {path.name for path in out.glob('*')}
-    if 'nanollada' in str(manifest.get('format')):
-        others -= {'manifest.json', *manifest['files']}
-    if others:
-        raise UserError(f'{out} holds files that are no data set, such as {min(others)}; choose another one')
 
 
 def split_source(source, number, every):
@@ -679,16 +676,11 @@ class Source:
     tok: Tokenizer
     T: int
     seed: int = 0
-    # the share of windows of which only a random length is kept (LLaDA: 0.01)
-    random_length: float = 0.
-    # the share of windows in two parts that do not attend to each other (iLLaDA: 0.3)
-    random_split: float = 0.
-    # documents do not attend to each other, either
-    isolate: bool = False
-    # how many successive rows a window or example fills, 2 for complementary masks
-    copies: int = 1
-    # how many successive examples are padded to one length, 0 for all of an update
-    pad_group: int = 0
+    random_length: float = 0.       # the share of windows of which only a random length is kept (LLaDA: 0.01)
+    random_split: float = 0.        # the share of windows in two parts that do not attend to each other (0.3)
+    isolate: bool = False           # documents do not attend to each other, either
+    copies: int = 1                 # successive rows that a window or example fills, 2 for complementary masks
+    pad_group: int = 0              # successive examples that are padded to one length, 0 for all of an update
 
 
 @dataclass
@@ -751,8 +743,7 @@ class Windows(Source):
             return maskable, None                           # nothing was cut
 
         # empty segments at the end make few different shapes, because each new shape compiles a graph
-        n = len(limits) // 32 * 32 + 32
-        limits += [x0.numel()] * (n - len(limits))
+        limits += [x0.numel()] * (32 - len(limits) % 32)
         return maskable, torch.tensor(limits, dtype=torch.int32)
 
     def held_out(self, limit=0):
@@ -777,6 +768,8 @@ class Examples(Source):
             raise UserError(f"{self.corpus.folder}: masking='response' needs examples, got documents")
         rows = np.load(self.corpus.folder / f'{self.split}_00000.rows.npy')
         lengths = rows[:, 2] - rows[:, 0]
+        if lengths.sum() < self.corpus.facts[self.split]['tokens']:
+            say(f'{self.corpus.folder}: its documents are left out, because they answer nothing')
         self.rows = rows[lengths <= self.T]
         if len(self.rows) < len(rows):
             say(f'{self.corpus.folder}: {len(self.rows)} of {len(rows)} examples fit into seq_len={self.T}')
@@ -796,11 +789,11 @@ class Examples(Source):
         return self.rows[rng.integers(*self.dialogues[i:i + 2])]
 
     def batch(self, it, rows, size):
-        """Return x0 (B, T) int64, maskable (B, T) bool, None. (Rows of several groups are padded as one.)"""
+        """Return x0 (B, T) int64, maskable (B, T) bool, None."""
         # the whole group says how long its rows are, however the rows are split over processes
         each = self.pad_group or size
         first = rows.start // each * each
-        group = range(first, max(rows.stop, min(first + each, size)))
+        group = range(first, min(first + each, size))
         examples = [self.drawn((it * size + row) // self.copies) for row in group]
         x0, maskable = self.padded(examples)
         inside = slice(rows.start - first, rows.stop - first)
@@ -840,8 +833,7 @@ def files_of(patterns):
         matches = [] if Path(pattern).exists() else sorted(glob.glob(pattern))
         found += matches or [pattern]
     # a.txt and ./a.txt are one
-    found = map(os.path.normpath, found)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(map(os.path.normpath, found)))
 
 
 def main(cfg):

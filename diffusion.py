@@ -142,7 +142,7 @@ def masked_batch(x0, xt, masked, weights, cu_seqlens=None):
     """
     # train.py calls this on the CPU, because on a GPU the host would wait until the number M is known
     positions = masked.flatten().nonzero()[:, 0]
-    targets = x0.flatten()[positions]
+    targets = x0[masked]
     row = positions // x0.shape[1]
     return MaskedBatch(xt, positions, targets, weights[row], cu_seqlens)
 
@@ -175,6 +175,7 @@ def log_prob(logits, targets):
 
 def draw_masks(maskable, n_masks, generator=None):
     """Draw masks (n_masks, T) bool of a sequence, maskable (T,) bool: l uniform on 1..L, then l random positions."""
+    # the tokens do not matter here, so the row itself stands for them
     rows = maskable.expand(n_masks, -1)
     # stratified, and exactly uniform. (The official code rounds l, so that its ends are rarer.)
     t = sample_t(n_masks, 0.0, generator=generator)
@@ -429,7 +430,7 @@ def forbid(logits, ids):
 
 
 def draw(logits, positions,
-         never=(), temperature=1., generator=None):
+         never, temperature=1., generator=None):
     """Draw a token for each True position of (B, T) from logits (M, V), none of them in `never` -> (M,)."""
     logits = forbid(logits, never)
     # without noise the most probable token
@@ -648,10 +649,9 @@ def ar_batch(x0, maskable,
         maskable = maskable[:, 1:]
     else:
         before = F.pad(before, (1, 0), value=bos_id)
-    # all tokens are asked for, so 1/t is 1
-    t = torch.ones(len(x0), device=x0.device)
+    # all tokens are asked for, so there is no t, and L / l is 1
     weights = loss_weights(
-        maskable, maskable, t, normalize=normalize, normalizer=normalizer)
+        maskable, maskable, None, fixed_count=True, normalize=normalize, normalizer=normalizer)
     return masked_batch(x0, before, maskable, weights)
 
 
@@ -700,8 +700,7 @@ def ar_generate(model, prompt, n_new,
     kv = None
     # what stands before a token never changes here, so a cache is exact
     if hasattr(model, 'new_kv'):
-        length = x.shape[1] + n_new
-        kv = model.new_kv(len(x), length)
+        kv = model.new_kv(len(x), x.shape[1] + n_new)
     if attention_mask is not None:
         attention_mask = F.pad(attention_mask, (0, n_new), value=True)
     # one token at a time, each behind the last
@@ -713,7 +712,7 @@ def ar_generate(model, prompt, n_new,
         logits = guided_logits(
             model, x[:, start:], newest, None, 0., None, attention_mask=attention_mask,
             kv=[kv], kv_positions=kv_positions)                                     # (B, V)
-        token = draw(logits, newest, list(suppress), **sampling)
+        token = draw(logits, newest, suppress, **sampling)
         if kv is not None:
             start = x.shape[1]                              # the cache holds everything before the new token
         x = torch.cat((x, token[:, None]), dim=1)

@@ -34,7 +34,7 @@ dataset = ''                    # a data set; '' = the one that the first checkp
 input = []                      # files of questions or choices (repeat, or patterns)
                                 # Without any, exact asks what the data set of the model holds out.
 windows = 0                     # windows or examples (bound), evenly spaced; 0 = all
-limit = 0                       # questions, evenly spaced; 0 = all
+limit = 0                       # questions, evenly spaced (lm_eval: the first ones); 0 = all
 # --- likelihood
 seq_len = 0                     # tokens in a window (bound); 0 = the shortest context among the checkpoints
 draws = 16                      # masks for each window (bound)
@@ -258,10 +258,8 @@ def choice(cfg):
         per_byte = []
         for item in tqdm(items, name, disable=None):
             space = ' ' if item['context'] else ''
-            scores = []
-            for text in item['choices']:
-                before, after = encode_pair(item['context'], space + text, run)
-                scores.append(score(run, before, after, cfg))
+            pairs = [encode_pair(item['context'], space + text, run) for text in item['choices']]
+            scores = [score(run, *pair, cfg) for pair in pairs]
 
             # a long choice is less likely just because it is long; of equal scores the first counts
             relative = [value / len(text.encode()) for value, text in zip(scores, item['choices'])]

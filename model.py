@@ -18,11 +18,10 @@ import timeit
 import warnings
 import zlib
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -88,7 +87,7 @@ def rope_angles(positions, head_dim, theta):
     two_j = torch.arange(0, head_dim, 2, device=positions.device)
     frequency = 1.0 / theta ** (two_j.float() / head_dim)
     # float32, because bfloat16 could not tell position 300 from 301
-    angle = positions.to(torch.float32)[..., None] * frequency
+    angle = positions.float()[..., None] * frequency
     return angle.cos(), angle.sin()
 
 
@@ -256,8 +255,7 @@ class Transformer(nn.Module):
         # every block reads the residual stream, and adds to it
         for i, block in enumerate(self.blocks):
             cache = None if kv is None else kv[i]
-            is_last = i == len(self.blocks) - 1
-            wanted = positions if is_last else None
+            wanted = positions if block is self.blocks[-1] else None
             inputs = (x, rope, cache, kv_positions, pattern, wanted)
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)
@@ -266,7 +264,7 @@ class Transformer(nn.Module):
 
         # logits, or the loss of each target where no logits need to be kept
         x = self.norm(x)
-        head = self.embed if self.head is None else self.head
+        head = self.head or self.embed
         if targets is None:
             return F.linear(x, head.weight)
         return head_cross_entropy(x, head.weight, targets)
@@ -279,12 +277,12 @@ class Transformer(nn.Module):
             return dict(cu_seqlens=cu_seqlens)
 
         # anything else needs a mask: True where a query may attend to a key
-        mask = x.new_ones(1, 1, 1, 1, dtype=torch.bool)
+        mask = x.new_ones((), dtype=torch.bool)
         if attention_mask is not None:
-            mask = attention_mask.bool()[:, None, None, :]                          # (B, 1, 1, S)
+            mask = attention_mask.bool()[:, None, None]                             # (B, 1, 1, S)
         if cu_seqlens is not None:
             segment, _ = segments_of(x.shape[:2], cu_seqlens)                       # (B, 1, T)
-            same = segment[..., :, None] == segment[..., None, :]
+            same = segment[..., None] == segment[..., None, :]
             mask = mask & same                                                      # (B, 1, T, T)
         if causal:
             S = x.shape[1] if kv is None else kv.shape[-2]
@@ -306,7 +304,7 @@ class Transformer(nn.Module):
         parts = [self.blocks, self.norm] if non_embedding else [self]
         return sum(p.numel() for part in parts for p in part.parameters())
 
-    def flops_per_token(self, masked_fraction=1.0):
+    def flops_per_token(self, masked_fraction):
         """Return FLOPs per token of a forward and backward pass, with the head on the masked fraction only."""
         c = self.config
         weights = self.num_params(non_embedding=True)
@@ -318,7 +316,7 @@ class Transformer(nn.Module):
 def head_cross_entropy(h, weight, targets):
     """Return cross-entropy of logits h W^T: h (M, C), weight (V, C), targets (M,) -> (M,) float32 or wider."""
     # With a vocabulary of 126,464 the logits would be the largest tensor by far. So at most 2^28 exist (1 GB).
-    size = max(1, 2 ** 28 // len(weight))
+    size = 2 ** 28 // len(weight)
     if len(h) > size:
         return chunked_cross_entropy(h, weight, targets, size)
     # in float32, because the loss weight 1/t multiplies its rounding error by up to 1000
@@ -371,7 +369,7 @@ def init_weights(model, seed=0, emb_std=None, device=None):
         full = torch.ones(p.shape, dtype=p.dtype, device=device or p.device)
         if p.dim() == 2:
             std = p.shape[1] ** -0.5
-            if name == 'embed.weight' and emb_std is not None:
+            if name == 'embed.weight' and emb_std:
                 std = emb_std
             if name.endswith(('attn.out.weight', 'ff.down.weight')):
                 layer = int(name.split('.')[1]) + 1
@@ -382,20 +380,14 @@ def init_weights(model, seed=0, emb_std=None, device=None):
             nn.init.trunc_normal_(
                 full, 0.0, std, -3 * std, 3 * std,
                 generator=generator)
-        copy_full(p, full)
+        if hasattr(p, 'placements'):
+            # each rank takes its shard, and src_data_rank=None sends nothing, because all have drawn it
+            from torch.distributed.tensor import distribute_tensor
+            full = distribute_tensor(
+                full, p.device_mesh, p.placements,
+                src_data_rank=None)
+        p.copy_(full)
     return model
-
-
-@torch.no_grad()
-def copy_full(p, full):
-    """Copy a full tensor, present on every rank, into a parameter. Of a DTensor each rank takes its shard."""
-    if hasattr(p, 'placements'):
-        from torch.distributed.tensor import distribute_tensor
-        # src_data_rank=None sends nothing, because every rank has the tensor
-        full = distribute_tensor(
-            full.to(p.device), p.device_mesh, p.placements,
-            src_data_rank=None)
-    p.copy_(full)
 
 
 def pick_device(device, dtype):
@@ -498,8 +490,7 @@ def column(table, layout):
     # the first line names the layouts
     heads, *rows = [line.split() for line in table.strip().splitlines()]
     number = heads.index(layout)
-    rows = [row for row in rows if len(row) > number]
-    return {row[0]: row[number] for row in rows}
+    return {row[0]: row[number] for row in rows if len(row) > number}
 
 
 def type_of(config):
@@ -543,8 +534,7 @@ def save_model(model, folder, meta):
     dtype = str(model.embed.weight.dtype).removeprefix('torch.')
     # what transformers looks at first
     raw = {'model_type': model_type, 'architectures': [class_name], 'torch_dtype': dtype}
-    raw.update(SWITCHES[layout])
-    raw.update(OFFICIAL[layout])
+    raw |= SWITCHES[layout] | OFFICIAL[layout]
     raw['vocab_size'] = model.config.vocab_size
     for ours, theirs in column(FIELDS, layout).items():
         raw[theirs] = getattr(model.config, ours)
@@ -591,9 +581,10 @@ def load_model(path, device='cpu', dtype=None):
     raw = read_json(folder / 'config.json')
     model = empty_model(config_from(raw, folder))
     stored = read_headers(folder, model)
-    # the parameters get their memory on the device, and then their values
+    # the parameters get their memory on the device, and then their values ('meta' has neither)
     model = model.to(dtype or stored).to_empty(device=device)
-    read_tensors(folder, released_parameters(model))
+    if device != 'meta':
+        read_tensors(folder, released_parameters(model))
     meta = {'folder': str(folder), 'settings': state.get('settings', {}), 'iteration': state.get('iteration')}
     for role in ROLES:
         # some list several EOS, and then the tokenizer says which of them ends a text
@@ -660,10 +651,12 @@ def config_from(raw, folder):
 
 def read_headers(folder, model):
     """Compare names and shapes of the stored tensors with those of a model -> dtype in which they are stored."""
-    # rotary frequencies follow from rope_theta, and a tied head may be stored twice
-    ignored = ('.inv_freq', 'lm_head.weight', 'transformer.ff_out.weight')
+    # rotary frequencies follow from rope_theta, and a tied head may be stored, too
+    heads = ('lm_head.weight', 'transformer.ff_out.weight')
+    ignored = ('.inv_freq', *heads)
     expected = {name: list(p.shape) for name, p in released_parameters(model).items()}
     stored = {}
+    first_rows = {}
     # all files, because torch reads all
     for file in sorted(folder.glob('*.safetensors')):
         try:
@@ -673,11 +666,18 @@ def read_headers(folder, model):
                         raise UserError(f'{file}: {name} is in another file, too')
                     tensor = opened.get_slice(name)         # its header, not its values
                     strange = file.name.startswith('model') and not name.endswith(ignored)
+                    first_rows[name] = tensor[:1]
                     if name in expected or strange:
                         stored[name] = tensor.get_shape()
-                        dtype = tensor[:1].dtype
         except safetensors.SafetensorError as error:
             raise UserError(f'{file}: damaged or incomplete ({error})') from None
+
+    # a tied head must be the embedding, which is the first parameter
+    embedding = next(iter(expected))
+    for name in first_rows.keys() - stored.keys():
+        row = first_rows[name]
+        if name.endswith(heads) and not row.equal(first_rows.get(embedding, row)):
+            stored[name] = 'not the embedding'
 
     names = expected.keys() | stored.keys()
     wrong = [name for name in names if stored.get(name) != expected.get(name)]
@@ -686,14 +686,16 @@ def read_headers(folder, model):
         name = min(wrong)
         raise UserError(f'{folder}: {len(wrong)} tensors do not fit: {name} is {stored.get(name, "missing")}, '
                         f'by config.json {expected.get(name, "missing")}')
-    return dtype
+    # of several dtypes the widest, so that nothing is rounded
+    dtypes = [first_rows[name].dtype for name in stored]
+    return reduce(torch.promote_types, dtypes)
 
 
 def read_tensors(folder, tensors):
     """Fill tensors (name -> tensor or DTensor) from the safetensors files of a folder; each rank reads its part."""
     import torch.distributed.checkpoint as dcp
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    dcp.load(tensors, storage_reader=reader)
 
 
 def read_state(folder):
@@ -703,7 +705,7 @@ def read_state(folder):
     for name, sha256 in state.get('sha256', {}).items():
         file = folder / name
         # (optimizer/ may be left out when weights are passed on)
-        if file.is_file() and file_sha256(file) != sha256:
+        if (file.is_file() or not name.startswith('optimizer')) and file_sha256(file) != sha256:
             raise UserError(f'{file}: damaged (its checksum is not the one in state.json)')
     return state
 

@@ -19,7 +19,6 @@ import time
 from collections import namedtuple
 from dataclasses import fields
 from itertools import count, groupby
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -164,7 +163,7 @@ def sampling_params(cfg, new, answers=True):
         # gaps are anywhere, so there are no blocks from left to right
         values['block_length'] = None
     if cfg.variable_length and not 1 <= cfg.block_length <= new:
-        raise UserError(f'variable_length needs a block_length in 1..{new}, got {cfg.block_length}')
+        raise UserError(f'variable_length fills no ___ and needs a block_length in 1..{new}, got {cfg.block_length}')
 
     try:
         params = diffusion.SamplingParams(**values)
@@ -203,7 +202,6 @@ def generate_text(model, prompts, gen_length, tok, params,
     return written, n_forward
 
 
-@torch.no_grad()
 def generate_batch(model, prompts, gen_length, tok, params,
                    *, variable_length=False, stop=(), **options):
     """Do what generate_text does, for prompts that form one batch.
@@ -353,7 +351,7 @@ def main(cfg):
     answers = cfg.instruct or run.masking != 'unified'
 
     if cfg.out:
-        Path(cfg.out).touch(exist_ok=False)                 # fails if there is such a file
+        open(cfg.out, 'x').close()                          # fails if there is such a file
     # in batches, so that an answer is on the screen and in the file before the next ones are written
     for i in range(0, len(prompts), cfg.batch_size):
         part = prompts[i:i + cfg.batch_size]

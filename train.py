@@ -5,8 +5,9 @@
     torchrun --nproc-per-node=8 train.py config/llada_8b.py --dataset=data/my
 
 The defaults are the objective of LLaDA (arXiv 2502.09992v3), Eq. 3, or Eq. 5 with masking = 'response'. Data
-and noise of a row depend on (seed, iteration, row) alone. So on a CPU a resumed run ends with the same bits as
-one without a break (a GPU may add in another order), and any number of processes trains on the same rows.
+and noise of a row depend on seed, iteration, row and global_batch alone. So on a CPU a resumed run ends with the
+same bits as one without a break (a GPU may add in another order), and any number of processes trains on the same
+rows.
 """
 
 import json
@@ -25,7 +26,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 
 import data
 import diffusion
@@ -41,7 +41,7 @@ seed = 1337                     # of the weights, the order of the data, and the
 dataset = 'docs'                # the name of a folder in data/, any other folder, or a mixture 'a:0.7,b:0.3'
 masking = 'unified'             # 'unified': windows of text, any token may be hidden (pre-training; iLLaDA's SFT)
                                 # 'response': examples whose prompt is never hidden (LLaDA's SFT)
-# (the next three are for diffusion on windows, and not used with causal or 'response')
+# (the next three are for windows; with causal only random_length counts)
 random_length = 0.0             # share of windows of which only a random length is kept (LLaDA: 0.01)
 random_split = 0.0              # share of windows cut in two, without attention across the cut (iLLaDA: 0.3)
 isolate = False                 # if True, attention stays within a document of a window (iLLaDA's packing)
@@ -113,6 +113,8 @@ def check(cfg, world=WORLD):
     # a pair of rows must not be torn apart
     if cfg.complementary and size % 2:
         raise UserError(f'complementary masks need an even global_batch, got {size} (or pass --complementary=false)')
+    if cfg.pad_group % cfg.batch_size:
+        raise UserError(f'pad_group must be 0 or a multiple of batch_size {cfg.batch_size}, got {cfg.pad_group}')
     # every process makes whole micro-batches, and belongs to a whole group of FSDP
     each = cfg.batch_size * world
     if size % each or world % max(1, min(cfg.fsdp, world)):
@@ -334,20 +336,10 @@ def build(cfg):
     return model, torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def settle_ddp(net, batch, cfg):
-    """Run a backward pass and discard it: DDP reorders its gradient buckets after the first one.
-
-    Without this, the first update of a resumed run would sum gradients in another order, to other last bits.
-    """
-    loss_of(net, batch, cfg).backward()
-    net.zero_grad()
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Reports
 
 
-@torch.no_grad()
 def held_out_bound(model, held_out, cfg, tok):
     """Measure the bound (causal: the exact value) on held-out rows, shared among the ranks -> dict for the log."""
     rows, n_bytes = held_out
@@ -391,7 +383,7 @@ def sample_text(model, it, cfg, tok):
 def report(model, it, held_out, cfg, tok):
     """Log and print the validation bound and a sample."""
     entry = held_out_bound(model, held_out, cfg, tok)
-    entry['sample'] = sample_text(model, it, cfg, tok) if cfg.sample_tokens else ''
+    entry['sample'] = sample_text(model, it, cfg, tok)
     log(cfg, iter=it, **entry)
     if RANK == 0:
         sign = '=' if cfg.causal else '<='
@@ -400,13 +392,13 @@ def report(model, it, held_out, cfg, tok):
         print(f"     {entry['sample']}")
 
 
-def progress(it, losses, norm, n_tokens, seconds, model, cfg):
+def progress(it, counted, norm, seconds, model, cfg):
     """Log and print the mean loss and the speed since the last line."""
     # losses of ranks are parts of a sum, so they add up
-    sums = torch.tensor([sum(losses), n_tokens], dtype=torch.float64)
+    sums = torch.tensor(counted, dtype=torch.float64).sum(0)
     loss, tokens = all_reduce(sums).tolist()
     rate = tokens / seconds
-    entry = {'loss': loss / len(losses), 'grad_norm': norm, 'tokens_per_second': rate}
+    entry = {'loss': loss / len(counted), 'grad_norm': norm, 'tokens_per_second': rate}
     entry['lr'] = cfg.learning_rate * lr_factor(it - 1, cfg)
     line = f"iter {it}/{cfg.max_iters} | loss {entry['loss']:.3f} | {rate / 1e3:.1f}k tok/s"
 
@@ -422,7 +414,7 @@ def progress(it, losses, norm, n_tokens, seconds, model, cfg):
             line += f" | MFU {entry['mfu']:.1%}"
     log(cfg, iter=it, tokens=it * cfg.global_batch * cfg.seq_len, **entry)
     if RANK == 0:
-        minutes = (cfg.max_iters - it) * seconds / len(losses) / 60
+        minutes = (cfg.max_iters - it) * seconds / len(counted) / 60
         print(f'{line} | {minutes:.1f} min left', flush=True)
 
 
@@ -462,8 +454,8 @@ def save_checkpoint(it, model, optimizers, cfg, tok):
     writer = dcp.HuggingFaceStorageWriter(str(unfinished / 'optimizer'), save_distributed=True)
     try:
         models.save_model(model, unfinished, vars(tok))
-        dcp.save(optimizer_state(model, optimizers), storage_writer=writer, no_dist=WORLD == 1)
-    except (OSError, SafetensorError, CheckpointException) as error:
+        dcp.save(optimizer_state(model, optimizers), storage_writer=writer)
+    except (OSError, SafetensorError, dcp.CheckpointException) as error:
         raise UserError(f'{unfinished} could not be written: {error}') from None
     broadcast()                                             # wait for all files
 
@@ -487,10 +479,10 @@ def newest_undamaged(out_dir):
     for folder in reversed(models.list_checkpoints(out_dir)):
         try:
             return folder, models.read_state(folder)
-        except UserError as error:
+        except (UserError, OSError) as error:
             say(f'passing over {folder}: {error}')
     models.newest_checkpoint(out_dir)                       # says what is there instead
-    raise UserError(f'{out_dir}: all checkpoints are damaged')
+    raise UserError(f'{out_dir}: no undamaged checkpoint in it')
 
 
 def load_checkpoint(model, optimizers, cfg, tok):
@@ -528,14 +520,13 @@ def settings_of(cfg):
 
 def load_init_weights(model, cfg, tok):
     """Copy the weights of cfg.init_from, if architecture and tokenizer are the same."""
-    # every rank loads all of it, and takes its part
-    start, meta = models.load_model(cfg.init_from)
+    # without its values, because each rank reads its own part of them
+    start, meta = models.load_model(cfg.init_from, 'meta')
     data.check_same(data.tokenizer_of(meta), tok, cfg.init_from, cfg.dataset)
     # a longer or shorter context is fine, because rotary positions set no limit
     if replace(start.config, seq_len=cfg.seq_len) != model.config:
         raise UserError(f'init_from: {cfg.init_from} is {start.config}, the settings say {model.config}')
-    for p, q in zip(model.parameters(), start.parameters()):
-        models.copy_full(p, q.data)
+    models.read_tensors(Path(meta['folder']), models.released_parameters(model))
 
 
 def init_or_resume(model, optimizers, cfg, tok):
@@ -555,7 +546,7 @@ def init_or_resume(model, optimizers, cfg, tok):
     else:
         # drawn on the CPU they are the same on every device, but for 8B that would take minutes
         where = 'cpu' if model.num_params() < 3e9 else None
-        models.init_weights(model, cfg.seed, cfg.emb_std or None, device=where)
+        models.init_weights(model, cfg.seed, cfg.emb_std, device=where)
     return 0
 
 
@@ -609,6 +600,7 @@ def open_data(cfg):
     # rank 0 has made it by now
     dataset = data.open_dataset(cfg.dataset)
     tok = dataset.parts[0].tokenizer()
+    # kept in state.json, so that resuming on other text is said
     cfg._train_tokens = [corpus.facts['train']['tokens'] for corpus in dataset.parts]
     if 0 < cfg.vocab_size < tok.vocab_size:
         raise UserError(f'vocab_size must hold the {tok.vocab_size} tokens of {cfg.dataset}, got {cfg.vocab_size}')
@@ -629,6 +621,7 @@ def main(cfg):
 
     # data, model, optimizers, and where they stand
     join_processes(cfg)
+    # each CPU is timed for it, and all must agree
     cfg.bf16 = broadcast(dtype == torch.bfloat16)
     source, held_out, tok = open_data(cfg)
     cfg.vocab_size = cfg.vocab_size or tok.vocab_size
@@ -639,21 +632,22 @@ def main(cfg):
     Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     announce(it, model, cfg)
     if net is not model:
-        settle_ddp(net, micro_batches(source, it, cfg, tok)[0], cfg)
+        # DDP reorders its gradient buckets after the first backward pass, so one is discarded. Without it, a
+        # resumed run would begin with a sum of gradients in another order, to other last bits.
+        loss_of(net, micro_batches(source, it, cfg, tok)[0], cfg).backward()
+        net.zero_grad()
 
     signals = catch_signals()
     stopping = False
-    # what is counted between two lines of the log
+    # loss and tokens of each update since the last line of the log
     started = time.perf_counter()
-    losses = []
-    n_tokens = 0
+    counted = []
 
     while it < cfg.max_iters and not stopping:
         batches = micro_batches(source, it, cfg, tok)
         loss, norm = train_step(net, optimizers, batches, lr_factor(it, cfg), cfg)
         it += 1
-        losses.append(loss)
-        n_tokens += sum(batch.xt.numel() for batch in batches)
+        counted.append((loss, sum(batch.xt.numel() for batch in batches)))
 
         # all ranks stop after the same update, whichever of them got the signal
         stopping = bool(all_reduce(torch.tensor(len(signals))))
@@ -662,15 +656,14 @@ def main(cfg):
         if it > 1 and it % cfg.log_interval and not due and not stopping:
             continue
         seconds = time.perf_counter() - started
-        progress(it, losses, norm, n_tokens, seconds, model, cfg)
+        progress(it, counted, norm, seconds, model, cfg)
         if due or stopping:
             save_checkpoint(it, model, optimizers, cfg, tok)
         if due:
             # after the save, because FSDP leaves some parameters gathered when no backward pass follows
             report(model, it, held_out, cfg, tok)
         started = time.perf_counter()
-        losses = []
-        n_tokens = 0
+        counted = []
 
     finish(it, signals, cfg)
 

@@ -1,7 +1,9 @@
 """Text to records to files to windows: nothing is lost or removed, and batches are functions."""
 
+import errno
 import gzip
 import json
+import os
 import shutil
 
 import numpy as np
@@ -233,6 +235,23 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     for flags in ([], ['--input=a.txt']):
         assert '--input=FILE --out=data/my' in refused(capsys, 'data', *flags)
     assert 'none.txt: No such file' in refused(capsys, 'data', '--input=none.txt', '--out=x')
+
+
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EFBIG])
+def test_a_full_disk_is_one_line_and_keeps_the_old_data_set(tmp_path, capsys, monkeypatch, number):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.txt').write_text('some words to learn\n' * 4000)
+    flags = '--input=a.txt', '--out=my', '--tokenizer=bytes'
+    script('data', *flags)
+
+    def full(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(data.Path, 'write_bytes', full)
+    with pytest.raises(SystemExit) as stopped:
+        script('data', *flags)
+    assert stopped.value.code == 2 and f'the disk: {os.strerror(number)}\n' in capsys.readouterr().err
+    assert sorted(names(tmp_path)) == ['a.txt', 'my'] and data.Corpus('my').facts
 
 
 # -------------------------------------------------------------------------------------------------- windows

@@ -56,6 +56,13 @@ def chat(*contents):
 # ------------------------------------------------------------------------------------------------- records
 
 
+def test_documents_among_examples_are_said(tmp_path, capsys):
+    examples(prepared([*PAIRS, {'text': 'a document\n' * 9}], tmp_path / 'mixed', val_every=5))
+    assert 'documents are left out' in capsys.readouterr().err
+    examples(prepared(PAIRS, tmp_path / 'pairs', val_every=5))
+    assert 'documents' not in capsys.readouterr().err
+
+
 def test_two_answers_in_a_row_are_two_turns(tmp_path):
     talk = {'messages': [*SAID, {'role': 'assistant', 'content': 'b'}]}
     rows = rows_of(prepared([talk] * 2, tmp_path / 'talks', val=[[('', talk)]]))

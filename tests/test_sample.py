@@ -178,7 +178,7 @@ def test_bad_prompt_files(run, tmp_path, capsys, content, message):
     (['--prompt=a', '--gen_length=96'], 'shorten the prompt or gen_length'),
     (['--gen_length=8', '--block_length=3'], 'block_length must divide the 8 tokens'),
     (['--gen_length=8', '--block_length=4', '--steps=1'], 'steps must be at least the number of blocks'),
-    (['--variable_length'], 'variable_length needs a block_length in 1..64, got 0'),
+    (['--variable_length'], 'variable_length fills no ___ and needs a block_length in 1..64, got 0'),
     (['--remasking=best'], 'remasking must be'), (['--temperature=-2'], 'temperature must'),
     (['--checkpoint=no/such'], 'no checkpoint here'),
     (['--gen_lenght=8'], 'did you mean gen_length'), (['--prompt_file=none.txt'], 'none.txt')])

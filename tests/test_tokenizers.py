@@ -293,6 +293,16 @@ def test_a_special_name_typed_in_a_chat_is_text(folders, name, tmp_path):
     assert ids == tok.encode_chat([{'role': 'user', 'content': say.replace(data.BREAK, '')}])
 
 
+def test_special_tokens_keep_their_blanks(tmp_path):
+    hf = Tokenizer(models.WordLevel({'a': 0, '<unk>': 1}, unk_token='<unk>'))
+    hf.add_special_tokens([AddedToken('<mask>', lstrip=True), AddedToken('</s>', rstrip=True)])
+    hf.save(str(tmp_path / 'tokenizer.json'))
+    tok = data.get_tokenizer(tmp_path)
+    assert (tok.mask_id, tok.eos_id) == (2, 3) and tok.vocab_size == 4
+    added = tok.hf.get_added_tokens_decoder()
+    assert added[2].lstrip and added[3].rstrip
+
+
 def test_our_own_vocabularies_speak_llada_and_leave_a_last_answer_open():
     tok = data.get_tokenizer('bytes')
     ids = tok.encode_chat([{'role': 'user', 'content': ' hi '}])

@@ -345,6 +345,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_written_again(corpus, straight,
         same_end(run, straight)
 
 
+def test_a_checkpoint_that_lost_a_file_is_passed_over(corpus, straight, tmp_path, capsys):
+    run = tmp_path / 'run'
+    shutil.copytree(straight, run)
+    (run / 'iter_0000040' / 'model.safetensors').unlink()
+    train.main(settings(corpus, run, resume=True, max_iters=31))
+    assert 'passing over' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('keep_last', [1, -1])
 def test_saving_removes_neither_the_new_checkpoint_nor_your_copies(corpus, straight, tmp_path, keep_last):
     run = tmp_path / 'run'

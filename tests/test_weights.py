@@ -164,6 +164,20 @@ def test_what_config_json_says_is_computed_or_refused(changes, theta, tmp_path):
         assert models.load_model(tmp_path)[0].config.rope_theta == theta
 
 
+def test_a_tied_head_may_be_stored_if_it_is_the_embedding(folder):
+    head, embedding = (f'model.transformer.{name}.weight' for name in ('ff_out', 'wte'))
+    retensor(folder, lambda tensors: tensors.update({head: tensors[embedding].clone()}))
+    assert_same_weights(models.load_model(folder)[0], tiny_model(tied=True))
+    retensor(folder, lambda tensors: tensors.update({head: tensors[embedding] + 1}))
+    with pytest.raises(UserError, match='ff_out.weight is not the embedding'):
+        models.load_model(folder)
+
+
+def test_of_several_dtypes_the_widest_counts(folder):
+    retensor(folder, lambda tensors: tensors.update({NORM: tensors[NORM].bfloat16()}))
+    assert models.load_model(folder)[0].embed.weight.dtype == torch.float32
+
+
 def test_of_several_eos_the_tokenizer_decides(folder):
     edit(folder, eos_token_id=[7, 8])
     meta = models.load_model(folder)[1]
