@@ -196,6 +196,12 @@ def test_ten_kills_end_with_the_same_bits(corpus, tmp_path):
     same_bits(tmp_path / 'straight', tmp_path / 'run', 'iter_0000120')
 
 
+def test_sharded_weights_begin_as_those_of_another_run(corpus, one, tmp_path):
+    slow = dict(SMALL, max_iters=1, warmup_iters=0, learning_rate=1e-12, init_from=str(one))
+    on_ranks(2, settings(corpus, tmp_path / 'run', **slow, fsdp=-1))
+    same_weights(tmp_path / 'run', one)
+
+
 def test_all_processes_stop_together_and_save(corpus, tmp_path):
     run = tmp_path / 'run'
     cfg = settings(corpus, run, **dict(SMALL, max_iters=5000, eval_interval=5000))
