@@ -5,9 +5,8 @@
     torchrun --nproc-per-node=8 train.py config/llada_8b.py --dataset=data/my
 
 The defaults are the objective of LLaDA (arXiv 2502.09992v3), Eq. 3, or Eq. 5 with masking = 'response'. Data
-and noise of a row depend on seed, iteration, row and global_batch alone. So on a CPU a resumed run ends with the
-same bits as one without a break (a GPU may add in another order), and any number of processes trains on the same
-rows.
+and noise of a row depend on seed, iteration, row and global_batch alone. So any number of processes trains on
+the same rows, and on a CPU a resumed run ends with the same bits (a GPU may add in another order).
 """
 
 import json
@@ -523,10 +522,11 @@ def load_init_weights(model, cfg, tok):
     # without its values, because each rank reads its own part of them
     start, meta = models.load_model(cfg.init_from, 'meta')
     data.check_same(data.tokenizer_of(meta), tok, cfg.init_from, cfg.dataset)
-    # a longer or shorter context is fine, because rotary positions set no limit
-    if replace(start.config, seq_len=cfg.seq_len) != model.config:
+    # another context is fine, because rotary positions set no limit, and so is the autoregressive twin
+    if replace(start.config, seq_len=cfg.seq_len, causal=cfg.causal) != model.config:
         raise UserError(f'init_from: {cfg.init_from} is {start.config}, the settings say {model.config}')
-    models.read_tensors(Path(meta['folder']), models.released_parameters(model))
+    names = models.released_parameters(start)
+    models.read_tensors(Path(meta['folder']), dict(zip(names, model.parameters())))
 
 
 def init_or_resume(model, optimizers, cfg, tok):

@@ -441,10 +441,13 @@ def test_autoregressive_and_init_from(corpus, tmp_path):
     model, meta = models.load_model(run)
     assert model.config.causal and meta['settings']['optimizer'] == 'adamw'
     slow = dict(max_iters=1, warmup_iters=0, learning_rate=1e-12, muon_lr=1e-12)
-    train.main(settings(corpus, tmp_path / 'more', causal=True, init_from=str(run), **slow))
-    again, _ = models.load_model(tmp_path / 'more')
-    for a, b in zip(model.parameters(), again.parameters()):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+    for causal in (True, False):                            # a diffusion model may begin as its twin, too
+        more = tmp_path / f'more {causal}'
+        train.main(settings(corpus, more, causal=causal, init_from=str(run), **slow))
+        again, _ = models.load_model(more)
+        assert again.config.causal == causal
+        for a, b in zip(model.parameters(), again.parameters()):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize('causal', [False, True])
