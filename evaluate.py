@@ -262,7 +262,7 @@ def choice(cfg):
             scores = [score(run, *pair, cfg) for pair in pairs]
 
             # a long choice is less likely just because it is long; of equal scores the first counts
-            relative = [value / len(text.encode()) for value, text in zip(scores, item['choices'])]
+            relative = [number / len(text.encode()) for number, text in zip(scores, item['choices'])]
             plain.append(scores.index(max(scores)) == item['answer'])
             per_byte.append(relative.index(max(relative)) == item['answer'])
 

@@ -608,8 +608,8 @@ def open_data(cfg):
         dataset, 'train', cfg.masking, tok, cfg.seq_len, cfg.seed,
         random_length=cfg.random_length, random_split=cfg.random_split, isolate=cfg.isolate,
         copies=2 if cfg.complementary else 1, pad_group=cfg.pad_group)
-    held_out = data.open_source(dataset, 'val', cfg.masking, tok, cfg.seq_len)
-    return source, held_out.held_out(cfg.eval_windows), tok
+    val = data.open_source(dataset, 'val', cfg.masking, tok, cfg.seq_len)
+    return source, val.held_out(cfg.eval_windows), tok
 
 
 def main(cfg):
