@@ -181,7 +181,7 @@ class Tokenizer:
         file = json.loads(self.hf.to_str())
         del file['post_processor']                          # which adds some to a text, but not here
         file['added_tokens'] = [token for token in file['added_tokens'] if not token['special']]
-        return f'{self.mask_id} {self.eos_id} {self.bos_id} {file}'
+        return f'{self.mask_id} {self.eos_id} {file}'
 
     def unused(self, vocab_size):
         """Return the ids below vocab_size that are no token: a network may have more outputs than tokens."""
