@@ -286,11 +286,9 @@ def num_transfer_tokens(n_masked, steps):
     >>> num_transfer_tokens(torch.tensor([8, 5]), 3).tolist()
     [[3, 3, 2], [2, 2, 1]]
     """
+    # the first n % steps of n are rounded up, and the others down
     step = torch.arange(steps, device=n_masked.device)
-    # the first steps take one token more
-    remainder = n_masked % steps
-    one_more = step < remainder[:, None]
-    return (n_masked // steps)[:, None] + one_more
+    return (n_masked[:, None] + steps - 1 - step) // steps
 
 
 @torch.no_grad()

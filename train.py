@@ -65,6 +65,7 @@ fixed_count = False             # False = hide each token with probability t, we
 stratified = True               # True = one t in each of B equal slices; False = independent, as in LLaDA
 mask_eps = 1e-3                 # the smallest t (not used with fixed_count)
 logit_normal = 0.0              # 0 = t is uniform; > 0: t = sigmoid(logit_normal * normal), not in the papers
+waves = 0.0                     # > 0 (with fixed_count): masks come in stretches, not singly; not in the papers
 complementary = False           # if True, each row comes twice, under complementary masks (not in the papers)
 # --- optimizer
 optimizer = 'adamw'             # 'adamw', or 'muon' for the matrices of the blocks with AdamW for the rest
@@ -162,11 +163,15 @@ def draw_noise(it, rows, T, cfg):
         logit_normal=cfg.logit_normal, generator=diffusion.keyed_generator(cfg.seed, it))
     drawn = [row // copies for row in rows]
     t = t[drawn]
-    u = diffusion.row_noise(cfg.seed, it, drawn, T)
+    # a wave through the noise of each row, so that often a whole question is in sight and its answer hidden
+    noise = diffusion.row_noise(cfg.seed, it, drawn, T + 2)
+    u, length, start = noise.split((T, 1, 1), dim=1)
+    turns = (1 + 7 * length) * torch.arange(T) / T + start
+    wave = cfg.waves * torch.cos(2 * math.pi * turns)
+    u = u + cfg.fixed_count * wave
 
     if cfg.complementary:
-        # Noise that is turned around is as likely, and hides what the row before shows. (Both hide one token
-        # in 1000, by eps, or one of each row, because both counts are rounded up.)
+        # noise that is turned around is as likely, and hides what the row before shows
         odd = torch.tensor(rows) % 2 == 1
         t[odd] = 1 + eps - t[odd]
         u[odd] = 1 - u[odd]
@@ -531,8 +536,7 @@ def load_init_weights(model, cfg, tok):
 
 def init_or_resume(model, optimizers, cfg, tok):
     """Fill the model from a checkpoint, from other weights, or at random -> the iteration to continue from."""
-    # torchrun replaces a process that died (--max-restarts), and all of them start again. (Each node counts
-    # its own restarts, so they add up what they know.)
+    # torchrun replaces a process that died (--max-restarts), and all of them start again
     restarts = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
     restarted = all_reduce(torch.tensor(restarts))
     exists = broadcast(bool(models.list_checkpoints(cfg.out_dir)))
@@ -597,11 +601,8 @@ def open_data(cfg):
     if RANK == 0:
         data.open_dataset(cfg.dataset)                      # makes 'docs' on first use
     broadcast()
-    # rank 0 has made it by now
     dataset = data.open_dataset(cfg.dataset)
     tok = dataset.parts[0].tokenizer()
-    # kept in state.json, so that resuming on other text is said
-    cfg._train_tokens = [corpus.facts['train']['tokens'] for corpus in dataset.parts]
     if 0 < cfg.vocab_size < tok.vocab_size:
         raise UserError(f'vocab_size must hold the {tok.vocab_size} tokens of {cfg.dataset}, got {cfg.vocab_size}')
     source = data.open_source(

@@ -1,9 +1,8 @@
 """Fine-tuning as iLLaDA does it, on the data of sft_toy.py: the same masking as in pre-training.
 
 All examples (prompt, answer, one EOS) form one long stream, which is cut into windows. Every token may be
-hidden, and then it counts. An answer whose whole question is in sight is then a rare case of many, so this
-takes more updates than sft_toy.py. Still one run in three does not learn to sort and reverse well (86 to 88 %
-of all answers right instead of 95 to 97).
+hidden, and then it counts. An answer that is hidden while its whole question is in sight, as somebody asks, is
+then a rare case of many. Masks in waves make it a hundred and fifty times as frequent: tests/lab/RESULTS.md.
 First:  python train.py config/world.py       Afterwards:
 python tests/lab/experiments.py flood out/sft_toy out/sft_toy_unified
 """
@@ -18,13 +17,14 @@ d_ff = 384
 batch_size = 24
 logit_normal = 0.5              # not the paper's uniform t: 60 % right instead of 54 after 3200 updates
 complementary = True            # not the paper's either, but the objective is the same
-max_iters = 12000               # fifteen epochs (iLLaDA: twelve)
+waves = 0.5                     # nor this, but without it a question is hardly ever in sight while its answer is hidden
+max_iters = 5000                # six epochs (iLLaDA: twelve)
 learning_rate = 1e-2
 muon_lr = 4e-3
 schedule = 'wsd'
 warmup_iters = 50
-decay_iters = 3600
-eval_interval = 2000
+decay_iters = 1500
+eval_interval = 2500
 sample_tokens = 0
 
 # the recipe of docs.py

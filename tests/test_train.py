@@ -222,6 +222,25 @@ def test_noise_of_pairs_is_as_uniform_as_that_of_single_rows(corpus):
     assert t[0::2].tolist() == pytest.approx((1.1 - t[1::2]).tolist()) and 0.1 <= t.min() and t.max() <= 1
 
 
+def test_waves_hide_stretches_and_leave_all_counts_as_they_are(corpus):
+    """Each place is hidden as often as any other, and a row as much as its t says, but neighbours are alike."""
+    cfg, source, tok, _ = ready(corpus, logit_normal=0., batch_size=8)
+    sizes, shares, halves = {}, {}, {}
+    for waves in (0., 0.5):
+        cfg.waves = waves
+        batches = [train.micro_batches(source, it, cfg, tok)[0] for it in range(400)]
+        hidden = torch.stack([batch.xt == tok.mask_id for batch in batches])                # (400, 8, 32)
+        assert (hidden[:, 0::2] | hidden[:, 1::2]).all()                                    # complementary
+        sizes[waves] = hidden.sum(2)
+        shares[waves] = hidden.double().mean((0, 1))
+        # four neighbours in sight, and the four behind them hidden
+        eight = hidden.unfold(2, 8, 1)                                                          # (400, 8, 25, 8)
+        halves[waves] = (~eight[..., :4].any(-1) & eight[..., 4:].all(-1)).sum().item()
+    assert torch.equal(sizes[0.5], sizes[0.])
+    assert (shares[0.5] - sizes[0.5].double().mean() / 32).abs().max() < 0.05               # five standard deviations
+    assert halves[0.5] > 3 * halves[0.] > 0, halves
+
+
 def test_packed_training_equals_separate_training(corpus):
     """A batch with cuts: loss and gradients are those of its segments, each run alone."""
     cfg, source, tok, model = ready(corpus, batch_size=8, random_length=0.4, random_split=0.5)
@@ -372,13 +391,6 @@ def test_what_stands_beside_a_run_is_left_alone(corpus, tmp_path):
     (run / 'config.py').write_text('# mine\nmax_iters = 1\n')
     train.main(settings(corpus, run, max_iters=1))
     assert (run / 'config.py').read_text().startswith('# mine')
-
-
-def test_other_text_of_the_same_tokenizer_is_said(tmp_path, capsys):
-    run = tmp_path / 'run'
-    train.main(settings(small_corpus(tmp_path / 'words'), run, max_iters=1))
-    train.main(settings(small_corpus(tmp_path / 'words', 50), run, max_iters=2, resume=True))
-    assert '_train_tokens' in capsys.readouterr().err
 
 
 def test_what_is_set_on_resume_counts(corpus, straight, tmp_path, capsys):
