@@ -286,7 +286,7 @@ def num_transfer_tokens(n_masked, steps):
     >>> num_transfer_tokens(torch.tensor([8, 5]), 3).tolist()
     [[3, 3, 2], [2, 2, 1]]
     """
-    # the first n % steps of n are rounded up, and the others down
+    # n / steps, in the first n % steps of them rounded up, then down
     step = torch.arange(steps, device=n_masked.device)
     return (n_masked[:, None] + steps - 1 - step) // steps
 

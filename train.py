@@ -165,8 +165,8 @@ def draw_noise(it, rows, T, cfg):
     t = t[drawn]
     # a wave through the noise of each row, so that often a whole question is in sight and its answer hidden
     noise = diffusion.row_noise(cfg.seed, it, drawn, T + 2)
-    u, length, start = noise.split((T, 1, 1), dim=1)
-    turns = (1 + 7 * length) * torch.arange(T) / T + start
+    u, frequency, start = noise.split((T, 1, 1), dim=1)
+    turns = (1 + 7 * frequency) * torch.arange(T) / T + start
     wave = cfg.waves * torch.cos(2 * math.pi * turns)
     u = u + cfg.fixed_count * wave
 
