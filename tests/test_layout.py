@@ -30,17 +30,17 @@ FILES = tuple(IMPORTS)
 
 # tokens (names, numbers, operators, strings; no docstrings, no comments), lines, tokens per line with code
 CEILINGS = {
-    'configurator': (1120, 192, 10.0),              # goal: 1000 tokens
-    'diffusion': (4140, 720, 10.0),                 # goal: 620 lines
+    'configurator': (1120, 189, 10.0),              # goal: 1000 tokens
+    'diffusion': (4140, 717, 10.0),                 # goal: 620 lines
     'model': (4440, 716, 10.0),                     # goal: 3900, 620
     'data': (5660, 856, 10.0),                      # goal: 5200, 750
     'train': (4460, 692, 10.0),                     # goal: 620 lines
     'sample': (2300, 620, 10.0),
     'evaluate': (3080, 620, 10.0)}
 ALL_TOKENS = 25_000
-ALL_LINES = 4037                                    # goal 3700
-COMMENTS = 0.095            # at least; lines that are a comment, as a share of all lines. Goal 0.10
-GUARDS = 0.055              # raise, assert and except, as a share of the tokens. Goal 0.05
+ALL_LINES = 4036                                    # goal 3700
+COMMENTS = 0.10             # at least; lines that are a comment, as a share of all lines
+GUARDS = 0.05               # raise, assert and except, as a share of the tokens
 LONG_LINES = 0.02           # share of lines with more than 110 columns
 COLUMNS = 120
 PAUSE = 20                  # lines of a function without a blank line or a comment. Goal 12
