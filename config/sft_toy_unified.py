@@ -2,7 +2,7 @@
 
 All examples (prompt, answer, one EOS) form one long stream, which is cut into windows. Every token may be
 hidden, and then it counts. An answer that is hidden while its whole question is in sight, as somebody asks, is
-then a rare case of many. Masks in waves make it a hundred and fifty times as frequent: tests/lab/RESULTS.md.
+then a rare case of many. Masks in waves make it up to a hundred and fifty times as frequent: tests/lab/RESULTS.md.
 First:  python train.py config/world.py       Afterwards:
 python tests/lab/experiments.py flood out/sft_toy out/sft_toy_unified
 """
@@ -17,7 +17,7 @@ d_ff = 384
 batch_size = 24
 logit_normal = 0.5              # not the paper's uniform t: 60 % right instead of 54 after 3200 updates
 complementary = True            # not the paper's either, but the objective is the same
-waves = 0.5                     # nor this, but without it a question is hardly ever in sight while its answer is hidden
+waves = 0.5                     # not quite Eq. 14 any more, but a question is often in sight while its answer is hidden
 max_iters = 5000                # six epochs (iLLaDA: twelve)
 learning_rate = 1e-2
 muon_lr = 4e-3
