@@ -414,10 +414,9 @@ def test_one_command_writes_the_data_sets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     couplets = [{'first': f'ab{i}', 'second': f'{i}\u6f22'} for i in range(9)]
     (tmp_path / 'poems.json').write_text(json.dumps(couplets))
-    stories, dialogues = worlds.stories, worlds.dialogues
-    monkeypatch.setattr(worlds, 'stories', lambda n=0: stories(200))
+    dialogues = worlds.dialogues
     monkeypatch.setattr(worlds, 'dialogues', lambda n=0: dialogues(200))
-    worlds.main(SimpleNamespace(poems='', out='data'))
+    worlds.main(SimpleNamespace(poems='', n_stories=200, out='data'))
     worlds.main(SimpleNamespace(poems='poems.json', out='data'))
 
     splits = {name: data.Corpus(f'data/{name}').facts for name in ('world', 'instruct', 'facts', 'poems')}

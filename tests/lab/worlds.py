@@ -2,6 +2,7 @@
 
     python tests/lab/worlds.py                              # data/world, data/instruct and data/facts
     python tests/lab/worlds.py --poems=poem_data.json       # data/poems, from [{"first", "second"}, ...]
+    python tests/lab/worlds.py --n_stories=600000 --out=data/endless    # none is met twice in 33,000 updates
 
     world      stories from a small grammar, so we can grade what a model writes, and compare its loss with
                the entropy of the source
@@ -27,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data  # noqa: E402
 from configurator import UserError, run  # noqa: E402
 
-poems = ''                      # a file of couplets; '' = the three synthetic data sets
+poems = ''                      # a file of couplets; '' = the synthetic data sets
+n_stories = 20000               # in world; the first are the same for any number
 out = 'data'                    # where the folders go
 
 # A story has one sentence from each line of STORY, and its alternatives (|) are equally likely. {A} is a
@@ -113,8 +115,8 @@ def story(rng):
     return ' '.join(text), log_p, known
 
 
-def stories(n=20000, seed=0):
-    """Return n stories, each an example of its own. This is the data set `world`."""
+def stories(n, seed=0):
+    """Return n stories, each an example of its own."""
     rng = random.Random(f'stories {seed}')
     return [{'response': story(rng)[0]} for _ in range(n)]
 
@@ -341,9 +343,9 @@ def main(cfg):
         return
 
     words_of_the_world(folder / 'words')
-    write(stories(), folder / 'world', folder / 'words')
+    write(stories(cfg.n_stories), folder / 'world', folder / 'words')
     write(dialogues(), folder / 'instruct', folder / 'words')
-    write(stories() + dialogues(), folder / 'stories', folder / 'words')
+    write(stories(cfg.n_stories) + dialogues(), folder / 'stories', folder / 'words')
     write([fact for fact in facts() if fact['seen']], folder / 'facts', 'bytes', by_heart=True)
 
 
