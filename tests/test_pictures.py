@@ -20,7 +20,7 @@ import model as models
 import sample
 from configurator import configure
 
-NAMES = ('canvas', 'forward', 'crossing', 'by_t')
+NAMES = ('canvas', 'forward', 'crossing', 'by_t', 'longer')
 ELEMENTS = {'svg', 'title', 'desc', 'style', 'rect', 'g', 'text', 'polyline', 'circle'}
 
 
@@ -192,6 +192,20 @@ def test_the_figures_of_the_first_run_are_in_the_results():
     for family, points in pictures.FIRST_RUN.items():
         assert [x for x, _ in points] == [400, 800, 1200, 1600], family
         assert all(f'{bits:.3f}' in section for _, bits in points), family
+
+
+def test_the_figures_of_longer_runs_are_in_the_results(tok):
+    results = (ROOT / 'tests' / 'lab' / 'RESULTS.md').read_text(encoding='utf-8')
+    rows = results.split('**Longer runs.**')[1].replace('*', '').splitlines()
+    for name, points in pictures.LONGER_RUNS.items():
+        row, = (row for row in rows if row.startswith(f'| {name} |'))
+        assert re.findall(r'<= ([\d.]+)', row) == [f'{ratio:.3f}' for _, ratio in points], name
+    # one dot for each, and less is lower
+    root = read(pictures.longer(None, settings()))
+    heights = [float(dot.get('cy')) for dot in elements(root, 'circle')]
+    ratios = [ratio for points in pictures.LONGER_RUNS.values() for _, ratio in points]
+    order = sorted(range(len(ratios)), key=ratios.__getitem__)
+    assert [heights[k] for k in order] == sorted(heights, reverse=True)
 
 
 def test_the_loss_by_t_of_a_model_that_knows_nothing(tok):

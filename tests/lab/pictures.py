@@ -1,6 +1,6 @@
-"""Draw the pictures of README: a story being written, the forward process, two runs, the loss by t.
+"""Draw the pictures: a story being written, the forward process, two runs, the loss by t, and longer runs.
 
-    python tests/lab/pictures.py tests/exercises/stories --gen_length=38        # those of README
+    python tests/lab/pictures.py tests/exercises/stories --gen_length=38    # of README and RESULTS.md
     python tests/lab/pictures.py CHECKPOINT --ar=out/docs_ar --diffusion=out/docs
 
 CHECKPOINT is a model of the made-up stories of worlds.py. The stories that are hidden and measured are drawn
@@ -8,6 +8,7 @@ anew, so it has not seen them in training, and no data set is needed. --ar and -
 logs are drawn. The other settings are those of sample.py.
 """
 
+import math
 import random
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from svg import END, LEFT, RIGHT, chart, line, page, place, text  # noqa: E402
 import sample  # noqa: E402
 from diffusion import forward_process, keyed_generator  # noqa: E402
 
-out = 'tests/lab/pictures'      # the folder for the four pictures; those in it are replaced
+out = 'tests/lab/pictures'      # the folder for the pictures; those in it are replaced
 ar = ''                         # a run of an autoregressive model; '' = the figures of RESULTS.md
 diffusion = ''                  # a run of a diffusion model; '' = the figures of RESULTS.md
 stories = 256                   # how many stories to measure the loss by t on
@@ -37,6 +38,10 @@ temperature = 1.0               # of its guesses; 0 writes the same story whatev
 FIRST_RUN = {
     'autoregressive': [(400, 1.812), (800, 1.813), (1200, 2.052), (1600, 2.321)],
     'diffusion': [(400, 2.194), (800, 2.011), (1200, 1.877), (1600, 1.805)]}
+# (updates, bound / entropy of made-up stories), from "Longer runs" in RESULTS.md
+LONGER_RUNS = {
+    'uniform t': [(4000, 1.030), (8000, 1.016), (16000, 1.005), (32000, 1.002)],
+    'width 0.75': [(4000, 1.012), (8000, 1.006), (16000, 1.002), (32000, 1.001)]}
 
 
 def draw_stories(run, n, seed):
@@ -119,15 +124,32 @@ def crossing(run, cfg):
     # a curve that ends high has its label on the left, the other one below
     styles = ('autoregressive', 'orange', '=', -14, 6), ('diffusion', 'blue', '≤', 0, 30)
     for family, kind, sign, dx, dy in styles:
-        places = [at(*point) for point in runs[family]]
-        x, y = places[-1]
         last = f'{family} {sign} {runs[family][-1][1]:.3f}'
-        body += [text(x + dx, y + dy, last, f'{kind} halo', more=END),
-                 line(kind, places, 'stroke-width="3"', 5)]
+        body += curve(runs[family], at, kind, last, -1, dx, dy)
     caption = ('The same Transformer reads the same text again and again, '
                'from left to right or under ever new masks.')
     about = '. '.join(f'{family}: {points}' for family, points in runs.items())
     return page('Who learns more from the same text?', about, caption, 474, body)
+
+
+def curve(points, at, kind, label, k, dx, dy):
+    """Return a line through points, and a label at a distance from the k-th."""
+    places = [at(*point) for point in points]
+    x, y = places[k]
+    return [text(x + dx, y + dy, label, f'{kind} halo', more=END), line(kind, places, 'stroke-width="3"', 5)]
+
+
+def longer(run, cfg):
+    """Draw how far the loss on stories is above their entropy, for two choices of t, against the updates."""
+    curves = {t: [(math.log2(n / 4000), 100 * (ratio - 1)) for n, ratio in points] for t, points in LONGER_RUNS.items()}
+    xs, ys = zip(*(point for points in curves.values() for point in points))
+    body, at = chart((0, max(xs)), (0, max(ys)), ('doublings of 4000 updates', '% of the bound above the entropy'))
+    body += curve(curves['uniform t'], at, 'orange', 'uniform t', 1, 100, -10)
+    body += curve(curves['width 0.75'], at, 'blue', 'width 0.75', 1, -10, 30)
+    caption = ('Uniform t needs about twice as many updates, however many. Widening t at the end leads to '
+               'the blue points again.')
+    about = '. '.join(f'{t}: {points}' for t, points in LONGER_RUNS.items())
+    return page('Which t to train on?', about, caption, 474, body)
 
 
 @torch.no_grad()
@@ -163,7 +185,7 @@ def main(cfg):
     run = sample.load(cfg.checkpoint, cfg)
     experiments.refuse_causal(run, 'the pictures are of a diffusion model, and this one is autoregressive')
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    for draw in (canvas, forward, crossing, by_t):
+    for draw in (canvas, forward, crossing, by_t, longer):
         svg = draw(run, cfg)
         path = Path(cfg.out) / f'{draw.__name__}.svg'
         path.write_text(svg, encoding='utf-8')
