@@ -194,7 +194,7 @@ def test_the_figures_of_the_first_run_are_in_the_results():
         assert all(f'{bits:.3f}' in section for _, bits in points), family
 
 
-def test_the_figures_of_longer_runs_are_in_the_results(tok):
+def test_the_figures_of_longer_runs_are_in_the_results():
     results = (ROOT / 'tests' / 'lab' / 'RESULTS.md').read_text(encoding='utf-8')
     rows = results.split('**Longer runs.**')[1].replace('*', '').splitlines()
     for name, points in pictures.LONGER_RUNS.items():

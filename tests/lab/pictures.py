@@ -146,8 +146,7 @@ def longer(run, cfg):
     body, at = chart((0, max(xs)), (0, max(ys)), ('doublings of 4000 updates', '% of the bound above the entropy'))
     body += curve(curves['uniform t'], at, 'orange', 'uniform t', 1, 100, -10)
     body += curve(curves['width 0.75'], at, 'blue', 'width 0.75', 1, -10, 30)
-    caption = ('Uniform t needs about twice as many updates, however many. Widening t at the end leads to '
-               'the blue points again.')
+    caption = 'With uniform t a model needs about twice as many updates for the same loss.'
     about = '. '.join(f'{t}: {points}' for t, points in LONGER_RUNS.items())
     return page('Which t to train on?', about, caption, 474, body)
 
